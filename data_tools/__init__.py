@@ -1,0 +1,1 @@
+"""`pretrain data …`: make, index, check and look at shards."""

@@ -1,0 +1,1 @@
+"""`pretrain launch …`: starts a run's processes and reports how they ended."""

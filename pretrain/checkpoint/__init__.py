@@ -1,0 +1,1 @@
+"""Checkpoints that any world size and ZeRO stage can load."""

@@ -1,0 +1,125 @@
+"""The `pretrain` command. Finds the command's module, runs it, and turns errors into exit codes.
+
+A command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its
+help. Only the module of the command that was typed is imported, so that `--help` and the data
+commands start without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pretrain import __version__
+from pretrain.errors import EXIT_CTRL_C, PretrainError
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("pretrain.train", "train a recipe: pretraining, fine-tuning, resuming"),
+    "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
+    "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
+    "report": Command("pretrain.report", "draw a run's curves from its journal"),
+    "order": Command("data_tools.order", "print which sample stands at which position of which batch"),
+    "data synth": Command("data_tools.synth", "make a folder of labelled, textured shapes"),
+    "data pack": Command("data_tools.pack", "pack images into indexed WebDataset shards"),
+    "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
+    "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
+    "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "launch local": Command("launch.local", "start a run on this machine's devices"),
+}
+GROUPS = {"data": "make, index, check and look at shards", "launch": "start a run's processes"}
+
+
+def _print_table(title: str, rows: dict[str, str]) -> None:
+    print(f"{title}:")
+    width = max(len(name) for name in rows)
+    for name, summary in rows.items():
+        print(f"  {name:<{width}}  {summary}")
+
+
+def _print_overview() -> None:
+    print("usage: pretrain COMMAND ...\n")
+    print("Distributed pretraining of vision transformers, from shards in a bucket to exported backbones.\n")
+    single = {name: command.summary for name, command in COMMANDS.items() if " " not in name}
+    groups = {f"{group} …": summary for group, summary in GROUPS.items()}
+    _print_table("commands", {**single, **groups})
+    print("\n`pretrain COMMAND --help` explains each. A first run: `pretrain data synth images && "
+          "pretrain data pack images shards`,\nthen `pretrain train configs/debug.yaml data.train=shards/train "
+          "run_dir=runs/first --debug`.")  # fmt: skip
+
+
+def _print_group(group: str) -> None:
+    print(f"usage: pretrain {group} COMMAND ...\n")
+    rows = {
+        name.split()[1]: command.summary for name, command in COMMANDS.items() if name.startswith(f"{group} ")
+    }
+    _print_table("commands", rows)
+
+
+def _unknown(typed: str, known: list[str]) -> int:
+    from difflib import get_close_matches
+
+    near = get_close_matches(typed, known, n=1)
+    hint = f"; did you mean `pretrain {near[0]}`?" if near else "; `pretrain --help` lists the commands"
+    print(f"pretrain: there is no command {typed!r}{hint}", file=sys.stderr)
+    return 2
+
+
+def _find_command(words: Sequence[str]) -> tuple[str, list[str]] | int:
+    """The command's name and its own arguments, or the exit code of what was printed instead."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print_overview()
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"pretrain {__version__}")
+        return 0
+    if words[0] not in GROUPS:
+        return (words[0], list(words[1:])) if words[0] in COMMANDS else _unknown(words[0], list(COMMANDS))
+    if len(words) == 1 or words[1] in ("-h", "--help"):
+        _print_group(words[0])
+        return 0 if len(words) > 1 else 2
+    name = f"{words[0]} {words[1]}"
+    return (name, list(words[2:])) if name in COMMANDS else _unknown(name, list(COMMANDS))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    found = _find_command(sys.argv[1:] if argv is None else argv)
+    if isinstance(found, int):
+        return found
+    name, arguments = found
+    module = importlib.import_module(COMMANDS[name].module)
+    parser = argparse.ArgumentParser(
+        prog=f"pretrain {name}",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    return run_command(lambda: module.run(parser.parse_args(arguments)), name)
+
+
+def run_command(command, name: str) -> int:  # type: ignore[no-untyped-def]
+    """Run a command; print a user's error as one line and give back its exit code."""
+    try:
+        return command() or 0
+    except PretrainError as error:
+        print(f"pretrain {name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pretrain {name}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

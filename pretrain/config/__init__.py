@@ -1,0 +1,1 @@
+"""One frozen, typed model for a whole run, and how YAML and overrides become it."""

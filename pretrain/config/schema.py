@@ -1,0 +1,156 @@
+"""Every knob of a run, typed. Called by load.py; only commands see the whole of it.
+
+A recipe (YAML) plus `key.path=value` overrides becomes one frozen `RunConfig`. Units are in the
+names. Values that follow from others (accumulation, total steps) are derived where they are used,
+never written back.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import model_validator
+
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    name: Literal["vit"] = "vit"
+    size: Literal["tiny", "small", "base", "large", "huge", "giant"] | None = None
+    patch_size: PositiveInt = 16
+    image_size: PositiveInt = 224
+    embed_dim: PositiveInt | None = None  # free dimensions: given with depth and num_heads, instead of size
+    depth: PositiveInt | None = None
+    num_heads: PositiveInt | None = None
+    mlp_ratio: PositiveFloat | None = None
+    pooling: Literal["cls", "avg"] = "cls"
+    position_embedding: Literal["learned", "sincos"] = "learned"
+    drop_path_rate: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        free = [self.embed_dim, self.depth, self.num_heads]
+        if self.size is None and None in free:
+            raise ValueError("give model.size, or all of model.embed_dim, model.depth and model.num_heads")
+        if self.size is not None and any(value is not None for value in free):
+            raise ValueError("model.size sets embed_dim, depth and num_heads; leave either out")
+        if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
+            raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
+            )
+        return self
+
+
+class ObjectiveConfig(Section):
+    name: Literal["classification", "mae"] = "classification"
+    num_classes: PositiveInt | None = None  # from the dataset's index when left out
+    label_smoothing: Fraction = 0.0
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE, arXiv:2111.06377
+    normalize_pixels: bool = True
+    decoder_dim: PositiveInt = 512
+    decoder_depth: PositiveInt = 8
+    decoder_heads: PositiveInt = 16
+
+
+class DataConfig(Section):
+    train: str
+    val: str | None = None
+    workers: NonNegativeInt = 4
+    cache_dir: str | None = None
+    augmentation: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
+    crop_scale: Pair = (0.08, 1.0)
+    crop_ratio: Pair = (0.75, 1.3333333333333333)
+    horizontal_flip: Fraction = 0.5  # probability
+    color_jitter: NonNegativeFloat = 0.0
+    mean: Triple = IMAGENET_MEAN
+    std: Triple = IMAGENET_STD
+
+
+class TrainConfig(Section):
+    global_batch_size: PositiveInt
+    micro_batch_size: PositiveInt | None = None  # images a rank computes at once; the whole slice when left out
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    precision: Literal["bf16", "float32"] = "bf16"
+    deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        for name in ("global_batch_size", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value % 2:
+                raise ValueError(
+                    f"train.{name}={value} is odd; images are paired for mixing, so take {value + 1} "
+                    f"or {max(2, value - 1)}"
+                )
+        return self
+
+
+class OptimConfig(Section):
+    name: Literal["adamw"] = "adamw"
+    lr: PositiveFloat = 1e-3
+    weight_decay: NonNegativeFloat = 0.05
+    betas: Pair = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    schedule: Literal["cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    min_lr: NonNegativeFloat = 0.0
+    clip_grad_norm: PositiveFloat | None = 1.0
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt = 1000
+    keep_last: PositiveInt = 3
+    mirror: str | None = None
+
+
+class MetricsConfig(Section):
+    port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0 = off
+    host: str = "127.0.0.1"
+    log_every_steps: PositiveInt = 1
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt | None = None  # validation loss (and top-1); at the end of the run when left out
+
+
+class ExportConfig(Section):
+    formats: Annotated[tuple[Literal["timm", "hf"], ...], Field(strict=False)] = ()
+
+
+class StorageConfig(Section):
+    """Endpoint, region and credentials come the boto3 way (environment, profile, instance role)."""
+
+    addressing_style: Literal["auto", "path", "virtual"] | None = None
+    checksums: Literal["when_supported", "when_required"] | None = None
+
+
+class RunConfig(Section):
+    run_dir: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init_from: str | None = None
+    model: ModelConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = OptimConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    export: ExportConfig = ExportConfig()
+    storage: StorageConfig = StorageConfig()
+    deepspeed: dict[str, Any] = {}  # taken through to DeepSpeed as it stands

@@ -1,0 +1,1 @@
+"""From an indexed dataset to batches: index, order, reader, decode, augment, loader."""

@@ -1,0 +1,1 @@
+"""How a step is taken: DeepSpeed ZeRO over ranks, or accelerate on one device."""

@@ -1,0 +1,56 @@
+"""What can go wrong, and the exit code each kind ends a process with.
+
+A message says the problem, what was got, and what to do next. Every error is built from one
+string, so that it survives the trip from a loader worker to its parent process.
+"""
+
+EXIT_FINISHED = 0
+EXIT_CRASHED = 1
+EXIT_INTERRUPTED = 75
+EXIT_CTRL_C = 130
+
+
+class PretrainError(Exception):
+    """Base of every error this project raises on purpose."""
+
+    exit_code = EXIT_CRASHED
+
+
+class UsageError(PretrainError):
+    """Wrong usage, or something named on the command line that is not there. Not restarted."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """The recipe or an override is wrong. Raised before anything is written or joined."""
+
+
+class DataError(PretrainError):
+    """Data cannot be trusted, or is gone. Not restarted."""
+
+    exit_code = 3
+
+
+class StorageError(DataError):
+    """A store did not give what was asked for, after retries."""
+
+
+class ObjectNotFoundError(StorageError):
+    """The bucket, folder or object does not exist."""
+
+
+class AccessDeniedError(StorageError):
+    """The store refused the credentials."""
+
+
+class CheckpointError(PretrainError):
+    """A checkpoint cannot be trusted, or does not fit this run. Not restarted."""
+
+    exit_code = 4
+
+
+class RunInterruptedError(PretrainError):
+    """Told to stop; the run was saved and can go on. Restarted."""
+
+    exit_code = EXIT_INTERRUPTED

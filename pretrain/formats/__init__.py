@@ -1,0 +1,1 @@
+"""The files other libraries read, and how theirs come in."""

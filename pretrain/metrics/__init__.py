@@ -1,0 +1,1 @@
+"""What a run shows: journal, Prometheus, progress, FLOPs."""

@@ -1,0 +1,1 @@
+"""Backbones and their parts. Parameter names follow timm."""

@@ -1,0 +1,1 @@
+"""How good features are, without training the backbone."""

@@ -1,0 +1,1 @@
+"""Local folders and S3 buckets behind one small interface."""
