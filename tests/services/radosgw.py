@@ -25,9 +25,18 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-BINARIES = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin", "setpriv")
+BINARIES = (
+    "ceph",
+    "ceph-authtool",
+    "ceph-mon",
+    "ceph-osd",
+    "monmaptool",
+    "radosgw",
+    "radosgw-admin",
+    "setpriv",
+)
 REGION = "us-east-1"
 
 CONFIG = """\
@@ -173,6 +182,16 @@ class Radosgw:
         self._wait_until_it_answers(deadline)
         self._create_user("pretrain", Keys(self.access_key, self.secret_key))
 
+    def client(self) -> Any:
+        """A boto3 client of the first user, for what a test sets up behind the back of what it tests."""
+        import boto3  # here, so that `--serve` needs nothing but Ceph
+
+        session = boto3.session.Session(self.access_key, self.secret_key, region_name=REGION)
+        return session.client("s3", endpoint_url=self.endpoint)
+
+    def make_bucket(self, bucket: str) -> None:
+        self.client().create_bucket(Bucket=bucket)
+
     def make_user(self, name: str) -> Keys:
         """A new user who owns no bucket and may read none until a bucket's policy says so."""
         keys = Keys("B" + secrets.token_hex(9).upper(), secrets.token_urlsafe(30))
@@ -181,13 +200,8 @@ class Radosgw:
 
     def read_only_user(self, bucket: str, name: str | None = None) -> Keys:
         """A new user who may list and read `bucket`, by a policy put on it, and not write."""
-        import boto3  # here, so that `--serve` needs nothing but Ceph
-
         name = name or f"reader-{secrets.token_hex(4)}"
         keys = self.make_user(name)
-        client = boto3.session.Session(
-            aws_access_key_id=self.access_key, aws_secret_access_key=self.secret_key, region_name=REGION
-        ).client("s3", endpoint_url=self.endpoint)
         statement = {
             "Effect": "Allow",
             "Principal": {"AWS": [f"arn:aws:iam:::user/{name}"]},
@@ -195,12 +209,12 @@ class Radosgw:
             "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
         }
         policy = {"Version": "2012-10-17", "Statement": [statement]}
-        client.put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
+        self.client().put_bucket_policy(Bucket=bucket, Policy=json.dumps(policy))
         return keys
 
     def stop(self) -> None:
         """End the daemons by their process ids, last started first, and drop the folder if it is ours."""
-        # radosgw first: without its OSD it would wait for minutes. The data are in memory: no need to be gentle.
+        # radosgw first: without its OSD it would wait for minutes. The data are in memory: nothing to flush.
         for process in reversed(self._processes):
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
@@ -216,7 +230,8 @@ class Radosgw:
     def _create_user(self, name: str, keys: Keys) -> None:
         self._run(
             "radosgw-admin", "-n", "client.rgw", "--rgw-zone", "default", "user", "create",
-            "--uid", name, "--display-name", name, "--access-key", keys.access_key, "--secret-key", keys.secret_key,
+            "--uid", name, "--display-name", name, "--access-key", keys.access_key,
+            "--secret-key", keys.secret_key,
         )  # fmt: skip
 
     def _environment(self) -> dict[str, str]:
@@ -234,7 +249,9 @@ class Radosgw:
             check=False,
         )
         if done.returncode != 0:
-            raise RuntimeError(f"{command[0]} {command[1]} ended with {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(
+                f"{command[0]} {command[1]} ended with {done.returncode}: {done.stderr[-2000:]}"
+            )
         return done.stdout
 
     def _spawn(self, *command: str) -> None:
