@@ -170,13 +170,14 @@ def _member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) 
     end = data + -(-size // BLOCK) * BLOCK
     if end > len(buffer):
         raise _NeedMoreError(
-            end, f"the tar ends inside member {name!r} at byte {base + at} ({len(buffer) - data} of {size} bytes)"
+            end,
+            f"the tar ends inside member {name!r} at byte {base + at} ({len(buffer) - data} of {size} bytes)",
         )
     return _Member(start, name if is_file else None, data, size, end)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """(key, lower-case suffix) of a member's name by webdataset's rule, or None if it is no part of a sample."""
+    """(key, lower-case suffix) of a member's name by webdataset's rule; None: no part of a sample."""
     if name.startswith("__") and _WEBDATASET_META.match(name):
         return None
     base = name.rfind("/") + 1
