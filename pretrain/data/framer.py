@@ -16,14 +16,18 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from pretrain.errors import DataError
 
 BLOCK = 512  # bytes; POSIX.1-1988 ustar
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample, the first in this order is read
+_IMAGE_SUFFIX_SET = frozenset(IMAGE_SUFFIXES)
 KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 MAX_EXTENSION_BYTES = 1 << 20  # a PAX record or GNU long name above this is damage, not a name
 
 _ZERO_BLOCK = bytes(BLOCK)
+_PLAIN_FILE = ord("0")
 _REGULAR = b"0\0007"  # file, old file, contiguous file
 _WITHOUT_DATA = b"123456"  # links, devices, directories, pipes: their size field counts no blocks
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext
@@ -55,6 +59,10 @@ class _NeedMoreError(Exception):
     def __init__(self, wanted: int, problem: str) -> None:
         super().__init__(problem)
         self.wanted = wanted
+
+
+def _damaged(offset: int, what: str) -> str:
+    return f"damaged tar header at byte {offset} ({what}); fetch or write the shard again"
 
 
 def _number(field: bytes) -> int:
@@ -134,9 +142,7 @@ def _member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) 
                 raise DataError(f"{where}: the tar ends after the extension header at byte {base + start}")
             return None
         if not _checksum_matches(header):
-            raise DataError(
-                f"{where}: damaged tar header at byte {base + at} (checksum); fetch or write the shard again"
-            )
+            raise DataError(f"{where}: {_damaged(base + at, 'checksum')}")
         kind = header[156:157]
         try:
             own_size = _number(header[124:136])
@@ -151,7 +157,7 @@ def _member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) 
                 raise _NeedMoreError(end, f"the tar ends inside the extension header at byte {base + at}")
             found_name, found_size = _extension(kind, bytes(buffer[at + BLOCK : at + BLOCK + own_size]))
         except ValueError as error:
-            raise DataError(f"{where}: damaged tar header at byte {base + at} ({error})") from error
+            raise DataError(f"{where}: {_damaged(base + at, str(error))}") from error
         if kind != b"g":
             name = found_name if found_name is not None else name
             size = found_size if found_size is not None else size
@@ -196,6 +202,23 @@ def _check_tail(buffer: bytes | bytearray, at: int, *, where: str, base: int) ->
         )
 
 
+def _check_headers(buffer: bytes, headers: list[int], *, where: str) -> None:
+    """Raise DataError at the first of `headers` (offsets, multiples of a block) that is damaged.
+
+    All at once in numpy: a checksum for each header of its own costs a third of `frame`'s time.
+    """
+    if not headers:
+        return
+    blocks = np.frombuffer(buffer, np.uint8, count=len(buffer) // BLOCK * BLOCK).reshape(-1, BLOCK)
+    rows = blocks[np.array(headers) // BLOCK]
+    field = rows[:, 148:156].astype(np.int64)
+    stored = (field[:, :6] - ord("0")) @ (8 ** np.arange(5, -1, -1))
+    actual = rows.sum(axis=1, dtype=np.int64) - field.sum(axis=1) + 8 * ord(" ")
+    for i in np.flatnonzero(stored != actual):  # or another way of writing the field
+        if not _checksum_matches(rows[i].tobytes()):
+            raise DataError(f"{where}: {_damaged(headers[i], 'checksum')}")
+
+
 def frame(chunk: bytes | memoryview, *, where: str) -> list[Frame]:
     """The samples of a chunk that have an image, in order.
 
@@ -208,20 +231,51 @@ def frame(chunk: bytes | memoryview, *, where: str) -> list[Frame]:
             in one sample, bytes after the end mark.
     """
     buffer = bytes(chunk)
+    headers: list[int] = []  # of members that were taken without a look at their checksum
+    try:
+        frames = _frame(buffer, headers, where=where)
+    except _NeedMoreError as error:
+        _check_headers(buffer, headers, where=where)  # a damaged size leads astray: name the cause
+        raise DataError(f"{where}: {error}; fetch or write the shard again") from error
+    except DataError:
+        _check_headers(buffer, headers, where=where)
+        raise
+    _check_headers(buffer, headers, where=where)
+    return frames
+
+
+def _frame(buffer: bytes, headers: list[int], *, where: str) -> list[Frame]:
     frames: list[Frame] = []
     key: str | None = None
     members: dict[str, tuple[int, int]] = {}
     at = 0
-    while at < len(buffer):
-        try:
+    length = len(buffer)
+    while at < length:
+        # Nearly every member is a plain file with an octal size and a name that fits its header.
+        if (
+            at + BLOCK <= length
+            and buffer[at + 156] == _PLAIN_FILE
+            and buffer[at + 124] < 128
+            and not buffer[at + 345]
+            and not buffer[at + 99]
+        ):
+            name: str | None = buffer[at : buffer.find(0, at)].decode("utf-8", "surrogateescape")
+            try:
+                size = int(buffer[at + 124 : at + 135], 8)
+            except ValueError:
+                raise DataError(f"{where}: {_damaged(at, 'size')}") from None
+            headers.append(at)
+            data = at + BLOCK
+            at = data + (size + 511 & -BLOCK)
+            if size < 0 or at > length:
+                raise DataError(f"{where}: the chunk ends inside {name!r} ({length - data} of {size} bytes)")
+        else:
             member = _member_at(buffer, at, where=where, base=0)
-        except _NeedMoreError as error:
-            raise DataError(f"{where}: {error}; fetch or write the shard again") from error
-        if member is None:
-            _check_tail(buffer, at, where=where, base=0)
-            break
-        at = member.end
-        parts = split_name(member.name) if member.name is not None else None
+            if member is None:
+                _check_tail(buffer, at, where=where, base=0)
+                break
+            name, data, size, at = member.name, member.data, member.size, member.end
+        parts = split_name(name) if name is not None else None
         if parts is None:
             continue
         if parts[0] != key:
@@ -232,14 +286,14 @@ def frame(chunk: bytes | memoryview, *, where: str) -> list[Frame]:
         if suffix in KNOWN_SUFFIXES:
             if suffix in members:
                 raise DataError(f"{where}: sample {key!r} holds .{suffix} twice")
-            members[suffix] = (member.data, member.size)
+            members[suffix] = (data, size)
     if key is not None and _has_image(members):
         frames.append(Frame(key, members))
     return frames
 
 
-def _has_image(suffixes: Iterable[str]) -> bool:
-    return any(suffix in suffixes for suffix in IMAGE_SUFFIXES)
+def _has_image(members: dict[str, tuple[int, int]]) -> bool:
+    return not _IMAGE_SUFFIX_SET.isdisjoint(members)
 
 
 def image_of(sample: Frame) -> tuple[str, int, int] | None:
