@@ -9,8 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
@@ -45,7 +53,9 @@ class ModelConfig(Section):
         if self.size is not None and any(value is not None for value in free):
             raise ValueError("model.size sets embed_dim, depth and num_heads; leave either out")
         if self.embed_dim and self.num_heads and self.embed_dim % self.num_heads:
-            raise ValueError(f"model.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+            raise ValueError(
+                f"model.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
@@ -80,7 +90,9 @@ class DataConfig(Section):
 
 class TrainConfig(Section):
     global_batch_size: PositiveInt
-    micro_batch_size: PositiveInt | None = None  # images a rank computes at once; the whole slice when left out
+    micro_batch_size: PositiveInt | None = (
+        None  # images a rank computes at once; the whole slice when left out
+    )
     steps: PositiveInt | None = None
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "float32"] = "bf16"

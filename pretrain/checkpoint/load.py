@@ -1,0 +1,98 @@
+"""Read a checkpoint into any world size and any ZeRO stage. Called by train.py, export and evaluate.
+
+A reader opens only the files whose slices it needs, and checks the sha256 of each slice it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from pretrain.checkpoint.manifest import (
+    KINDS,
+    Manifest,
+    Slice,
+    find_newest,
+    read_manifest,
+)
+from pretrain.checkpoint.save import check_coverage, tensor_sha256
+from pretrain.engine.fragments import Fragment
+from pretrain.errors import CheckpointError
+
+__all__ = ["CheckpointReader", "find_newest", "load_fragments", "load_weights", "read_manifest"]
+
+
+class CheckpointReader:
+    """Ranges of parameters out of one checkpoint folder, verified."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest: Manifest = read_manifest(self.folder)
+        check_coverage(self.manifest, self.folder)
+        self._where: dict[tuple[str, str], list[tuple[str, Slice]]] = {}
+        for name, slices in self.manifest.files.items():
+            for piece in slices:
+                self._where.setdefault((piece.parameter, piece.kind), []).append((name, piece))
+
+    def pieces(self, parameter: str, kind: str, start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(offset within [start, start + count), float32 values) pairs that together are the range."""
+        if (parameter, kind) not in self._where:
+            raise CheckpointError(f"{self.folder}: holds no {kind} of {parameter}")
+        for name, piece in self._where[parameter, kind]:
+            begin = max(start, piece.start)
+            end = min(start + count, piece.start + piece.count)
+            if begin < end:
+                values = self._read(name, piece)
+                yield begin - start, values[begin - piece.start : end - piece.start]
+
+    def _read(self, name: str, piece: Slice) -> torch.Tensor:
+        path = self.folder / name
+        try:
+            with safe_open(path, framework="pt") as file:
+                values = file.get_tensor(piece.tensor_name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}; {_ADVICE}") from None
+        if values.dtype != torch.float32 or tuple(values.shape) != (piece.count,):
+            raise CheckpointError(f"{path}: {piece.tensor_name} is {values.dtype} {tuple(values.shape)}; {_ADVICE}")
+        digest = tensor_sha256(values)
+        if digest != piece.sha256:
+            raise CheckpointError(
+                f"{path}: {piece.tensor_name} has sha256 {digest}, the manifest says {piece.sha256}; {_ADVICE}"
+            )
+        return values
+
+
+_ADVICE = "the file is damaged: move the checkpoint's folder away to go on from the one before it"
+
+
+def verify_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
+    """Read and check all that `load_fragments` would read, changing nothing."""
+    for fragment in fragments:
+        for kind in KINDS:
+            for _ in reader.pieces(fragment.name, kind, fragment.start, fragment.count):
+                continue
+
+
+def load_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
+    """Write the checkpoint's state into `fragments`, live views of an engine's state."""
+    for fragment in fragments:
+        for kind in KINDS:
+            target = fragment.tensors[kind]
+            for offset, values in reader.pieces(fragment.name, kind, fragment.start, fragment.count):
+                target.narrow(0, offset, values.numel()).copy_(values)
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every trained parameter's float32 master weight, whole, on the CPU, by its name in the objective."""
+    reader = CheckpointReader(folder)
+    weights = {}
+    for name, shape in reader.manifest.parameters.items():
+        weight = torch.empty(shape, dtype=torch.float32)
+        flat = weight.view(-1)
+        for offset, values in reader.pieces(name, "weight", 0, flat.numel()):
+            flat.narrow(0, offset, values.numel()).copy_(values)
+        weights[name] = weight
+    return weights

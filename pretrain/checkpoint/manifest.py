@@ -1,0 +1,123 @@
+"""What a checkpoint is: one folder a step, a safetensors file a rank, and a manifest written last.
+
+`step-00012000/manifest.json` names every file and every slice with its offsets and sha256, and
+hashes itself. A folder whose manifest is missing is not a checkpoint; one whose manifest is there
+is complete. Nothing is unpickled. Imports no torch, so that launchers can read manifests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+CHECKPOINTS = "checkpoints"
+KINDS = ("weight", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Elements [start, start + count) of one flattened parameter's weight or moment, float32."""
+
+    parameter: str
+    kind: str
+    start: int
+    count: int
+    sha256: str
+
+    @property
+    def tensor_name(self) -> str:
+        return f"{self.kind}/{self.parameter}/{self.start}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """See DESIGN of the format above. `samples` is g, the count of consumed positions; `dataset`
+    and `order` guard it; `skipped` and `segments` are the run's lists of skipped intervals and
+    dataset changes."""
+
+    step: int
+    samples: int
+    optimizer_steps: int
+    attempt: int
+    world_size: int
+    zero_stage: int
+    config: dict[str, Any]
+    dataset: dict[str, Any]
+    order: dict[str, Any]
+    parameters: dict[str, list[int]]  # name -> full shape
+    files: dict[str, list[Slice]]  # file name -> its slices
+    skipped: list[Any] = field(default_factory=list)
+    segments: list[Any] = field(default_factory=list)
+    software: dict[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        body = asdict(self)
+        body["sha256"] = _digest(body)
+        return json.dumps(body, indent=1)
+
+
+def _digest(body: dict[str, Any]) -> str:
+    text = json.dumps({k: v for k, v in body.items() if k != "sha256"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a committed checkpoint.
+
+    Raises CheckpointError when it is missing, damaged, or of a format this version cannot read.
+    """
+    path = Path(folder) / MANIFEST_NAME
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        stated, actual = body.get("sha256"), _digest(body)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: is not a checkpoint, it has no {MANIFEST_NAME}") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}; {_ADVICE}") from None
+    if stated != actual:
+        raise CheckpointError(f"{path}: its sha256 is {actual}, it says {stated}; {_ADVICE}")
+    if body["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
+            "use the version of this project that wrote it"
+        )
+    body.pop("sha256")
+    body["files"] = {name: [Slice(**s) for s in slices] for name, slices in body["files"].items()}
+    return Manifest(**body)
+
+
+_ADVICE = "move the folder away to go on from the checkpoint before it"
+
+
+def committed(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first. There is no pointer file: they are found by looking."""
+    root = Path(run_dir) / CHECKPOINTS
+    if not root.is_dir():
+        return []
+    return sorted(p for p in root.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST_NAME).is_file())
+
+
+def find_newest(run_or_checkpoint: Path) -> Path:
+    """The newest checkpoint of a run's folder, or the folder itself if it is a checkpoint.
+
+    Raises CheckpointError when there is none.
+    """
+    folder = Path(run_or_checkpoint)
+    if (folder / MANIFEST_NAME).is_file():
+        return folder
+    found = committed(folder)
+    if not found:
+        raise CheckpointError(f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*")
+    return found[-1]

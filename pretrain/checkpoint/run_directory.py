@@ -1,0 +1,99 @@
+"""A run's folder: who may write to it, which attempt this is, and whether it is finished.
+
+    RUN/config.yaml              the resolved recipe of the newest attempt
+    RUN/journal.jsonl            what happened, a line an event
+    RUN/checkpoints/step-*/      see manifest.py
+    RUN/attempts/3/exit-0.json   how each rank of each attempt ended
+    RUN/finished.json            there only when the run reached its last step
+
+Called by train.py on rank 0; launch/ and report.py read it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.errors import UsageError
+
+FINISHED = "finished.json"
+ATTEMPTS = "attempts"
+LOCK = "lock"
+
+
+class RunDirectory:
+    """Exclusive hold on a run's folder, from `claim` until the process ends or `release`."""
+
+    def __init__(self, path: Path, attempt: int, lock: int) -> None:
+        self.path = path
+        self.attempt = attempt
+        self._lock = lock
+
+    @classmethod
+    def claim(cls, path: Path) -> RunDirectory:
+        """Make the folder if need be, lock it, and take the next attempt number.
+
+        Raises UsageError when another live attempt holds it or it cannot be written.
+        """
+        path = Path(path)
+        try:
+            (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UsageError(f"run_dir={path} cannot be written: {error}; choose another run_dir") from None
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(lock, 200).decode(errors="replace").strip() or "an unknown process"
+            os.close(lock)
+            raise UsageError(
+                f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        return cls(path, _next_attempt(path), lock)
+
+    def release(self) -> None:
+        os.close(self._lock)
+
+
+def _next_attempt(path: Path) -> int:
+    """The supervisor's number if it gave one, else one more than the highest; made exclusively."""
+    given = os.environ.get("PRETRAIN_ATTEMPT")
+    if given is not None and not given.isdigit():
+        raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it")
+    taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
+    number = int(given) if given is not None else max(taken, default=0) + 1
+    try:
+        (path / ATTEMPTS / str(number)).mkdir()
+    except FileExistsError:
+        raise UsageError(
+            f"attempt {number} of {path} was claimed already; unset PRETRAIN_ATTEMPT or give {max(taken) + 1}"
+        ) from None
+    return number
+
+
+def record_exit(path: Path, attempt: int, rank: int, *, code: int, reason: str) -> None:
+    """How this rank ended, for the supervisor and for people."""
+    record = {"rank": rank, "host": socket.gethostname(), "code": code, "reason": reason, "time": time.time()}
+    folder = Path(path) / ATTEMPTS / str(attempt)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"exit-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def mark_finished(path: Path, **facts: Any) -> None:
+    target = Path(path) / FINISHED
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps({**facts, "time": time.time()}) + "\n", encoding="utf-8")
+    with temporary.open() as file:
+        os.fsync(file.fileno())
+    temporary.rename(target)
+
+
+def is_finished(path: Path) -> bool:
+    return (Path(path) / FINISHED).is_file()

@@ -1,0 +1,176 @@
+"""Write a checkpoint: every rank its slices, then rank 0 the manifest and the rename that commits.
+
+Called by train.py. Until the rename the files lie in a staging folder that nobody lists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from pretrain.checkpoint.manifest import CHECKPOINTS, KINDS, MANIFEST_NAME, Manifest, Slice, committed, step_folder
+from pretrain.distributed import World, from_main, together
+from pretrain.engine.fragments import Fragment
+from pretrain.errors import CheckpointError, PretrainError
+
+STAGING_SUFFIX = ".saving"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedCheckpoint:
+    path: Path
+    bytes: int
+
+
+def tensor_sha256(tensor: torch.Tensor) -> str:
+    """Of a contiguous CPU tensor's bytes."""
+    return hashlib.sha256(tensor.numpy().data).hexdigest()
+
+
+def save_checkpoint(
+    run_dir: Path,
+    fragments: list[Fragment],
+    *,
+    world: World,
+    keep_last: int,
+    facts: dict[str, Any],
+) -> SavedCheckpoint:
+    """Commit a checkpoint of `fragments`, this rank's part of the state. All ranks together.
+
+    `facts` are the manifest's fields other than `files`. On return the checkpoint is durable and
+    listed, and all but the newest `keep_last` are gone. Raises PretrainError on every rank when
+    one could not write its part; then nothing is listed that was not before.
+    """
+    root = Path(run_dir) / CHECKPOINTS
+    final = root / step_folder(facts["step"])
+    staging = root / f"{final.name}{STAGING_SUFFIX}"
+
+    def make_staging() -> None:
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            if staging.exists():
+                shutil.rmtree(staging)
+            staging.mkdir()
+        except OSError as error:
+            raise PretrainError(f"{staging}: cannot be made: {error}; check the disk and its permissions") from None
+
+    from_main(world, make_staging)
+    together(lambda: _write_slices(staging, fragments, world.rank))
+    written = from_main(world, lambda: _commit(staging, final, world.world_size, facts))
+    if world.is_main:
+        _retain(run_dir, keep_last)
+    return SavedCheckpoint(path=final, bytes=written)
+
+
+def remove_torn_saves(run_dir: Path) -> list[Path]:
+    """Remove what saves that never committed left behind. Only for the process that owns the run."""
+    torn = sorted((Path(run_dir) / CHECKPOINTS).glob(f"step-*{STAGING_SUFFIX}"))
+    for folder in torn:
+        shutil.rmtree(folder)
+    return torn
+
+
+def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    slices: list[Slice] = []
+    for fragment in fragments:
+        for kind in KINDS:
+            tensor = fragment.tensors[kind].detach().to("cpu", torch.float32).contiguous()
+            piece = Slice(
+                parameter=fragment.name,
+                kind=kind,
+                start=fragment.start,
+                count=fragment.count,
+                sha256=tensor_sha256(tensor),
+            )
+            tensors[piece.tensor_name] = tensor
+            slices.append(piece)
+    path = staging / f"rank-{rank:05d}.safetensors"
+    try:
+        # Views of one flat partition share storage, which the format refuses: write copies.
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        _fsync(path)
+        done = staging / f"rank-{rank:05d}.done"
+        done.write_text(json.dumps([asdict(piece) for piece in slices]), encoding="utf-8")
+        _fsync(done)
+    except OSError as error:
+        raise PretrainError(f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere") from None
+
+
+def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) -> int:
+    files: dict[str, list[Slice]] = {}
+    written = 0
+    for rank in range(world_size):
+        done = staging / f"rank-{rank:05d}.done"
+        name = f"rank-{rank:05d}.safetensors"
+        try:
+            files[name] = [Slice(**piece) for piece in json.loads(done.read_text(encoding="utf-8"))]
+            written += (staging / name).stat().st_size
+            done.unlink()
+        except OSError as error:
+            raise PretrainError(
+                f"{done}: rank {rank} wrote its part where rank 0 cannot see it ({error}); "
+                "run_dir must be one folder that all hosts share"
+            ) from None
+    manifest = Manifest(files=files, **facts)
+    check_coverage(manifest, staging)
+    try:
+        path = staging / MANIFEST_NAME
+        path.write_text(manifest.to_json(), encoding="utf-8")
+        _fsync(path)
+        _fsync(staging)
+        if final.exists():  # the same step again, after a rollback: the new one replaces it
+            shutil.rmtree(final)
+        staging.rename(final)
+        _fsync(final.parent)
+    except OSError as error:
+        raise PretrainError(f"{final}: cannot be committed: {error}; free space, or set run_dir elsewhere") from None
+    return written
+
+
+def check_coverage(manifest: Manifest, where: Path) -> None:
+    """Every element of every parameter stands in exactly one slice of each kind, else CheckpointError."""
+    ranges: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for slices in manifest.files.values():
+        for piece in slices:
+            ranges.setdefault((piece.parameter, piece.kind), []).append((piece.start, piece.count))
+    for parameter, shape in manifest.parameters.items():
+        size = 1
+        for side in shape:
+            size *= side
+        for kind in KINDS:
+            covered = 0
+            for start, count in sorted(ranges.pop((parameter, kind), [])):
+                if start != covered:
+                    raise CheckpointError(
+                        f"{where}: {kind} of {parameter} has a gap or overlap at element {min(start, covered)}"
+                    )
+                covered += count
+            if covered != size:
+                raise CheckpointError(f"{where}: {kind} of {parameter} has {covered} of {size} elements")
+    if ranges:
+        raise CheckpointError(f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}")
+
+
+def _retain(run_dir: Path, keep_last: int) -> None:
+    for old in committed(run_dir)[:-keep_last]:
+        # Out of the listing first: a kill in the middle must not leave half a checkpoint listed.
+        doomed = old.with_name(f"{old.name}{STAGING_SUFFIX}")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

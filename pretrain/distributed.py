@@ -1,0 +1,139 @@
+"""Who is in this run: joining, agreeing, summing. Called by train.py; engines receive a `World`.
+
+`RANK` and `WORLD_SIZE` in the environment mean a run of several processes; without them the
+process is alone and nothing here touches a network.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pretrain.errors import PretrainError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process's place among the run's processes.
+
+    `launched` says whether a launcher started the process (then the engine is DeepSpeed's).
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+    launched: bool
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _integer(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise UsageError(
+            f"{name}={text!r} in the environment is not a rank's number; start ranks with `deepspeed`, "
+            "`pretrain launch`, or leave RANK and WORLD_SIZE unset for one process"
+        )
+    return int(text)
+
+
+def join(*, timeout_seconds: float = 600.0) -> World:
+    """Join the run that the environment describes.
+
+    Raises UsageError when RANK, WORLD_SIZE or LOCAL_RANK are wrong, and PretrainError when the
+    peers cannot be met within `timeout_seconds` or fewer came than were asked for.
+    """
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not launched:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    local_rank = _integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise UsageError(
+                f"local rank {local_rank} has no GPU: this host shows {torch.cuda.device_count()}; "
+                "start as many processes as there are GPUs"
+            )
+        device, backend = torch.device("cuda", local_rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    except (RuntimeError, ValueError) as error:  # torch's DistError family is RuntimeError
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise PretrainError(f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}") from None
+    # A launcher and a plugin that disagree give runs that each think they are alone.
+    assert dist.get_world_size() == world_size, f"asked for {world_size} ranks, joined {dist.get_world_size()}"
+    return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """`values` summed over all ranks, in place, on their device; every rank gets the sum."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: T) -> list[T]:
+    """Each rank's `value`, in rank order, on every rank. For small things: it goes through pickle,
+    between processes of one run, never through a file."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(world: World, make: Callable[[], T]) -> T:
+    """What rank 0's `make()` returns, on every rank; its error is every rank's error."""
+    outcome: list[Any] = [None, None]
+    if world.is_main:
+        try:
+            outcome[0] = make()
+        except PretrainError as error:
+            outcome[1] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def together(action: Callable[[], T]) -> T:
+    """Run `action` on every rank; if it fails on one, it fails on all, with the first rank's error.
+
+    Without this a rank that raises alone leaves its peers waiting in their next collective.
+    """
+    result: Any = None
+    failure: PretrainError | None = None
+    try:
+        result = action()
+    except PretrainError as error:
+        failure = error
+    failures = [error for error in gather_objects(failure) if error is not None]
+    if failures:
+        raise failure or failures[0]
+    return result

@@ -1,0 +1,65 @@
+"""What train.py asks of an engine. `zero.py` and `debug.py` both answer it; train.py cannot tell them apart."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pretrain.engine.fragments import Fragment
+
+
+class Engine(Protocol):
+    """One optimizer step is: `forward` and `backward` for each micro-batch, then `step`.
+
+    module: the objective, on `device`. Its parameters keep their names.
+    input_dtype: what images must be cast to before `forward`.
+    zero_stage: 0 where state is not sharded.
+    """
+
+    module: nn.Module
+    device: torch.device
+    input_dtype: torch.dtype
+    zero_stage: int
+
+    def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The objective's loss sum (a float32 scalar) and its metric sums, for one micro-batch."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss`. Over all ranks and micro-batches, the losses given here must
+        add up to the loss to be descended: the engine neither averages nor rescales them."""
+        ...
+
+    def step(self, lr: float) -> torch.Tensor:
+        """Clip, update at learning rate `lr`, clear gradients. Returns the gradient's global
+        2-norm before clipping, a float32 scalar on the device."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """Everything this rank holds: live views, to be written by a load."""
+        ...
+
+    def owned_fragments(self) -> list[Fragment]:
+        """This rank's part of the state; over all ranks they cover every parameter exactly once."""
+        ...
+
+    def publish_weights(self) -> None:
+        """Make the weights that `forward` uses those of the fragments. All ranks together."""
+        ...
+
+    @property
+    def optimizer_steps(self) -> int: ...
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None: ...
+
+
+def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
+    """The full shape of each trained parameter, whether or not the engine has partitioned it."""
+    return {
+        name: list(getattr(parameter, "ds_shape", parameter.shape))
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }

@@ -1,0 +1,93 @@
+"""One device, no launcher: the step through accelerate. Chosen by train.py when it runs alone.
+
+Weights and moments are float32; in bf16 the forward runs under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from pretrain.engine.fragments import (
+    ADAM_MOMENTS,
+    Fragment,
+    get_optimizer_steps,
+    prepare_adam_state,
+    set_optimizer_steps,
+)
+
+
+class DebugEngine:
+    """See engine/base.py for the contract."""
+
+    zero_stage = 0
+    input_dtype = torch.float32
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        precision: str,
+        clip_grad_norm: float | None,
+        device: torch.device,
+    ) -> None:
+        self._accelerator = Accelerator(
+            mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu"
+        )
+        assert self._accelerator.num_processes == 1, "the debug engine is for one process"
+        self.device = self._accelerator.device
+        self.module = objective.to(self.device)
+        self._optimizer = build_optimizer(self.module)
+        self._prepared, self._stepper = self._accelerator.prepare(self.module, self._optimizer)
+        self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._clip_grad_norm = clip_grad_norm
+        prepare_adam_state(self._optimizer, list(self._parameters.values()))
+
+    def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._prepared(images, batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def step(self, lr: float) -> torch.Tensor:
+        for group in self._stepper.param_groups:
+            group["lr"] = lr
+        limit = float("inf") if self._clip_grad_norm is None else self._clip_grad_norm
+        norm = self._accelerator.clip_grad_norm_(self._parameters.values(), limit)
+        assert norm is not None, "gradients are complete at every step"
+        self._stepper.step()
+        self._stepper.zero_grad()
+        return norm.detach().float()
+
+    def fragments(self) -> list[Fragment]:
+        state = self._optimizer.state
+        return [
+            Fragment(
+                name=name,
+                start=0,
+                tensors={
+                    "weight": parameter.detach().view(-1),
+                    **{moment: state[parameter][moment].view(-1) for moment in ADAM_MOMENTS},
+                },
+            )
+            for name, parameter in self._parameters.items()
+        ]
+
+    def owned_fragments(self) -> list[Fragment]:
+        return self.fragments()
+
+    def publish_weights(self) -> None:
+        """The fragments are the weights themselves."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        return get_optimizer_steps(self._optimizer)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        set_optimizer_steps(self._optimizer, steps)

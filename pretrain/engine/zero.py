@@ -1,0 +1,263 @@
+"""Many ranks: the step through DeepSpeed ZeRO, stages 0 to 3. Chosen by train.py when launched.
+
+DeepSpeed divides by the world size when it reduces gradients, and wants to divide by the number
+of micro-batches; our losses already are shares of one global mean, so both are undone here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import nn
+
+from pretrain.distributed import World, barrier
+from pretrain.engine.fragments import (
+    ADAM_MOMENTS,
+    Fragment,
+    get_optimizer_steps,
+    prepare_adam_state,
+    set_optimizer_steps,
+    share,
+)
+from pretrain.errors import UsageError
+
+# DeepSpeed's own 5e8 elements exceed all of ViT-Large: one bucket, two gigabytes of buffer, and
+# nothing to overlap with.
+BUCKET_ELEMENTS = 50_000_000
+
+
+def deepspeed_config(
+    user: Mapping[str, Any],
+    *,
+    precision: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    world_size: int,
+    clip_grad_norm: float | None,
+) -> dict[str, Any]:
+    """The user's own `deepspeed:` keys, with those that the recipe decides added to them."""
+    zero = {
+        "stage": 1,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        **user.get("zero_optimization", {}),
+    }
+    if zero["stage"] == 3:
+        zero.pop("allgather_bucket_size", None)  # stages 1 and 2 only
+    config = {
+        "steps_per_print": 10**9,  # the journal reports steps
+        **user,
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": micro_batch_size * accumulation_steps * world_size,
+        "gradient_clipping": clip_grad_norm or 0.0,
+        "bf16": {"enabled": precision == "bf16"},
+    }
+    if precision == "bf16" and accumulation_steps > 1:
+        if zero["stage"] == 0:
+            raise UsageError(
+                "ZeRO stage 0 in bf16 would add up micro-batches in bf16; take "
+                "deepspeed.zero_optimization.stage=1, train.precision=float32, or one micro-batch a step"
+            )
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+class ZeroEngine:
+    """See engine/base.py for the contract."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        *,
+        build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+        config: Mapping[str, Any],
+        world: World,
+    ) -> None:
+        """`objective`'s float32 weights become the masters as they are, without a detour by bf16."""
+        initial = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
+        objective.to(world.device)
+        deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        self._engine, self._wrapped, _, _ = deepspeed.initialize(
+            model=objective, optimizer=build_optimizer(objective), config=dict(config), dist_init_required=False
+        )
+        assert self._engine.world_size == world.world_size, "DeepSpeed joined another world than asked for"
+        self._world = world
+        self.module = objective
+        self.device = world.device
+        self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        self.zero_stage = int(config["zero_optimization"]["stage"])
+        self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
+        self._shards = _shards_of(self._wrapped, self._trained, world)
+        prepare_adam_state(self._shards.optimizer, self._shards.masters)
+        for fragment in self.fragments():
+            source = initial[fragment.name].view(-1).narrow(0, fragment.start, fragment.count)
+            fragment.tensors["weight"].copy_(source)
+        self.publish_weights()
+
+    def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self._engine(images, batch)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-batch
+
+    def step(self, lr: float) -> torch.Tensor:
+        for group in self._wrapped.param_groups:
+            group["lr"] = lr
+        norm = self._shards.gradient_norm()
+        self._engine.step()
+        if norm is None:  # DeepSpeed measured it on the way
+            norm = self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
+
+    def fragments(self) -> list[Fragment]:
+        return self._shards.fragments()
+
+    def owned_fragments(self) -> list[Fragment]:
+        fragments = self.fragments()
+        if self.zero_stage == 0:
+            return share(fragments, self._world.rank, self._world.world_size)
+        return fragments
+
+    def publish_weights(self) -> None:
+        self._shards.publish()
+        barrier()
+
+    @property
+    def optimizer_steps(self) -> int:
+        return get_optimizer_steps(self._shards.optimizer)
+
+    @optimizer_steps.setter
+    def optimizer_steps(self, steps: int) -> None:
+        set_optimizer_steps(self._shards.optimizer, steps)
+
+
+class _ReplicatedShards:
+    """Stage 0: every rank holds everything. In bf16, DeepSpeed keeps a float32 copy a parameter."""
+
+    def __init__(self, wrapped: Any, trained: Mapping[str, nn.Parameter]) -> None:
+        self._trained = trained
+        self._masters_differ = isinstance(wrapped, FP16_UnfusedOptimizer)
+        if self._masters_differ:
+            self.optimizer = wrapped.optimizer
+            pairs = zip(sum(wrapped.fp16_groups, []), sum(wrapped.fp32_groups, []), strict=True)
+            master_of = {id(low): high for low, high in pairs}
+            self._masters = {name: master_of[id(p)] for name, p in trained.items()}
+        else:
+            self.optimizer = wrapped
+            self._masters = dict(trained)
+
+    @property
+    def masters(self) -> list[torch.Tensor]:
+        return list(self._masters.values())
+
+    def fragments(self) -> list[Fragment]:
+        return [
+            Fragment(name=name, start=0, tensors=_views(self.optimizer, master, 0, master.numel()))
+            for name, master in self._masters.items()
+        ]
+
+    def publish(self) -> None:
+        if self._masters_differ:
+            for name, master in self._masters.items():
+                self._trained[name].data.copy_(master.data)
+
+    def gradient_norm(self) -> torch.Tensor | None:
+        if self._masters_differ:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self._trained.values() if p.grad is not None])
+
+
+class _FlatShards:
+    """Stages 1 and 2: a rank owns one flat float32 partition a parameter group."""
+
+    def __init__(self, wrapped: Any, trained: Mapping[str, nn.Parameter]) -> None:
+        self._wrapped = wrapped
+        self._trained = trained
+        self.optimizer = wrapped.optimizer
+        self.masters: list[torch.Tensor] = (
+            wrapped.fp32_groups_flat_partition
+            if isinstance(wrapped, BF16_Optimizer)
+            else wrapped.single_partition_of_fp32_groups
+        )
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for name, parameter in self._trained.items():
+            mapping = parameter._hp_mapping
+            if mapping is None:  # all of it lives on other ranks
+                continue
+            here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+            master = self.masters[mapping.param_group_index]
+            tensors = _views(self.optimizer, master, here.start, here.numel)
+            found.append(Fragment(name=name, start=there.start, tensors=tensors))
+        return found
+
+    def publish(self) -> None:
+        self._wrapped.update_lp_params()
+
+    def gradient_norm(self) -> torch.Tensor | None:
+        return None
+
+
+class _PartitionedShards:
+    """Stage 3: each parameter is cut into equal parts, the last one padded."""
+
+    def __init__(self, wrapped: Any, trained: Mapping[str, nn.Parameter], rank: int) -> None:
+        self._wrapped = wrapped
+        self._trained = trained
+        self._rank = rank
+        self.optimizer = wrapped.optimizer
+        self.masters: list[torch.Tensor] = wrapped.fp32_partitioned_groups_flat
+
+    def fragments(self) -> list[Fragment]:
+        found = []
+        for name, parameter in self._trained.items():
+            group, offset, part = self._wrapped.grad_position[self._wrapped.get_param_id(parameter)]
+            begin = part * self._rank
+            count = min(part, parameter.ds_numel - begin)
+            if count > 0:
+                tensors = _views(self.optimizer, self.masters[group], int(offset), count)
+                found.append(Fragment(name=name, start=begin, tensors=tensors))
+        return found
+
+    def publish(self) -> None:
+        for index, master in enumerate(self.masters):
+            self._wrapped.fp16_partitioned_groups_flat[index].data.copy_(master.data)
+            self._wrapped._unflatten_partitioned_parameters(index)
+        persistent = self._wrapped.persistent_parameters
+        if persistent:  # small parameters that stay gathered: gather them again
+            for parameter in persistent:
+                parameter.partition()
+            persistent[0].all_gather(persistent)
+
+    def gradient_norm(self) -> torch.Tensor | None:
+        return None
+
+
+def _shards_of(wrapped: Any, trained: Mapping[str, nn.Parameter], world: World) -> Any:
+    if isinstance(wrapped, DeepSpeedZeroOptimizer_Stage3):
+        return _PartitionedShards(wrapped, trained, world.rank)
+    if isinstance(wrapped, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        return _FlatShards(wrapped, trained)
+    return _ReplicatedShards(wrapped, trained)
+
+
+def _views(
+    optimizer: torch.optim.Optimizer, master: torch.Tensor, start: int, count: int
+) -> dict[str, torch.Tensor]:
+    state = optimizer.state[master]
+    views = {"weight": master.detach().view(-1).narrow(0, start, count)}
+    for moment in ADAM_MOMENTS:
+        views[moment] = state[moment].view(-1).narrow(0, start, count)
+    return views
