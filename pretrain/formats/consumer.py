@@ -1,0 +1,134 @@
+"""Load an exported folder as its receiver will, and say what came out.
+
+check.py hands this file's text to a fresh Python, so nothing of this project can help the load
+along: only torch, safetensors and the consumer's library are imported.
+
+usage: REQUEST.json, which names
+    format   "timm" or "hf"
+    folder   the export
+    images   a safetensors file with `images`, float32 (B, 3, H, W), normalised
+    outputs  where to write `features` (B, D) and, with a head, `logits` (B, classes)
+    answer   where to write the JSON answer: versions, loading report, labels, preprocessing;
+             or {"unavailable": reason} where the library cannot be imported
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def declare_torchvision_operators() -> list[torch.library.Library]:
+    """Make torchvision importable where its compiled operators do not match this torch.
+
+    The package index has no torchvision built for a CPU-only torch, and its Python half refuses to
+    load while the operators it wants to describe do not exist. They are declared here, without a
+    body: a ViT calls none of them. The libraries returned must be kept alive.
+    """
+    libraries: list[torch.library.Library] = []
+    for _ in range(50):
+        try:
+            import torchvision  # noqa: F401
+        except ImportError:
+            return libraries  # not installed: timm and transformers then do without it
+        except RuntimeError as error:
+            missing = re.search(r"operator torchvision::(\w+) does not exist", str(error))
+            if missing is None:
+                raise
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(f"{missing[1]}(Tensor input) -> Tensor")
+            libraries.append(library)
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
+        else:
+            return libraries
+    return libraries
+
+
+def run_timm(folder: Path, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    import timm
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    # Once more by hand: create_model is not strict when it thinks that it adapts a head.
+    strict = model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    outputs = {"features": model.forward_head(model.forward_features(images), pre_logits=True)}
+    if model.num_classes:
+        outputs["logits"] = model(images)
+    data = timm.data.resolve_model_data_config(model)
+    report = {
+        "versions": {"timm": timm.__version__},
+        "missing": list(strict.missing_keys),
+        "unexpected": list(strict.unexpected_keys),
+        "labels": model.pretrained_cfg.get("label_names"),
+        "num_classes": model.num_classes,
+        "mean": list(data["mean"]),
+        "std": list(data["std"]),
+        "image_size": data["input_size"][-1],
+    }
+    return outputs, report
+
+
+def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    import transformers
+
+    architecture = json.loads((folder / "config.json").read_text("utf-8"))["architectures"][0]
+    pooling = json.loads((folder / "config.json").read_text("utf-8")).get("feature_pooling", "cls")
+    model, loading = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
+    model.eval()
+    backbone = model.vit if hasattr(model, "vit") else model
+    found = backbone(images, output_hidden_states=True)
+    if pooling == "avg":  # the mean of the patches, then the norm
+        features = backbone.layernorm(found.hidden_states[-1][:, 1:].mean(dim=1))
+    elif found.pooler_output is not None:  # our pooler passes the class token through
+        features = found.pooler_output
+    else:
+        features = found.last_hidden_state[:, 0]
+    outputs = {"features": features}
+    head = architecture == "ViTForImageClassification"
+    if head:
+        outputs["logits"] = model(images).logits
+    config = model.config
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    crop = processor.crop_size if processor.do_center_crop else processor.size
+    report = {
+        "versions": {"transformers": transformers.__version__},
+        "missing": sorted(map(str, loading["missing_keys"])),
+        "unexpected": sorted(map(str, loading["unexpected_keys"])),
+        "mismatched": sorted(map(str, loading.get("mismatched_keys", ()))),
+        "labels": [config.id2label[i] for i in range(config.num_labels)] if head else None,
+        "num_classes": config.num_labels if head else 0,
+        "mean": list(processor.image_mean),
+        "std": list(processor.image_std),
+        "image_size": crop["height"],
+    }
+    return outputs, report
+
+
+def main() -> None:
+    request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    answer = Path(request["answer"])
+    library = {"timm": "timm", "hf": "transformers"}[request["format"]]
+    try:
+        kept = declare_torchvision_operators()
+        __import__(library)
+    except Exception as error:
+        answer.write_text(json.dumps({"unavailable": f"{library} cannot be imported here: {error}"}), "utf-8")
+        return
+    images = load_file(request["images"])["images"]
+    runner = {"timm": run_timm, "hf": run_hugging_face}[request["format"]]
+    with torch.inference_mode():
+        outputs, report = runner(Path(request["folder"]), images)
+    save_file({name: value.float().contiguous() for name, value in outputs.items()}, request["outputs"])
+    report["versions"]["torch"] = torch.__version__
+    report["declared_operators"] = len(kept)
+    answer.write_text(json.dumps(report), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

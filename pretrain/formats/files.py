@@ -1,0 +1,60 @@
+"""Write and read the few files that a model folder is made of. Called by every format.
+
+Reading never unpickles: safetensors and JSON only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, load_file, save_file
+from torch import Tensor
+
+from pretrain.errors import CheckpointError
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write float32 tensors, each with memory of its own, and flush them to the disk."""
+    own = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    # transformers refuses a file that does not say which framework wrote it.
+    save_file(own, path, metadata={"format": "pt"})
+    _flush(path)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _flush(path)
+
+
+def read_tensors(source: Path | bytes, *, where: str) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU; CheckpointError when it is damaged or none."""
+    try:
+        return load(source) if isinstance(source, bytes) else load_file(source)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{where} is not a whole safetensors file: {error}; copy or export it again"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{where} cannot be read: {error}") from error
+
+
+def read_json(text: str | bytes, *, where: str) -> dict[str, Any]:
+    """A JSON object; CheckpointError for anything else."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object")
+    return values
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
