@@ -52,7 +52,7 @@ def build_backbone(config: RunConfig) -> VisionTransformer:
     )
 
 
-def build_objective(config: RunConfig, *, num_classes: int | None) -> nn.Module:
+def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE:
     """The objective with fresh float32 weights that depend on `config.seed` alone."""
     torch.manual_seed(config.seed)
     backbone = build_backbone(config)
@@ -218,4 +218,4 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
 
 
 def build_device_transform(config: RunConfig) -> DeviceTransform:
-    return DeviceTransform(mean=config.data.mean, std=config.data.std)
+    return DeviceTransform(mean=config.data.mean, std=config.data.std, color_jitter=config.data.color_jitter)

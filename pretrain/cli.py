@@ -30,7 +30,9 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("pretrain.train", "train a recipe: pretraining, fine-tuning, resuming", "pretrain.recipe"),
+    "train": Command(
+        "pretrain.train", "train a recipe: pretraining, fine-tuning, resuming", "pretrain.recipe"
+    ),
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
@@ -102,8 +104,8 @@ def _find_command(words: Sequence[str]) -> tuple[str, list[str]] | int:
 def _help_of(command: Command) -> str:
     """The docstring of the command's module, read without importing it."""
     spec = importlib.util.find_spec(command.module)
-    assert spec is not None and spec.origin is not None, f"{command.module} is not installed"
-    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or command.summary
+    assert spec, f"{command.module} is not installed"
+    return ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))) or command.summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,9 +23,7 @@ DEBUG_LANES = 8
 
 
 def s3_settings(config: RunConfig) -> S3Settings:
-    return S3Settings(
-        addressing_style=config.storage.addressing_style, checksums=config.storage.checksums
-    )
+    return S3Settings(addressing_style=config.storage.addressing_style, checksums=config.storage.checksums)
 
 
 def backbone_spec(

@@ -78,9 +78,13 @@ def join(*, timeout_seconds: float = 600.0) -> World:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:  # torch's DistError family is RuntimeError
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise PretrainError(f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}") from None
+        raise PretrainError(
+            f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}"
+        ) from None
     # A launcher and a plugin that disagree give runs that each think they are alone.
-    assert dist.get_world_size() == world_size, f"asked for {world_size} ranks, joined {dist.get_world_size()}"
+    assert dist.get_world_size() == world_size, (
+        f"asked for {world_size} ranks, joined {dist.get_world_size()}"
+    )
     return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
 
 

@@ -35,16 +35,27 @@ MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="the recipe, a YAML file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="settings that take precedence over the recipe's"
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="settings that take precedence over the recipe's",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the resolved recipe and all that follows from it, then stop"
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and all that follows from it, then stop",
     )
     parser.add_argument(
-        "--world-size", type=int, default=1, metavar="R", help="the number of ranks --dry-run assumes (default 1)"
+        "--world-size",
+        type=int,
+        default=1,
+        metavar="R",
+        help="the number of ranks --dry-run assumes (default 1)",
     )
     parser.add_argument(
-        "--debug", action="store_true", help="one device, no worker processes, anomaly checks, first batch described"
+        "--debug",
+        action="store_true",
+        help="one device, no worker processes, anomaly checks, first batch described",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
@@ -79,8 +90,14 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     yield "training work an image", f"{_flops(config, num_classes) / 1e9:,.2f} GFLOP, without recomputation"
 
     stage = zero_stage(config)
-    yield "engine", f"DeepSpeed ZeRO {stage} when launched as several processes, else accelerate on one device"
-    yield "weights and state a rank", f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside"
+    yield (
+        "engine",
+        f"DeepSpeed ZeRO {stage} when launched as several processes, else accelerate on one device",
+    )
+    yield (
+        "weights and state a rank",
+        f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
+    )
 
     pads = split.slice_size * world_size - config.train.global_batch_size
     yield "images a rank a step", f"{split.slice_size}" + (f" ({pads} pads over all ranks)" if pads else "")
@@ -100,7 +117,10 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         order = build_order(config, index, lanes=lanes)
         steps = total_steps(config, index.num_samples)
         samples = steps * config.train.global_batch_size
-        yield "data", f"{index.num_samples:,} samples in {len(index.shard_names):,} shards, {index.num_chunks:,} chunks"
+        yield (
+            "data",
+            f"{index.num_samples:,} samples in {len(index.shard_names):,} shards, {index.num_chunks:,} chunks",
+        )
         yield "classes", f"{num_classes}" if num_classes else "none used"
         yield "steps", f"{steps:,} ({samples:,} samples)"
         yield "epochs", f"{samples / index.num_samples:,.2f}"

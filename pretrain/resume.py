@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from pretrain.checkpoint.compatibility import check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
@@ -21,6 +19,8 @@ from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.mae import MAE
 
 
 def claim(run_dir: Path, config_yaml: str, held: list[RunDirectory]) -> int:
@@ -39,13 +39,13 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(committed(run_dir))
 
 
-def initialize(objective: nn.Module, init_from: str) -> str:
+def initialize(objective: Classification | MAE, init_from: str) -> str:
     """Load a backbone into `objective`; a head that does not fit stays new. Returns what was loaded.
 
     Raises CheckpointError when the backbone did not load as a whole.
     """
     incoming = read_backbone(init_from)
-    return str(load_into(objective.backbone, incoming))  # type: ignore[arg-type]
+    return str(load_into(objective.backbone, incoming))
 
 
 def stored_lanes(run_dir: Path) -> int | None:

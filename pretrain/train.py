@@ -52,7 +52,17 @@ from pretrain.derived import (
     split_batch,
     total_steps,
 )
-from pretrain.distributed import Sums, World, barrier, from_main, is_launched, join, leave, sum_over_ranks, together
+from pretrain.distributed import (
+    Sums,
+    World,
+    barrier,
+    from_main,
+    is_launched,
+    join,
+    leave,
+    sum_over_ranks,
+    together,
+)
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, PretrainError, UsageError
 from pretrain.metrics.reporter import Reporter
@@ -93,7 +103,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     index = together(lambda: open_training_data(config, world=world))
     num_classes = num_classes_for(config, index)
-    val_index = together(lambda: open_index(config.data.val, s3=s3)) if config.data.val else None
+    val_url = config.data.val
+    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, num_classes)
     order = build_order(config, index, lanes=stored_lanes(run_dir) or run_lanes(config, debug=debug))
@@ -162,19 +173,21 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             micro_batches = next(batches)
             reporter.throughput.data_arrived()
             if num_classes is not None:
-                for batch in micro_batches:
-                    check_labels(batch["labels"], num_classes, batch["weights"])
+                for host_batch in micro_batches:
+                    check_labels(host_batch["labels"], num_classes, host_batch["weights"])
 
             # The loss is the mean over the true global batch, however it is split: every share is
             # divided by the one global count, known before the first backward.
-            local_count = sum(objective.count(batch) for batch in micro_batches)
+            local_count = sum(objective.count(host_batch) for host_batch in micro_batches)
             count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
             lr = learning_rate(config, step, last_step)
             sums = Sums(engine.device)
             sums.add(count=local_count)
-            for batch in micro_batches:
-                batch = to_device(batch, engine.device)
-                images = device_transform(batch, dtype=engine.input_dtype)
+            for host_batch in micro_batches:
+                batch = to_device(host_batch, engine.device)
+                images = device_transform(
+                    batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
+                )
                 if debug and step == 0:
                     print(describe_batch(images, batch), file=sys.stderr)
                 loss_sum, metric_sums = engine.forward(images, batch)
@@ -223,7 +236,9 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                     order=order.fingerprint(),
                 )
             if exit_code is not None and not is_last:
-                reporter.event("stopped", note=f"stopped and saved at step {step}", step=step, samples=samples)
+                reporter.event(
+                    "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
+                )
                 barrier()  # nobody leaves while a peer may still need it
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
@@ -258,7 +273,7 @@ def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> s
     """Shapes and ranges, for whoever debugs."""
     named = {"images (normalised)": images, **batch}
     return "\n".join(
-        f"first batch: {name:<20} {str(tensor.dtype):<14} {tuple(tensor.shape)!s:<20} "
+        f"first batch: {name:<20} {tensor.dtype!s:<14} {tuple(tensor.shape)!s:<20} "
         f"from {tensor.float().min():.4g} to {tensor.float().max():.4g}, mean {tensor.float().mean():.4g}"
         for name, tensor in named.items()
     )
@@ -269,10 +284,12 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
     """Mean loss and metrics over a dataset, each sample once, however many ranks there are."""
     sums = Sums(engine.device)
     engine.module.eval()
-    for batch in loader:
-        count = engine.module.count(batch)  # type: ignore[operator]
-        batch = to_device(batch, engine.device)
-        images = device_transform(batch, dtype=engine.input_dtype)
+    for host_batch in loader:
+        count = engine.module.count(host_batch)
+        batch = to_device(host_batch, engine.device)
+        images = device_transform(
+            batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
+        )
         loss_sum, metric_sums = engine.forward(images, batch)
         sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
     engine.module.train()

@@ -69,7 +69,9 @@ def _next_attempt(path: Path) -> int:
     """The supervisor's number if it gave one, else one more than the highest; made exclusively."""
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
-        raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it")
+        raise UsageError(
+            f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it"
+        )
     taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
     number = int(given) if given is not None else max(taken, default=0) + 1
     try:

@@ -35,7 +35,13 @@ class Reporter:
 
     @classmethod
     def for_main(
-        cls, run_dir: Path, *, attempt: int, total_steps: int, server: MetricsServer | None, log_every_steps: int
+        cls,
+        run_dir: Path,
+        *,
+        attempt: int,
+        total_steps: int,
+        server: MetricsServer | None,
+        log_every_steps: int,
     ) -> Reporter:
         return cls(
             journal=Journal(run_dir / "journal.jsonl", attempt=attempt),
@@ -63,7 +69,11 @@ class Reporter:
         init_ignored: bool,
     ) -> None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"
-        note = f"going on at step {step} of {total_steps} on {ranks}" if resumed else f"{total_steps} steps on {ranks}"
+        note = (
+            f"going on at step {step} of {total_steps} on {ranks}"
+            if resumed
+            else f"{total_steps} steps on {ranks}"
+        )
         if init_ignored:
             note += "; init_from is ignored, the run has a checkpoint of its own"
         self.event(
@@ -132,7 +142,9 @@ class Reporter:
 
     def validation(self, *, step: int, samples: int, **metrics: float) -> None:
         said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.event("validation", note=f"step {step}: validation {said}", step=step, samples=samples, **metrics)
+        self.event(
+            "validation", note=f"step {step}: validation {said}", step=step, samples=samples, **metrics
+        )
         if self._server:
             self._server.set_validation(metrics)
 
