@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parameter_reads import watch_foreign_reads
 from timm_reference import import_timm, timm_vit
-from torch import nn
 
 from pretrain.errors import ConfigError
 from pretrain.models.build import build_vit
@@ -254,28 +254,19 @@ def test_one_seed_gives_one_set_of_weights():
 
 
 def test_every_weight_is_read_in_the_forward_of_the_module_that_owns_it():
-    """ZeRO-3 gathers a module's own weights for its forward only."""
     vit = small_vit()
-    owners = {id(p): m for m in vit.modules() for p in m.parameters(recurse=False)}
-    running: list[nn.Module] = []
-    missing = []
-
-    class Watch(torch.overrides.TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            for value in (*args, *(kwargs or {}).values()):
-                if isinstance(value, nn.Parameter) and owners[id(value)] not in running:
-                    missing.append((func, tuple(value.shape)))
-            return func(*args, **(kwargs or {}))
-
-    hooks = []
-    for module in vit.modules():
-        hooks.append(module.register_forward_pre_hook(lambda m, _: running.append(m)))
-        hooks.append(module.register_forward_hook(lambda m, _, __: running.remove(m)))
-    with Watch():
+    with watch_foreign_reads(vit) as reads:
         vit.features(images())
         vit.tokens(images())
         vit(images(), keep_BN=torch.arange(9).expand(3, -1), pool=False)
-    assert missing == []
+    assert reads == []
+
+
+def test_a_weight_read_from_outside_would_be_noticed():
+    vit = small_vit()
+    with watch_foreign_reads(vit) as reads:
+        vit.norm(vit.pos_embed)
+    assert reads == ["pos_embed"]
 
 
 @pytest.mark.parametrize(

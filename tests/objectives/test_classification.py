@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parameter_reads import watch_foreign_reads
 
 from pretrain.errors import DataError
 from pretrain.models.vit import VisionTransformer
@@ -167,3 +168,17 @@ def test_labels_in_range_and_those_of_pads_pass():
     check_labels(torch.tensor([0, 4, -1]), 5, weights=torch.tensor([1.0, 1.0, 0.0]))
     with pytest.raises(DataError):
         check_labels(torch.tensor([0, 9, -1]), 5, weights=torch.tensor([1.0, 1.0, 0.0]))
+
+
+def test_every_weight_is_read_in_the_forward_of_the_module_that_owns_it():
+    module = objective(drop_path_rate=0.5)
+    with watch_foreign_reads(module) as reads:
+        module(*make_batch())
+    assert reads == []
+
+
+def test_the_whole_step_compiles_without_graph_breaks():
+    module = objective(drop_path_rate=0.5).train()
+    images, batch = make_batch()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, batch)[0], module(images, batch)[0])

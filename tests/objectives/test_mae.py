@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parameter_reads import watch_foreign_reads
 from timm_reference import import_transformers
 
 from pretrain.errors import ConfigError
@@ -301,3 +302,18 @@ def test_a_few_steps_of_training_lower_the_loss():
 def test_a_decoder_whose_heads_do_not_divide_it_is_refused():
     with pytest.raises(ConfigError, match="decoder_dim=16"):
         MAE(objective().backbone, seed=0, decoder_dim=16, decoder_depth=1, decoder_heads=3)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "avg"])
+def test_every_weight_is_read_in_the_forward_of_the_module_that_owns_it(pooling):
+    module = objective(drop_path_rate=0.5, pooling=pooling)
+    with watch_foreign_reads(module) as reads:
+        module(*make_batch())
+    assert reads == []
+
+
+def test_the_whole_step_compiles_without_graph_breaks():
+    module = objective(drop_path_rate=0.5).train()
+    images, batch = make_batch()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images, batch)[0], module(images, batch)[0])
