@@ -43,7 +43,8 @@ class KeyedRandom:
 
     def uniform(self, count: int) -> npt.NDArray[np.float64]:
         """float64[count] in [0, 1), 53 random bits each."""
-        return (self._philox.random_raw(count) >> np.uint64(11)) * 2.0**-53
+        words: npt.NDArray[np.uint64] = self._philox.random_raw(count)
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
     def integers(self, high: int, count: int) -> npt.NDArray[np.int64]:
         """int64[count] in [0, high), for high up to 2**31."""
