@@ -106,7 +106,7 @@ class Order:
     def __init__(
         self, *, chunk_samples: npt.NDArray[Any], seed: int, lanes: int, block_chunks: int = 4
     ) -> None:
-        assert lanes >= 2 and lanes % 2 == 0, f"lanes must be even: got {lanes}"
+        assert lanes in range(2, 2**31, 2), f"lanes must be even: got {lanes}"
         assert block_chunks >= 1, f"a block holds at least one chunk: got {block_chunks}"
         assert 0 <= seed < 2**64, f"a seed is a 64-bit word: got {seed}"
         self.chunk_samples = np.ascontiguousarray(chunk_samples, dtype=np.int32)
@@ -149,7 +149,7 @@ class Order:
     def locate(self, positions: npt.ArrayLike) -> tuple[Int64s, Int64s]:
         """(chunk int64[n], row in that chunk int64[n]) of positions int[n] >= 0."""
         wanted = np.asarray(positions, np.int64)
-        assert wanted.ndim == 1 and (wanted >= 0).all(), "positions are a list of numbers from 0 up"
+        assert np.all(wanted >= 0), "positions are a list of numbers from 0 up"
         epochs, offsets = np.divmod(wanted, self.num_samples)
         chunks, rows = np.empty_like(wanted), np.empty_like(wanted)
         for epoch in np.unique(epochs).tolist():
@@ -166,7 +166,7 @@ class Order:
         """int64[size]: the positions [start, start + size), arranged so that neighbours 2i and 2i+1 come
         from lanes half the lanes apart (the pairs that mixing uses) and a contiguous slice has few lanes.
         """
-        assert start >= 0 and size >= 0, f"a batch starts at 0 or later: got {start}, {size}"
+        assert min(start, size) >= 0, f"a batch starts at 0 or later: got {start}, {size}"
         positions = np.arange(start, start + size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         rows, lanes = np.divmod(offsets, self.lanes)
