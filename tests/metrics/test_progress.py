@@ -54,11 +54,20 @@ def test_the_eta_counts_what_happens_between_steps_too():
 
 @pytest.fixture
 def terminal():
-    """Both ends of a terminal 60 columns wide: the file to write to, and a function that reads it."""
+    """A terminal 60 columns wide: the file to write to, and a function that reads what arrived."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     with os.fdopen(slave, "w") as stream:
-        yield stream, lambda: os.read(master, 1 << 16).decode()
+
+        def written() -> str:
+            stream.write("<end>")  # a terminal hands bytes over in pieces
+            stream.flush()
+            text = b""
+            while not text.endswith(b"<end>"):
+                text += os.read(master, 1 << 16)
+            return text.decode().removesuffix("<end>")
+
+        yield stream, written
     os.close(master)
 
 
