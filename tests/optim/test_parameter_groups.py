@@ -1,0 +1,78 @@
+"""Parameter groups against timm's."""
+
+import pytest
+import torch
+from timm_reference import import_timm
+
+from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.mae import MAE
+from pretrain.optim.parameter_groups import parameter_groups
+
+
+def backbone(**changes):
+    return VisionTransformer(
+        **{"image_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, **changes}
+    )
+
+
+@pytest.mark.parametrize("position_embedding", ["learned", "sincos"])
+def test_the_groups_equal_timms_for_a_vision_transformer(position_embedding):
+    import_timm()
+    from timm.optim import param_groups_weight_decay
+
+    module = backbone(position_embedding=position_embedding)
+    theirs = param_groups_weight_decay(
+        module, 0.05, no_weight_decay_list=("pos_embed", "cls_token", "reg_token", "dist_token")
+    )
+    wanted = {group["weight_decay"]: [id(p) for p in group["params"]] for group in theirs}
+    groups = parameter_groups(module, weight_decay=0.05)
+    assert {group["weight_decay"]: [id(p) for p in group["params"]] for group in groups} == wanted
+
+
+def test_names_stand_beside_their_parameters_and_cover_all_of_them():
+    module = MAE(backbone(), seed=0, decoder_dim=16, decoder_depth=1, decoder_heads=2)
+    groups = parameter_groups(module, weight_decay=0.05)
+    by_name = dict(module.named_parameters())
+    pairs = [pair for group in groups for pair in zip(group["names"], group["params"], strict=True)]
+    assert all(by_name[name] is parameter for name, parameter in pairs)
+    assert sorted(name for name, _ in pairs) == sorted(by_name)
+    plain = groups[1]["names"]
+    assert {"decoder.mask_token", "backbone.cls_token", "backbone.pos_embed"} <= set(plain)
+
+
+def test_a_heads_weight_decays_and_its_bias_does_not():
+    decayed, plain = parameter_groups(Classification(backbone(), num_classes=3), weight_decay=0.1)
+    assert decayed["weight_decay"] == 0.1
+    assert plain["weight_decay"] == 0.0
+    assert "head.weight" in decayed["names"]
+    assert "head.bias" in plain["names"]
+
+
+def test_frozen_parameters_and_empty_groups_are_left_out():
+    module = torch.nn.Linear(3, 3)
+    module.weight.requires_grad_(False)
+    groups = parameter_groups(module, weight_decay=0.1)
+    assert [group["names"] for group in groups] == [["bias"]]
+
+
+def test_a_weight_that_zero_3_has_partitioned_is_grouped_by_its_full_shape():
+    module = torch.nn.Linear(3, 3)
+    module.weight.ds_shape = module.weight.shape  # as DeepSpeed leaves it
+    module.weight.data = torch.empty(0)
+    assert parameter_groups(module, weight_decay=0.1)[0]["names"] == ["weight"]
+
+
+def test_adamw_takes_the_groups_and_decays_only_the_first():
+    module = Classification(backbone(), num_classes=3)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    groups = parameter_groups(module, weight_decay=0.5)
+    optimizer = torch.optim.AdamW(groups, lr=0.1)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = dict(module.named_parameters())
+    for name in groups[0]["names"]:
+        torch.testing.assert_close(after[name], before[name] * 0.95)
+    for name in groups[1]["names"]:
+        assert torch.equal(after[name], before[name])
