@@ -1,0 +1,74 @@
+"""Fixtures that several packages share: a real S3 server, fresh buckets on it, real data."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from services.radosgw import Radosgw, missing_binaries
+
+# Whatever the caller's shell says must not reach a test: nor may a test reach out.
+AWS_VARIABLES = (
+    "AWS_PROFILE",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+    "AWS_RESPONSE_CHECKSUM_VALIDATION",
+    "PRETRAIN_S3_ADDRESSING_STYLE",
+    "PRETRAIN_S3_CHECKSUMS",
+)
+
+
+def skip_or_fail(reason: str) -> None:
+    """Skip, unless PRETRAIN_REQUIRE_SERVICES=1 says that the service was to be here."""
+    if os.environ.get("PRETRAIN_REQUIRE_SERVICES") == "1":
+        pytest.fail(f"{reason}, and PRETRAIN_REQUIRE_SERVICES=1", pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Radosgw]:
+    """Ceph's radosgw, started for the first test that asks and stopped with the session."""
+    missing = missing_binaries()
+    if missing:
+        skip_or_fail(f"the S3 server is not installed: {', '.join(missing)}")
+    server = Radosgw()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_environment(s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Radosgw:
+    """The server, with the environment pointing boto3 at it as its first user."""
+    for variable in AWS_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in s3_server.environment().items():
+        monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    return s3_server
+
+
+@pytest.fixture
+def s3_bucket(s3_environment: Radosgw) -> str:
+    """A fresh, empty bucket, as `s3://bucket`; the environment points at its server."""
+    name = f"test-{uuid.uuid4().hex[:16]}"
+    s3_environment.make_bucket(name)
+    return f"s3://{name}"
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder of real data sets: PRETRAIN_REAL_DATA, else shared/data beside the checkout."""
+    named = os.environ.get("PRETRAIN_REAL_DATA")
+    checkout = Path(__file__).resolve().parent.parent
+    folder = Path(named) if named else checkout.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not a folder; set PRETRAIN_REAL_DATA")
+    return folder

@@ -1,0 +1,113 @@
+"""A TCP proxy that passes bytes on unchanged, except for the faults it is told to make.
+
+Signatures of S3 requests stay valid: the client signs the proxy's address, and the server checks what it got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import socket
+import struct
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+_REQUEST = re.compile(rb"(GET|PUT|HEAD|POST|DELETE) \S+ HTTP/1\.1\r\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """`kind`: "503" answers for the server; "close", "reset" and "stall" act on the server's answer after
+    `after_bytes` of it, header included, were passed on (0: the request is served, its answer lost)."""
+
+    kind: str
+    method: str = "GET"
+    after_bytes: int = 0
+
+
+class FaultProxy:
+    """Listens on 127.0.0.1:`port` while entered. `requests` holds the head of each request, in order."""
+
+    def __init__(self, upstream_port: int) -> None:
+        self.faults: deque[Fault] = deque()  # each one strikes the next request of its method
+        self.requests: list[str] = []
+        self._upstream_port = upstream_port
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        starting = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
+        )
+        self._server = starting.result(timeout=5)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(timeout=5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    async def _close(self) -> None:
+        self._server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
+    async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
+        upstream_in, upstream_out = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        current: list[Fault | None] = [None]  # of the request that this connection is busy with
+        pumps = [
+            asyncio.create_task(self._pump_requests(client_in, client_out, upstream_out, current)),
+            asyncio.create_task(self._pump_answers(upstream_in, client_out, current)),
+        ]
+        try:
+            await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
+            for writer in (client_out, upstream_out):
+                writer.close()
+
+    async def _pump_requests(self, client_in, client_out, upstream_out, current) -> None:  # type: ignore[no-untyped-def]
+        while data := await client_in.read(1 << 16):
+            if match := _REQUEST.match(data):  # heads are small: they come in one piece
+                self.requests.append(data.split(b"\r\n\r\n")[0].decode())
+                current[0] = self._take_fault(match[1].decode())
+                if current[0] and current[0].kind == "503":
+                    client_out.write(
+                        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                    )
+                    return await client_out.drain()
+            upstream_out.write(data)
+            await upstream_out.drain()
+
+    def _take_fault(self, method: str) -> Fault | None:
+        return self.faults.popleft() if self.faults and self.faults[0].method == method else None
+
+    async def _pump_answers(self, upstream_in, client_out, current) -> None:  # type: ignore[no-untyped-def]
+        passed = 0
+        while data := await upstream_in.read(1 << 16):
+            fault = current[0]
+            if fault and not data.startswith(b"HTTP/1.1 100"):
+                data, broken = data[: fault.after_bytes - passed], passed + len(data) >= fault.after_bytes
+                passed += len(data)
+            else:
+                passed, broken = 0, False
+            with contextlib.suppress(ConnectionError):  # the client gave up: nobody is left to tell
+                client_out.write(data)
+                await client_out.drain()
+            if broken and fault.kind == "stall":
+                await asyncio.sleep(3600)
+            if broken and fault.kind == "reset":
+                linger = struct.pack("ii", 1, 0)  # close with RST, not FIN
+                client_out.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                return client_out.transport.abort()
+            if broken:
+                return None
