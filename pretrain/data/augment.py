@@ -1,0 +1,187 @@
+"""Turn images into network inputs: the costly half on the host, the rest in batches on the device.
+
+Host: decode, crop, resize, to uint8 (3, S, S), with the draws for the rest. Device: flip, colour, normalise.
+Called by loader.py (host) and the training and evaluation loops (device).
+"""
+
+# B batch, S side of the network's input, H and W height and width
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from pretrain.data.decode import Picture
+from pretrain.data.keyed import KeyedRandom
+
+Augmentation = Literal["random_resized_crop", "center_crop"]
+
+CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
+CENTER_FRACTION = 0.875  # 224 of 256, the usual evaluation crop
+_RESAMPLING = Image.Resampling.BICUBIC  # Pillow's is antialiased
+_NO_JITTER = np.ones(3, np.float32)
+
+
+class HostSample(NamedTuple):
+    """One image as the host leaves it."""
+
+    pixels: npt.NDArray[np.uint8]  # (3, S, S)
+    flip: bool
+    jitter: npt.NDArray[np.float32]  # (3,) factors of brightness, contrast, saturation; 1 changes nothing
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels from its upper left corner."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTransform:
+    """Random crop, flip and colour of one training image, drawn from its position's stream.
+
+    crop_scale: area of the crop as a fraction of the image; crop_ratio: its width over its height;
+    horizontal_flip: probability; color_jitter: factors are drawn from [max(0, 1 - c), 1 + c].
+    """
+
+    image_size: int
+    augmentation: Augmentation = "random_resized_crop"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    horizontal_flip: float = 0.5
+    color_jitter: float = 0.0
+
+    def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample:
+        """`random` stands at the start of the sample's stream. DataError, with `name`, if undecodable."""
+        # Everything is drawn at once: later draws do not move when an earlier choice needs more tries.
+        draws = random.uniform(4 + 4 * CROP_TRIES)
+        picture = Picture(data, name=name)
+        if self.augmentation == "center_crop":
+            box = center_box(picture.size, image_size=self.image_size)
+        else:
+            tries = draws[4:].reshape(CROP_TRIES, 4)
+            box = random_box(picture.size, scale=self.crop_scale, ratio=self.crop_ratio, draws=tries)
+        low = max(0.0, 1.0 - self.color_jitter)
+        jitter = low + (1.0 + self.color_jitter - low) * draws[1:4]
+        return HostSample(
+            pixels=crop_and_resize(picture, box, image_size=self.image_size),
+            flip=bool(draws[0] < self.horizontal_flip),
+            jitter=jitter.astype(np.float32) if self.color_jitter else _NO_JITTER,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalTransform:
+    """The centre of the image, whole for images no larger than the input. Draws nothing."""
+
+    image_size: int
+
+    def __call__(
+        self, data: bytes | memoryview, *, name: str, random: KeyedRandom | None = None
+    ) -> HostSample:
+        """DataError, with `name`, if undecodable."""
+        picture = Picture(data, name=name)
+        box = center_box(picture.size, image_size=self.image_size)
+        pixels = crop_and_resize(picture, box, image_size=self.image_size)
+        return HostSample(pixels=pixels, flip=False, jitter=_NO_JITTER)
+
+
+def random_box(
+    size: tuple[int, int],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    draws: npt.NDArray[np.float64],
+) -> Box:
+    """torchvision's RandomResizedCrop.get_params: ten tries, then the largest centre crop of a fair ratio.
+
+    size: (width, height); draws: float64[tries, 4] in [0, 1).
+    """
+    W, H = size
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for area_draw, ratio_draw, top_draw, left_draw in draws.tolist():
+        area = W * H * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= W and 0 < height <= H:
+            return Box(int(left_draw * (W - width + 1)), int(top_draw * (H - height + 1)), width, height)
+    if ratio[0] > W / H:
+        width, height = W, max(1, round(W / ratio[0]))
+    elif ratio[1] < W / H:
+        width, height = max(1, round(H * ratio[1])), H
+    else:
+        width, height = W, H
+    return Box((W - width) // 2, (H - height) // 2, width, height)
+
+
+def center_box(size: tuple[int, int], *, image_size: int) -> Box:
+    """The centre square: 0.875 of the shorter side where that is above image_size, else all of it."""
+    shorter = min(size)
+    side = shorter * CENTER_FRACTION if shorter > image_size else float(shorter)
+    return Box((size[0] - side) / 2, (size[1] - side) / 2, side, side)
+
+
+def crop_and_resize(picture: Picture, box: Box, *, image_size: int) -> npt.NDArray[np.uint8]:
+    """uint8 (3, S, S): the box of the picture, antialiased; decoded no larger than that needs."""
+    W, H = picture.size
+    needed = math.ceil(W * image_size / box.width), math.ceil(H * image_size / box.height)
+    image = picture.pixels(at_least=needed)
+    x, y = image.width / W, image.height / H
+    left, top = box.left * x, box.top * y
+    right = min(left + box.width * x, image.width)  # min: rounding may step over the edge by 1e-13
+    bottom = min(top + box.height * y, image.height)
+    resized = image.resize((image_size, image_size), _RESAMPLING, box=(left, top, right, bottom))
+    return np.asarray(resized).transpose(2, 0, 1)
+
+
+class DeviceTransform:
+    """Flip, brightness, contrast, saturation, normalise: a batch at a time, without a host sync.
+
+    mean, std: of each channel, in units of the full range; color_jitter: 0 leaves the colour steps out.
+    """
+
+    def __init__(self, *, mean: Sequence[float], std: Sequence[float], color_jitter: float = 0.0) -> None:
+        self.color_jitter = color_jitter
+        self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
+        self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
+
+    def __call__(
+        self,
+        images_BCHW: torch.Tensor,
+        *,
+        flips: torch.Tensor,
+        jitter: torch.Tensor,
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """(B, 3, S, S) uint8, (B,) bool, (B, 3) float32, on one device -> (B, 3, S, S) of `dtype`."""
+        flipped = torch.where(flips[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        x = flipped.to(torch.float32) / 255  # float32: bf16 has fewer steps than a byte near 1
+        if self.color_jitter:
+            x = _jitter_color(x, jitter)
+        if self._mean.device != x.device:  # once: such a copy waits for the device
+            self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
+        return ((x - self._mean) / self._std).to(dtype)
+
+
+def _jitter_color(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
+    """torchvision's adjust_brightness, adjust_contrast and adjust_saturation, in this order."""
+    brightness, contrast, saturation = jitter[:, :, None, None, None].unbind(1)
+    x = (x * brightness).clamp(0, 1)
+    x = torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 1)
+    return torch.lerp(_grey(x), x, saturation).clamp(0, 1)
+
+
+def _grey(x: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S, S) luma, ITU-R BT.601 as torchvision's rgb_to_grayscale."""
+    red, green, blue = x.unbind(1)
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)

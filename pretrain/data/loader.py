@@ -1,0 +1,310 @@
+"""Batches for one rank, in the order that order.py gives. Called by the training and evaluation loops.
+
+The trainer's process turns positions into chunks and rows and hands them out as tasks; workers read,
+decode and crop. The result never depends on the number of workers: a task carries all that it needs, and
+comes back in its place. Each step's slice is cut into one part a worker, so that a worker meets the same
+lanes, and so the same chunks, step after step, and a step is ready when all have done their share of it.
+"""
+
+# B micro-batch, S side of the network's input, n samples of a part
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypedDict
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pretrain.data.augment import HostSample
+from pretrain.data.keyed import KeyedRandom
+from pretrain.data.order import PAD, Int64s, Order, locate_sample, sample_ends, slice_batch, validation_slice
+from pretrain.data.reader import ChunkReader, ChunkRef, ChunkStore
+from pretrain.data.workers import WorkerGuard, become_worker, worker_context
+from pretrain.errors import PretrainError
+
+
+class Batch(TypedDict):
+    """One micro-batch, on the host. Padded places have weight 0, position -1, label 0 and a black image."""
+
+    images: torch.Tensor  # uint8 (B, 3, S, S)
+    labels: torch.Tensor  # int64 (B,), -1 where the dataset has none
+    weights: torch.Tensor  # float32 (B,)
+    positions: torch.Tensor  # int64 (B,)
+    flips: torch.Tensor  # bool (B,)
+    jitter: torch.Tensor  # float32 (B, 3)
+
+
+class HostTransform(Protocol):
+    """`TrainTransform` and `EvalTransform`. Must be picklable."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample: ...
+
+
+class _Task(NamedTuple):
+    """Samples to prepare: sample i stands in row rows[i] of chunks[chunk_of[i]]; pads have position PAD."""
+
+    positions: Int64s  # [n]
+    chunk_of: Int64s  # [n]
+    rows: Int64s  # [n]
+    chunks: tuple[ChunkRef, ...]
+
+
+class _Preparer(Dataset[Any]):
+    """Task in, Batch of n samples out. Lives in each worker."""
+
+    def __init__(self, *, store: ChunkStore, transform: HostTransform, seed: int) -> None:
+        self._store, self._transform = store, transform
+        self._random = KeyedRandom(seed)
+
+    def __getitem__(self, task: _Task) -> Batch | PretrainError:
+        # An error is handed over as a value: raised, torch would wrap it with a traceback in its message.
+        try:
+            return self._prepare(task)
+        except PretrainError as error:
+            return error
+
+    def _prepare(self, task: _Task) -> Batch:
+        n, S = len(task.positions), self._transform.image_size
+        images = np.zeros((n, 3, S, S), np.uint8)
+        labels, flips, jitter = np.zeros(n, np.int64), np.zeros(n, np.bool_), np.ones((n, 3), np.float32)
+        for i, position in enumerate(task.positions.tolist()):
+            if position == PAD:
+                continue
+            raw = self._store.read(task.chunks[task.chunk_of[i]], int(task.rows[i]))
+            sample = self._transform(raw.image, name=raw.name, random=self._random.at(position))
+            images[i], flips[i], jitter[i] = sample.pixels, sample.flip, sample.jitter
+            labels[i] = raw.label
+        return Batch(
+            images=torch.from_numpy(images),
+            labels=torch.from_numpy(labels),
+            weights=torch.from_numpy((task.positions != PAD).astype(np.float32)),
+            positions=torch.from_numpy(task.positions),
+            flips=torch.from_numpy(flips),
+            jitter=torch.from_numpy(jitter),
+        )
+
+
+class _Source:
+    """Whole slices from a stream of positions, through workers or in this process."""
+
+    def __init__(
+        self,
+        *,
+        reader: ChunkReader,
+        transform: HostTransform,
+        seed: int,
+        slices: Iterator[Int64s],
+        locate: Callable[[Int64s], tuple[Int64s, Int64s]],
+        workers: int,
+        prefetch_steps: int,
+    ) -> None:
+        self._reader, self._slices, self._locate = reader, slices, locate
+        self._workers = workers
+        preparer = _Preparer(store=reader.store, transform=transform, seed=seed)
+        self._guard: WorkerGuard | None = None
+        self._part_counts: list[int] = []  # of slices on their way, oldest first
+        if workers == 0:
+            self._parts: Iterator[Any] = (preparer[task] for task in self._tasks())
+            return
+        loader: DataLoader[Any] = DataLoader(
+            preparer,
+            sampler=_Tasks(self._tasks()),
+            batch_size=None,  # a task is a batch already
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=prefetch_steps,
+            multiprocessing_context=worker_context(),
+            worker_init_fn=become_worker,
+            generator=torch.Generator(),  # its own: else it would draw from the run's
+        )
+        self._parts = iter(loader)
+        self._guard = WorkerGuard(self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for first in self._parts:
+            parts = [_raise_or_pass(first)]
+            parts += [_raise_or_pass(next(self._parts)) for _ in range(self._part_counts.pop(0) - 1)]
+            yield _join(parts)
+
+    def close(self) -> None:
+        if self._guard is not None:
+            self._guard.stop()
+        self._reader.close()
+
+    def _tasks(self) -> Iterator[_Task]:
+        for positions in self._slices:
+            chunks, rows = np.zeros_like(positions), np.zeros_like(positions)
+            real = positions != PAD
+            chunks[real], rows[real] = self._locate(positions[real])
+            count = max(1, min(self._workers, len(positions)))
+            self._part_counts.append(count)
+            columns = [np.array_split(column, count) for column in (positions, chunks, rows)]
+            for own_positions, own_chunks, own_rows in zip(*columns, strict=True):
+                numbers, chunk_of = np.unique(own_chunks[own_positions != PAD], return_inverse=True)
+                places = np.zeros_like(own_positions)
+                places[own_positions != PAD] = chunk_of
+                refs = tuple(self._reader.chunk(number) for number in numbers.tolist())
+                yield _Task(own_positions, places, own_rows, refs)
+
+
+class _Tasks:
+    """A sampler that torch's DataLoader takes: something to iterate over."""
+
+    def __init__(self, tasks: Iterator[_Task]) -> None:
+        self._tasks = tasks
+
+    def __iter__(self) -> Iterator[_Task]:
+        return self._tasks
+
+
+class TrainLoader:
+    """The micro-batches of one rank.
+
+    reader, order: of one dataset. transform: `TrainTransform`. seed: of the run; augmentation draws from
+    (seed, position). micro_batch_size: even; None for the whole slice. workers: 0 works in this process,
+    with the same results. prefetch_steps: steps that are prepared ahead. pin_memory: for copies to a GPU.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: ChunkReader,
+        order: Order,
+        transform: HostTransform,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int | None,
+        rank: int,
+        world_size: int,
+        workers: int,
+        prefetch_steps: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        assert global_batch_size % 2 == 0, f"an odd global batch: {global_batch_size}"
+        assert micro_batch_size is None or micro_batch_size % 2 == 0, (
+            f"an odd micro-batch: {micro_batch_size}"
+        )
+        assert order.num_samples == reader.index.num_samples, "the order is of another dataset"
+        self._reader, self._order, self._transform, self._seed = reader, order, transform, seed
+        self._global_batch_size = global_batch_size
+        self._rank, self._world_size = rank, world_size
+        self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
+        slice_size = 2 * -(-global_batch_size // 2 // world_size)  # of every rank, with pads
+        self.micro_batch_size = min(micro_batch_size or slice_size, slice_size)
+        self.micro_batches = -(-slice_size // self.micro_batch_size)
+        self._sources: list[_Source] = []
+
+    def steps(self, start: int) -> Iterator[list[Batch]]:
+        """The steps from position `start` on, without end: `micro_batches` batches of `micro_batch_size`.
+
+        Counts and shapes are the same on all ranks; the places that this rank has no sample for are
+        padded. Raises what reading and decoding raise (`DataError` and others), also out of workers.
+        """
+        source = _Source(
+            reader=self._reader,
+            transform=self._transform,
+            seed=self._seed,
+            slices=self._slices(start),
+            locate=self._order.locate,
+            workers=self._workers,
+            prefetch_steps=self._prefetch_steps,
+        )
+        self._sources.append(source)
+        try:
+            for whole in source:
+                yield [
+                    _cut(whole, i * self.micro_batch_size, self.micro_batch_size, pin_memory=self._pin_memory)
+                    for i in range(self.micro_batches)
+                ]
+        finally:
+            self._sources.remove(source)
+            source.close()
+
+    def close(self) -> None:
+        """Stop the workers of all iterations under way."""
+        for source in list(self._sources):
+            source.close()
+
+    def _slices(self, start: int) -> Iterator[Int64s]:
+        padded_size = self.micro_batches * self.micro_batch_size
+        while True:
+            batch = self._order.batch(start, self._global_batch_size)
+            own = slice_batch(batch, rank=self._rank, world_size=self._world_size)
+            yield _pad(own, padded_size)
+            start += self._global_batch_size
+
+
+class EvalLoader:
+    """One rank's part of a pass over a dataset in its own order; positions are sample numbers.
+
+    Batches are `batch_size` long and equally many on all ranks, padded with weight 0. Each `iter`
+    starts a new pass. transform: `EvalTransform`.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: ChunkReader,
+        transform: HostTransform,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        prefetch_steps: int = 2,
+        pin_memory: bool = False,
+    ) -> None:
+        self._reader, self._transform = reader, transform
+        self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
+        self._own = validation_slice(reader.index.num_samples, rank=rank, world_size=world_size)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._own) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        ends = sample_ends(self._reader.index.chunk_samples)
+        cuts = [self._own[i * self.batch_size :][: self.batch_size] for i in range(len(self))]
+        source = _Source(
+            reader=self._reader,
+            transform=self._transform,
+            seed=0,  # nothing is drawn
+            slices=(_pad(cut, self.batch_size) for cut in cuts),
+            locate=lambda samples: locate_sample(ends, samples),
+            workers=self._workers,
+            prefetch_steps=self._prefetch_steps,
+        )
+        try:
+            for whole in source:
+                yield _cut(whole, 0, self.batch_size, pin_memory=self._pin_memory)
+        finally:
+            source.close()
+
+
+def _pad(positions: Int64s, size: int) -> Int64s:
+    return np.pad(positions, (0, size - len(positions)), constant_values=PAD)
+
+
+def _as_it_is(part: Any) -> Any:
+    return part
+
+
+def _raise_or_pass(part: Batch | PretrainError) -> Batch:
+    if isinstance(part, PretrainError):
+        raise part
+    return part
+
+
+def _join(parts: list[Batch]) -> Batch:
+    if len(parts) == 1:
+        return parts[0]
+    return Batch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})  # type: ignore
+
+
+def _cut(whole: Batch, start: int, size: int, *, pin_memory: bool) -> Batch:
+    cut = {name: tensor[start : start + size] for name, tensor in whole.items()}  # type: ignore[index]
+    return Batch(**{name: tensor.pin_memory() if pin_memory else tensor for name, tensor in cut.items()})  # type: ignore

@@ -1,0 +1,254 @@
+"""Turn positions into samples: pure arithmetic, no I/O, no state. Called by loader.py and `pretrain order`.
+
+A run consumes positions g = 0, 1, 2, … for ever. Epoch g // N holds each of the N samples once. Which
+sample stands at g depends on the dataset's chunk sizes, the seed and g only, never on ranks, workers,
+restarts or on how the order was asked.
+
+Large data: each epoch the chunks are shuffled, and their samples, laid end to end, form a *virtual list*,
+cut into L lanes. Neighbouring positions come from neighbouring lanes, so a batch mixes L places of the
+dataset; inside a lane, samples are shuffled within blocks of about K chunks, so that a few open chunks a
+lane are enough to serve it. Small data (N <= L·K·C): a plain permutation of the samples.
+"""
+
+# N samples, M chunks, C samples in a typical chunk, K chunks a block, L lanes, B global batch, R ranks
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.errors import UsageError
+
+ORDER_VERSION = 1
+MAX_LANES = 256
+PAD = -1
+
+Int64s = npt.NDArray[np.int64]
+Value = TypeVar("Value")
+
+# What a Philox stream is for. It stands in the counter's second word, where no stream of another
+# purpose gets to by counting. keyed.py starts its own above these.
+_CHUNKS, _BLOCK, _SAMPLES = 0, 1, 2
+
+
+def lanes_for(global_batch_size: int) -> int:
+    """The largest even divisor of the global batch not above 256. UsageError for an odd batch."""
+    if global_batch_size < 2 or global_batch_size % 2:
+        raise UsageError(
+            f"the global batch size must be even and at least 2: got {global_batch_size}; "
+            "images are paired for mixing, so take the next even number"
+        )
+    largest = min(MAX_LANES, global_batch_size)
+    return next(lanes for lanes in range(largest - largest % 2, 0, -2) if global_batch_size % lanes == 0)
+
+
+def permutation(*, key: tuple[int, int], counter: tuple[int, int, int, int], size: int) -> npt.NDArray[Any]:
+    """A permutation of range(size) from one Philox stream, int32 (int64 above 2**31 entries).
+
+    The numbers are sorted by random words that carry them in their low bits: no ties, no second
+    array. Only `random_raw` is used, whose stream NumPy does not change; its shuffles may change.
+    """
+    words = np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64)).random_raw(
+        size
+    )
+    low_bits = np.uint64(max(1, (size - 1).bit_length()))
+    words >>= low_bits
+    words <<= low_bits
+    piece = 1 << 20  # in pieces: a second array of 14 M words would cost as much as the first
+    for start in range(0, size, piece):
+        stop = min(start + piece, size)
+        words[start:stop] |= np.arange(start, stop, dtype=np.uint64)
+    words.sort()
+    words &= (np.uint64(1) << low_bits) - np.uint64(1)
+    return words.astype(np.int32 if size < 2**31 else np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EpochTable:
+    """One epoch's list: the chunks (or, for small data, samples) in their shuffled order."""
+
+    shuffled: npt.NDArray[Any]  # chunk numbers in lane mode, sample numbers for small data
+    ends: npt.NDArray[Any]  # lane mode: where each shuffled chunk ends in the virtual list
+
+
+class _Recent(OrderedDict[tuple[int, ...], Value]):
+    """The most recently used results of a pure function."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def get_or_make(self, key: tuple[int, ...], make: Callable[[], Value]) -> Value:
+        if key in self:
+            self.move_to_end(key)
+            return self[key]
+        while len(self) >= self.capacity:
+            self.popitem(last=False)
+        value = self[key] = make()
+        return value
+
+
+class Order:
+    """The order of one dataset under one seed.
+
+    chunk_samples: int[M], samples in each chunk, in the dataset's own order. seed: 0 <= seed < 2**64.
+    lanes: even, from `lanes_for`, fixed when a run is created. block_chunks: K.
+
+    Tables of the two most recent epochs are kept (112 MB each for 14 M chunks), so it is held once a
+    rank: loader workers are told chunks and rows, and need no Order. Pickles without the tables.
+    """
+
+    def __init__(
+        self, *, chunk_samples: npt.NDArray[Any], seed: int, lanes: int, block_chunks: int = 4
+    ) -> None:
+        assert lanes in range(2, 2**31, 2), f"lanes must be even: got {lanes}"
+        assert block_chunks >= 1, f"a block holds at least one chunk: got {block_chunks}"
+        assert 0 <= seed < 2**64, f"a seed is a 64-bit word: got {seed}"
+        self.chunk_samples = np.ascontiguousarray(chunk_samples, dtype=np.int32)
+        self.num_samples = int(self.chunk_samples.sum(dtype=np.int64))
+        assert self.num_samples > 0, "a dataset without samples has no order"
+        self.seed, self.lanes, self.block_chunks = seed, lanes, block_chunks
+        # C is the mean, not the largest: one odd chunk must not widen every block.
+        typical_chunk = -(-self.num_samples // len(self.chunk_samples))
+        self.block_rows = block_chunks * typical_chunk
+        self.small = self.num_samples <= lanes * self.block_rows
+        self._forget()
+
+    def _forget(self) -> None:
+        # Each lane stands in one block, or in two while a batch crosses from one to the next; a third for
+        # the epoch that begins in the same batch.
+        self._blocks: _Recent[npt.NDArray[Any]] = _Recent(3 * self.lanes)
+        self._epochs: _Recent[_EpochTable] = _Recent(2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_blocks", "_epochs")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def fingerprint(self) -> dict[str, int]:
+        """What, beside the dataset's identity, decides the order. Stored with a run; a change is refused."""
+        return {
+            "version": ORDER_VERSION,
+            "seed": self.seed,
+            "lanes": self.lanes,
+            "block_chunks": self.block_chunks,
+            "num_samples": self.num_samples,
+        }
+
+    def epoch(self, positions: npt.ArrayLike) -> Int64s:
+        """int64[n]: the epoch that each position belongs to."""
+        return np.asarray(positions, np.int64) // self.num_samples
+
+    def locate(self, positions: npt.ArrayLike) -> tuple[Int64s, Int64s]:
+        """(chunk int64[n], row in that chunk int64[n]) of positions int[n] >= 0."""
+        wanted = np.asarray(positions, np.int64)
+        assert np.all(wanted >= 0), "positions are a list of numbers from 0 up"
+        epochs, offsets = np.divmod(wanted, self.num_samples)
+        chunks, rows = np.empty_like(wanted), np.empty_like(wanted)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            table = self._epoch_table(epoch)
+            if self.small:
+                chunks[here], rows[here] = locate_sample(table.ends, table.shuffled[offsets[here]])
+            else:
+                slots, rows[here] = locate_sample(table.ends, self._virtual(epoch, offsets[here]))
+                chunks[here] = table.shuffled[slots]
+        return chunks, rows
+
+    def batch(self, start: int, size: int) -> Int64s:
+        """int64[size]: the positions [start, start + size), arranged so that neighbours 2i and 2i+1 come
+        from lanes half the lanes apart (the pairs that mixing uses) and a contiguous slice has few lanes.
+        """
+        assert min(start, size) >= 0, f"a batch starts at 0 or later: got {start}, {size}"
+        positions = np.arange(start, start + size, dtype=np.int64)
+        epochs, offsets = np.divmod(positions, self.num_samples)
+        rows, lanes = np.divmod(offsets, self.lanes)
+        return positions[np.lexsort((lanes, rows, epochs, lanes % (self.lanes // 2)))]  # last key sorts first
+
+    def _epoch_table(self, epoch: int) -> _EpochTable:
+        return self._epochs.get_or_make((epoch,), lambda: self._make_epoch_table(epoch))
+
+    def _make_epoch_table(self, epoch: int) -> _EpochTable:
+        key = (self.seed, epoch)
+        if self.small:
+            samples = permutation(key=key, counter=(0, _SAMPLES, 0, 0), size=self.num_samples)
+            return _EpochTable(shuffled=samples, ends=sample_ends(self.chunk_samples))
+        chunks = permutation(key=key, counter=(0, _CHUNKS, 0, 0), size=len(self.chunk_samples))
+        return _EpochTable(shuffled=chunks, ends=sample_ends(self.chunk_samples[chunks]))
+
+    def _virtual(self, epoch: int, offsets: Int64s) -> Int64s:
+        """Places in the epoch's virtual list, in lane mode, of offsets into the epoch."""
+        rows, lanes = np.divmod(offsets, self.lanes)
+        blocks = (rows + self._stagger(lanes)) // self.block_rows
+        places = np.empty_like(offsets)
+        by_block = np.lexsort((blocks, lanes))
+        changes = np.flatnonzero(np.diff(lanes[by_block]) | np.diff(blocks[by_block])) + 1
+        for group in np.split(by_block, changes):
+            lane, block = int(lanes[group[0]]), int(blocks[group[0]])
+            lane_start, lane_rows = self._lane(lane)
+            block_start = max(0, block * self.block_rows - self._stagger(lane))
+            block_end = min((block + 1) * self.block_rows - self._stagger(lane), lane_rows)
+            shuffled = self._block(epoch, lane, block, block_end - block_start)
+            places[group] = lane_start + block_start + shuffled[rows[group] - block_start]
+        return places
+
+    def _stagger(self, lanes: Any) -> Any:
+        """Rows by which a lane's first block is shorter, so that lanes open new chunks one after another."""
+        return lanes * self.block_rows // self.lanes
+
+    def _lane(self, lane: int) -> tuple[int, int]:
+        """(start in the virtual list, rows) of a lane; lengths differ by at most one."""
+        rows, longer = divmod(self.num_samples, self.lanes)
+        return lane * rows + min(lane, longer), rows + (lane < longer)
+
+    def _block(self, epoch: int, lane: int, block: int, size: int) -> npt.NDArray[Any]:
+        key, counter = (self.seed, epoch), (0, _BLOCK, lane, block)
+        return self._blocks.get_or_make(
+            (epoch, lane, block), lambda: permutation(key=key, counter=counter, size=size)
+        )
+
+
+def sample_ends(chunk_samples: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Where each chunk ends when all are laid end to end; four bytes an entry as long as they suffice."""
+    total = int(chunk_samples.sum(dtype=np.int64))
+    return np.cumsum(chunk_samples, dtype=np.uint32 if total < 2**32 else np.int64)
+
+
+def locate_sample(ends: npt.NDArray[Any], samples: npt.NDArray[Any]) -> tuple[Int64s, Int64s]:
+    """(slot, row in it), int64[n] each, of places int[n] in chunks laid end to end (`sample_ends`)."""
+    places = samples.astype(ends.dtype)  # else searchsorted would widen, that is copy, all of `ends`
+    slots = np.searchsorted(ends, places, side="right").astype(np.int64)
+    starts = np.where(slots > 0, ends[slots - 1], 0).astype(np.int64)
+    return slots, places.astype(np.int64) - starts
+
+
+def slice_batch(batch: Int64s, *, rank: int, world_size: int) -> Int64s:
+    """One rank's part of a batch from `Order.batch`: int64[2 * ceil(B / 2 / R)].
+
+    Whole pairs, contiguous; slices differ by at most one pair, and the shorter are padded with PAD.
+    """
+    assert len(batch) % 2 == 0, f"a batch is made of pairs: got {len(batch)} positions"
+    pairs = _contiguous_slice(len(batch) // 2, rank=rank, world_size=world_size)
+    both = np.stack([2 * pairs, 2 * pairs + 1], axis=1).reshape(-1)
+    return np.where(both >= 0, batch[np.maximum(both, 0)], PAD) if len(batch) else both
+
+
+def validation_slice(num_samples: int, *, rank: int, world_size: int) -> Int64s:
+    """One rank's samples of a pass over the data in its own order: int64[ceil(N / R)], padded with PAD."""
+    return _contiguous_slice(num_samples, rank=rank, world_size=world_size)
+
+
+def _contiguous_slice(count: int, *, rank: int, world_size: int) -> Int64s:
+    """Rank's part of range(count): int64[ceil(count / R)], parts differ by at most one, padded with PAD."""
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    size, longer = divmod(count, world_size)
+    start = rank * size + min(rank, longer)
+    own = np.arange(start, start + size + (rank < longer), dtype=np.int64)
+    return np.pad(own, (0, -(-count // world_size) - len(own)), constant_values=PAD)
