@@ -1,0 +1,116 @@
+"""Start a run on this machine's devices: one process a device, ended together, with one exit code.
+
+example: pretrain launch local configs/debug.yaml run_dir=runs/two --processes 2
+
+exit codes: 0 finished, and recorded so in RUN/finished.json · 2 wrong usage · 3 data · 4 checkpoint ·
+75 interrupted and saved (SIGTERM; start it again) · 130 Ctrl-C · 1 crashed or lost a rank
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from launch.processes import count_cores, count_cuda_devices, free_port
+from launch.supervisor import run_ranks, say
+from pretrain.config.load import load_config
+from pretrain.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="the recipe, a YAML file")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4")
+    parser.add_argument(
+        "--processes", type=int, metavar="N", help="ranks to start (default: one a CUDA device, else 1)"
+    )
+    parser.add_argument(
+        "--save-seconds",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="how long ranks may take to save after SIGTERM or Ctrl-C before they are killed (default: 120)",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and the plan")
+
+
+def run(args: argparse.Namespace) -> int:
+    if sys.platform != "linux":
+        raise UsageError(
+            f"pretrain launch needs Linux, this is {sys.platform}; `pretrain train {args.config}` runs "
+            "on one device anywhere"
+        )
+    config = load_config(args.config, args.overrides)  # before anything is started
+    processes = choose_processes(args.processes, _cuda_devices())
+    command = [sys.executable, "-m", "pretrain.train", args.config, *args.overrides]
+    environments = rank_environments(os.environ, processes=processes, port=free_port(), cores=count_cores())
+    if args.dry_run:
+        print(describe(command, environments), flush=True)
+        return subprocess.call([*command, "--dry-run", "--world-size", str(processes)])
+    return run_ranks(
+        command,
+        environments=environments,
+        finished=Path(config.run_dir) / "finished.json",
+        save_seconds=args.save_seconds,
+    )
+
+
+def choose_processes(asked: int | None, devices: int) -> int:
+    """How many ranks to start on a machine with `devices` CUDA devices. Raises UsageError."""
+    if asked is None:
+        return max(1, devices)
+    if asked < 1:
+        raise UsageError(f"--processes {asked}: at least one process must run; leave it out for one a device")
+    if 0 < devices < asked:
+        raise UsageError(
+            f"--processes {asked}: this machine shows {devices} CUDA device(s), and ranks cannot share one; "
+            f"take --processes {devices}, or set CUDA_VISIBLE_DEVICES= (empty) to run on the CPU"
+        )
+    return asked
+
+
+def rank_environments(
+    base: Mapping[str, str], *, processes: int, port: int, cores: int
+) -> list[dict[str, str]]:
+    """One whole environment a rank: `base`, and what DeepSpeed's launcher would set for it."""
+    environments = []
+    for rank in range(processes):
+        environment = {
+            # Several ranks that each start a thread a core slow each other by 10 to 50 times.
+            "OMP_NUM_THREADS": str(max(1, cores // processes)),
+            "PYTHONUNBUFFERED": "1",  # what a killed rank said last must not die in a buffer
+            **base,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes),
+            "LOCAL_SIZE": str(processes),  # DeepSpeed's name for it
+            "CROSS_RANK": "0",
+            "CROSS_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        environments.append(environment)
+    return environments
+
+
+def describe(command: Sequence[str], environments: Sequence[Mapping[str, str]]) -> str:
+    """The ranks as lines that a shell would run; variables that we did not set are left out."""
+    ours = rank_environments({}, processes=1, port=0, cores=1)[0]
+    lines = []
+    for environment in environments:
+        variables = " ".join(f"{name}={shlex.quote(environment[name])}" for name in ours)
+        lines.append(f"{variables} {shlex.join(command)}")
+    return "\n".join(lines)
+
+
+def _cuda_devices() -> int:
+    try:
+        return count_cuda_devices()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        say(f"CUDA devices cannot be counted ({error}); going on as if there were none")
+        return 0

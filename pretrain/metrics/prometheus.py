@@ -1,0 +1,157 @@
+"""The numbers a Prometheus server scrapes from a running rank. Used by train.py.
+
+Names have the prefix `pretrain_`, units are base units (seconds, bytes, 0 to 1). Counters start at
+zero in every process, as Prometheus expects of a restart; `pretrain_step` and `pretrain_samples`
+are where the run as a whole stands.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+
+from pretrain.errors import UsageError
+
+STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
+CHECKPOINT_BUCKETS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+
+
+class MetricsServer:
+    """Metrics of one process, served on http://host:port/metrics by daemon threads.
+
+    Port 0 serves nothing and only keeps the numbers, so that callers need not ask. `labels` describe
+    the run and do not change during it (model, objective, world size, …): they become
+    `pretrain_info{…} 1`.
+
+    Raises UsageError (exit code 2) when the port is taken or the address is not this machine's.
+    """
+
+    def __init__(
+        self, *, port: int, host: str = "127.0.0.1", labels: Mapping[str, str] | None = None
+    ) -> None:
+        self.registry = registry = CollectorRegistry()
+        described = {name: str(value) for name, value in (labels or {}).items()}
+        info = Gauge("pretrain_info", "What is being trained; always 1.", list(described), registry=registry)
+        (info.labels(**described) if described else info).set(1)
+
+        self._steps = Counter("pretrain_steps", "Optimizer steps done by this process.", registry=registry)
+        self._images = Counter(
+            "pretrain_images", "Images trained on since this process started, all ranks.", registry=registry
+        )
+        self._step = Gauge("pretrain_step", "The run's last optimizer step.", registry=registry)
+        self._samples = Gauge(
+            "pretrain_samples", "Positions of the sample order that the run has consumed.", registry=registry
+        )
+        self._loss = Gauge("pretrain_loss", "Training loss of the last logged step.", registry=registry)
+        self._learning_rate = Gauge(
+            "pretrain_learning_rate", "Learning rate of the last logged step.", registry=registry
+        )
+        self._gradient_norm = Gauge(
+            "pretrain_gradient_norm",
+            "Global gradient norm before clipping, of the last logged step.",
+            registry=registry,
+        )
+        self._step_seconds = Histogram(
+            "pretrain_step_seconds",
+            "Wall time of an optimizer step, waiting for data included.",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self._data_wait_seconds = Histogram(
+            "pretrain_data_wait_seconds",
+            "Wall time an optimizer step waited for data.",
+            buckets=WAIT_BUCKETS,
+            registry=registry,
+        )
+        self._images_per_second = Gauge(
+            "pretrain_images_per_second", "Images trained on a second, all ranks.", registry=registry
+        )
+        self._validation = Gauge(
+            "pretrain_validation", "Result of the last validation, by metric.", ["metric"], registry=registry
+        )
+        self._checkpoint_seconds = Histogram(
+            "pretrain_checkpoint_seconds",
+            "Time from the start of a save to its commit.",
+            buckets=CHECKPOINT_BUCKETS,
+            registry=registry,
+        )
+        self._checkpoint_last_commit = Gauge(
+            "pretrain_checkpoint_last_commit_timestamp_seconds",
+            "Unix time of the newest committed checkpoint.",
+            registry=registry,
+        )
+        self._checkpoint_bytes = Gauge(
+            "pretrain_checkpoint_bytes", "Size of the newest committed checkpoint.", registry=registry
+        )
+        self._samples_replaced = Counter(
+            "pretrain_samples_replaced",
+            "Samples that did not decode and were replaced by rule.",
+            registry=registry,
+        )
+        self._server, self._thread = None, None
+        if port:
+            self._server, self._thread = _serve(port, host, registry)
+
+    def observe_step(
+        self,
+        *,
+        step: int,
+        samples: int,
+        images: int,
+        loss: float,
+        learning_rate: float,
+        gradient_norm: float | None,
+        step_seconds: float,
+        data_seconds: float,
+        images_per_second: float,
+    ) -> None:
+        """One finished optimizer step: `images` in this step, `samples` in the whole run so far."""
+        self._steps.inc()
+        self._images.inc(images)
+        self._step.set(step)
+        self._samples.set(samples)
+        self._loss.set(loss)
+        self._learning_rate.set(learning_rate)
+        if gradient_norm is not None:
+            self._gradient_norm.set(gradient_norm)
+        self._step_seconds.observe(step_seconds)
+        self._data_wait_seconds.observe(data_seconds)
+        self._images_per_second.set(images_per_second)
+
+    def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
+        """One committed checkpoint; `committed_at` is Unix time in seconds."""
+        self._checkpoint_seconds.observe(seconds)
+        self._checkpoint_bytes.set(size_bytes)
+        self._checkpoint_last_commit.set(committed_at)
+
+    def set_validation(self, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._validation.labels(metric=name).set(value)
+
+    def count_replaced(self, samples: int = 1) -> None:
+        self._samples_replaced.inc(samples)
+
+    def close(self) -> None:
+        """Stop serving and free the port."""
+        if self._server is not None and self._thread is not None:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._server, self._thread = None, None
+
+
+def _serve(port: int, host: str, registry: CollectorRegistry):  # type: ignore[no-untyped-def]
+    try:
+        return start_http_server(port, addr=host, registry=registry)
+    except OSError as error:  # socket.gaierror, for a name that does not resolve, is one too
+        if error.errno == errno.EADDRINUSE:
+            problem = "is taken by another process"
+        else:
+            problem = f"cannot be listened on ({error.strerror or error})"
+        raise UsageError(
+            f"metrics.port={port} on {host} {problem}; choose another metrics.port or metrics.host, "
+            "or metrics.port=0 for no endpoint"
+        ) from None
