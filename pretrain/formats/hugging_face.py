@@ -54,8 +54,8 @@ def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> N
     """UsageError for a model that no class of transformers computes."""
     if head and spec.pooling == "avg":
         raise UsageError(
-            "the class head stands on average pooling, and ViTForImageClassification only reads the class token; "
-            "export with --no-head, or with --format timm"
+            "the class head stands on average pooling, and ViTForImageClassification only reads the "
+            "class token; export with --no-head, or with --format timm"
         )
 
 
@@ -96,7 +96,9 @@ def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict
     found: dict[str, Tensor] = {}
     for i in range(spec.depth):
         for kind in ("weight", "bias"):
-            names = [f"encoder.layer.{i}.attention.attention.{part}.{kind}" for part in ("query", "key", "value")]
+            names = [
+                f"encoder.layer.{i}.attention.attention.{part}.{kind}" for part in ("query", "key", "value")
+            ]
             if all(name in plain for name in names):
                 found[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([plain.pop(name) for name in names])
     return {**found, **{renames.get(name, name): value for name, value in plain.items()}}

@@ -62,6 +62,11 @@ def backbone_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
     return {**shapes, f"{norm}.weight": (D,), f"{norm}.bias": (D,)}
 
 
+def why_left_out(name: str) -> str | None:
+    """Why a tensor that is not the backbone's stays behind; None for one that nobody knows."""
+    return next((why for pattern, why in LEFT_OUT if re.fullmatch(pattern, name)), None)
+
+
 def sort_out(tensors: Mapping[str, Tensor], spec: BackboneSpec, *, where: str) -> Parts:
     """Split tensors, in timm's names, into backbone, class head and the rest.
 
@@ -78,7 +83,7 @@ def sort_out(tensors: Mapping[str, Tensor], spec: BackboneSpec, *, where: str) -
     for name in tensors:
         if name in shapes or (head and name in ("head.weight", "head.bias")):
             continue
-        reason = next((why for pattern, why in LEFT_OUT if re.fullmatch(pattern, name)), None)
+        reason = why_left_out(name)
         if reason is None:
             unknown.append(name)
         else:

@@ -7,6 +7,7 @@ given, because timm's default for a ViT is Inception's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def timm_config(spec: BackboneSpec, *, head: bool, crop_fraction: float) -> dict
         "embed_dim": spec.embed_dim,
         "depth": spec.depth,
         "num_heads": spec.num_heads,
-        "mlp_ratio": spec.mlp_dim / spec.embed_dim,
+        "mlp_ratio": _ratio_for(spec.embed_dim, spec.mlp_dim),
         "class_token": True,
         "global_pool": POOLING[spec.pooling],
     }
@@ -75,6 +76,12 @@ def timm_config(spec: BackboneSpec, *, head: bool, crop_fraction: float) -> dict
         "classifier": "head",
     }
     return config
+
+
+def _ratio_for(embed_dim: int, mlp_dim: int) -> float:
+    """The ratio that gives mlp_dim again after timm's int(embed_dim * ratio), which cuts off."""
+    ratio = mlp_dim / embed_dim
+    return ratio if int(embed_dim * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 
 
 def write_timm(
@@ -114,16 +121,17 @@ def read_timm_config(config: Mapping[str, Any], *, where: str) -> BackboneSpec:
     if pooling is None or not arguments.get("class_token", True):
         raise CheckpointError(
             f"{where}: pooling {arguments.get('global_pool')!r} with class_token="
-            f"{arguments.get('class_token', True)} is not a backbone of ours; token or avg with a class token is"
+            f"{arguments.get('class_token', True)} is no backbone of ours; token or avg with a class token is"
         )
+    embed_dim = arguments["embed_dim"]
     return BackboneSpec.from_dict(
         {
             "image_size": arguments["img_size"],
             "patch_size": arguments["patch_size"],
-            "embed_dim": arguments["embed_dim"],
+            "embed_dim": embed_dim,
             "depth": arguments["depth"],
             "num_heads": arguments["num_heads"],
-            "mlp_ratio": arguments.get("mlp_ratio", 4.0),
+            "mlp_ratio": int(embed_dim * arguments.get("mlp_ratio", 4.0)) / embed_dim,  # timm cuts off
             "pooling": pooling,
             "num_classes": config.get("num_classes") or None,
             "class_names": config.get("label_names") or None,

@@ -1,0 +1,65 @@
+"""Small backbones with weights that make mistakes visible."""
+
+from typing import Any
+
+import torch
+
+from pretrain.formats.loading import build_backbone
+from pretrain.formats.naming import backbone_shapes
+from pretrain.models.spec import BackboneSpec
+
+MEAN, STD = (0.41, 0.42, 0.43), (0.21, 0.22, 0.23)
+CLASSES = ("tabby", "café au lait", "forklift")
+
+# mlp_ratio 104 → 454: a hidden width that int(embed_dim * ratio) misses by one
+SMALL = BackboneSpec(
+    image_size=32, patch_size=8, embed_dim=104, depth=2, num_heads=4, mlp_ratio=454 / 104, mean=MEAN, std=STD
+)
+
+
+def random_weights(spec: BackboneSpec, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights far from any initialisation: norms with gains and shifts, positions that matter."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, shape in backbone_shapes(spec).items():
+        value = torch.randn(shape, generator=generator)
+        if "norm" in name:
+            value = value * 0.2 + (1.0 if name.endswith("weight") else 0.0)
+        elif value.ndim == 2:
+            value = value / shape[1] ** 0.5
+        elif "patch_embed" in name:
+            value = value * 0.1
+        weights[name] = value
+    return weights
+
+
+def random_head(spec: BackboneSpec, classes: int = len(CLASSES)) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return {
+        "weight": torch.randn(classes, spec.embed_dim, generator=generator) * 0.1,
+        "bias": torch.randn(classes, generator=generator),
+    }
+
+
+def our_features(spec: BackboneSpec, weights: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    model = build_backbone(spec)
+    model.load_state_dict(weights, strict=True)
+    with torch.inference_mode():
+        return model.eval().features(images)
+
+
+def some_images(size: int, count: int = 3) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(size))
+
+
+def resolved_config(spec: BackboneSpec, **data: Any) -> dict[str, Any]:
+    return {
+        "model": {
+            "name": "vit", "size": None, "image_size": spec.image_size, "patch_size": spec.patch_size,
+            "embed_dim": spec.embed_dim, "depth": spec.depth, "num_heads": spec.num_heads,
+            "mlp_ratio": spec.mlp_ratio, "pooling": spec.pooling,
+            "position_embedding": spec.position_embedding, "drop_path_rate": 0.0,
+        },
+        "data": {"train": "/nowhere", "val": None, "mean": list(spec.mean), "std": list(spec.std), **data},
+        "storage": {"addressing_style": None, "checksums": None},
+    }  # fmt: skip
