@@ -155,7 +155,8 @@ def _print_table(index: DatasetIndex, counts: np.ndarray | None, summary: dict[s
         "chunks": f"{index.num_chunks} of {low} to {high} samples",
         "largest side": f"{index.image_side} pixels",
         "looked at": f"{looked['images']} images: median {looked['median_width']:g} × "
-        f"{looked['median_height']:g} pixels, mean {looked['mean_bytes'] / 1e3:.1f} kB, {looked['unreadable']} unreadable"
+        f"{looked['median_height']:g} pixels, mean {looked['mean_bytes'] / 1e3:.1f} kB, "
+        f"{looked['unreadable']} unreadable"
         if looked["median_width"] is not None
         else f"{looked['images']} images, none readable",
         "identity": index.identity,
