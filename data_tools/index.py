@@ -24,6 +24,7 @@ from pretrain.errors import DataError, UsageError
 from pretrain.storage import ObjectInfo, Storage, join_url, open_storage
 
 CLASSES_NAME = "classes.txt"
+PROGRESS_NAME = "pack-progress.json"  # there while `pretrain data pack` has not finished
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
 
@@ -38,12 +39,18 @@ def run(args: argparse.Namespace) -> int:
     chunk_samples = check_chunk_samples(args.chunk_samples)
     storage = open_storage(args.url)
     with wrong_if_unreachable():
+        if storage.exists(PROGRESS_NAME):
+            raise UsageError(
+                f"{args.url}: `pretrain data pack` has not finished here; run it again as before, it goes on"
+            )
         shards = find_shards(storage, args.url)
         if args.class_names:
             class_names: list[str] | None = read_class_names(args.class_names)
         elif storage.exists(CLASSES_NAME):
             where = join_url(args.url, CLASSES_NAME)
-            class_names = parse_class_names(storage.read(CLASSES_NAME).decode("utf-8", "replace"), where=where)
+            class_names = parse_class_names(
+                storage.read(CLASSES_NAME).decode("utf-8", "replace"), where=where
+            )
         else:
             class_names = None
 
@@ -82,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
-    """The tars directly under the root, sorted by name. UsageError if there are none, saying what is there."""
+    """The tars directly under the root, sorted by name. UsageError, saying what is there, if none is."""
     shards, deeper, compressed, others = [], set(), 0, 0
     for info in storage.list():
         folder, slash, _ = info.name.partition("/")
@@ -100,16 +107,18 @@ def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
         raise UsageError(f"{url}: no tars directly in it, but in {names}; index each of these on its own")
     if compressed:
         raise UsageError(
-            f"{url}: its {compressed} tars are compressed, and chunks cannot be read out of them; decompress them"
+            f"{url}: its {compressed} tars are compressed, so chunks cannot be read out of them; unpack them"
         )
-    raise UsageError(f"{url}: no .tar files there ({others} other files); give the place that holds the shards")
+    raise UsageError(
+        f"{url}: no .tar files there ({others} other files); give the place that holds the shards"
+    )
 
 
 def describe(index: DatasetIndex) -> str:
     classes = "no labels" if index.num_classes is None else f"{index.num_classes} classes"
     return (
-        f"{index.num_samples} samples, {classes}, {len(index.shard_names)} shards, {index.num_chunks} chunks, "
-        f"{int(index.shard_bytes.sum()) / 1e6:.1f} MB"
+        f"{index.num_samples} samples, {classes}, {len(index.shard_names)} shards, "
+        f"{index.num_chunks} chunks, {int(index.shard_bytes.sum()) / 1e6:.1f} MB"
     )
 
 
@@ -123,8 +132,8 @@ def tell(findings: Findings, index: DatasetIndex) -> None:
         )
     if findings.unreadable:
         print(
-            f"warning: {len(findings.unreadable)} images are neither JPEG, PNG nor WebP, training would stop there "
-            f"(the first: {findings.unreadable[0]})",
+            f"warning: {len(findings.unreadable)} images are neither JPEG, PNG nor WebP, "
+            f"training would stop there (the first: {findings.unreadable[0]})",
             file=sys.stderr,
         )
     if index.labels_sorted:

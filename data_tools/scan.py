@@ -1,4 +1,4 @@
-"""Read one shard as a stream and say what the index needs to know about it. Called by index.py and pack.py."""
+"""Read one shard as a stream and say what the index needs to know about it. Called by index and pack."""
 
 from __future__ import annotations
 

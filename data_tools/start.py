@@ -44,7 +44,9 @@ def parse_class_names(text: str, *, where: str) -> list[str]:
     names = [line.strip() for line in text.splitlines()]
     while names and not names[-1]:
         names.pop()
-    doubled = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    doubled = (
+        sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    )
     if doubled:
         raise UsageError(f"{where}: class name {doubled[0]!r} comes twice; names tell classes apart")
     if not names:

@@ -25,7 +25,9 @@ from pretrain.storage import Storage, open_storage
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", metavar="URL", help="folder or s3://bucket/prefix with the shards and their index")
+    parser.add_argument(
+        "url", metavar="URL", help="folder or s3://bucket/prefix with the shards and their index"
+    )
     parser.add_argument("--decode", action="store_true", help="decode every image, not only its header")
 
 
@@ -137,7 +139,8 @@ def _shard_differences(
     while more():
         buffer.clear()
     if sha256.digest() != index.shard_sha256[shard].tobytes():
-        yield f"{name}: sha256 {sha256.hexdigest()}, the index says {index.shard_sha256[shard].tobytes().hex()}"
+        want = index.shard_sha256[shard].tobytes().hex()
+        yield f"{name}: sha256 {sha256.hexdigest()}, the index says {want}"
 
 
 def _chunk_differences(
@@ -153,12 +156,14 @@ def _chunk_differences(
         return
     for row, sample in enumerate(frames):
         if samples is not None:
-            if sample.key != samples.key(first + row):
-                yield f"{where}: sample {row} is {sample.key!r}, the index says {samples.key(first + row)!r}"
+            key = samples.key(first + row)
+            want = int(samples.labels[first + row])
+            if sample.key != key:
+                yield f"{where}: sample {row} is {sample.key!r}, the index says {key!r}"
             try:
                 label = label_of(data, sample)
-                if label != samples.labels[first + row]:
-                    yield f"{where}: {sample.key} has label {label}, the index says {samples.labels[first + row]}"
+                if label != want:
+                    yield f"{where}: {sample.key} has label {label}, the index says {want}"
             except DataError as error:
                 yield f"{where}: {error}"
         image = image_of(sample)
