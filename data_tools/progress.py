@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere. Called by the data tools."""
+"""Progress of long work: a bar on a terminal, else a plain line now and then. Called by the data tools."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ class Progress:
             rate = self._done / (now - self._started)
             left = (self._total - self._done) / rate if rate else 0.0
             print(
-                f"{self._what}: {self._done} of {self._total} {self._unit}, {rate:.0f} a second, {left:.0f} s left",
+                f"{self._what}: {self._done} of {self._total} {self._unit}, "
+                f"{rate:.0f} a second, {left:.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

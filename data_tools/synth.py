@@ -60,8 +60,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
         return _regular(5, (1.0, 0.42))
     if shape == "cross":
         a, b = 0.32, 0.95
-        return [(a, b), (a, a), (b, a), (b, -a), (a, -a), (a, -b), (-a, -b), (-a, -a), (-b, -a), (-b, a), (-a, a),
-                (-a, b)]  # fmt: skip
+        arm = [(a, b), (a, a), (b, a)]  # one of four, the others are its turns
+        return [(x * c - y * s, x * s + y * c) for c, s in ((1, 0), (0, -1), (-1, 0), (0, 1)) for x, y in arm]
     if shape == "arrow":
         return [(1, 0), (0.1, 0.8), (0.1, 0.3), (-0.9, 0.3), (-0.9, -0.3), (0.1, -0.3), (0.1, -0.8)]
     if shape == "heart":
@@ -185,7 +185,7 @@ def draw_image(name: str, side: int, rng: np.random.Generator) -> Image.Image:
     canvas = first + _smooth_noise(rng, side, int(rng.integers(2, 6)))[..., None] * (second - first)
     faint = float(rng.uniform(0.15, 0.5))
     what = TEXTURES[rng.integers(len(TEXTURES))]
-    _paint(canvas, np.float32(faint), what, (side / 2, side / 2), side * float(rng.uniform(0.12, 0.4)), rng)
+    _paint(canvas, faint, what, (side / 2, side / 2), side * float(rng.uniform(0.12, 0.4)), rng)
 
     # The thing itself, among smaller distractors of other kinds, some behind it and some before it.
     radius = side * float(rng.uniform(0.24, 0.42))
@@ -273,7 +273,6 @@ def run(args: argparse.Namespace) -> int:
             with ProcessPoolExecutor(args.processes) as pool:
                 for name, data in pool.map(make, range(args.samples), chunksize=64):
                     put(name, data)
-    print(
-        f"{args.samples} images of {len(names)} classes in {args.out}; next: pretrain data pack {args.out} SHARDS"
-    )
+    print(f"{args.samples} images of {len(names)} classes in {args.out}")
+    print(f"next: pretrain data pack {args.out} SHARDS")
     return 0

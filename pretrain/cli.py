@@ -8,10 +8,13 @@ commands start without torch.
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
@@ -19,12 +22,17 @@ from pretrain.errors import EXIT_CTRL_C, PretrainError
 
 
 class Command(NamedTuple):
+    """`front`, where a command has one, holds its arguments and what can be refused without torch."""
+
     module: str
     summary: str
+    front: str | None = None
 
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("pretrain.train", "train a recipe: pretraining, fine-tuning, resuming"),
+    "train": Command(
+        "pretrain.train", "train a recipe: pretraining, fine-tuning, resuming", "pretrain.recipe"
+    ),
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
@@ -52,9 +60,11 @@ def _print_overview() -> None:
     single = {name: command.summary for name, command in COMMANDS.items() if " " not in name}
     groups = {f"{group} …": summary for group, summary in GROUPS.items()}
     _print_table("commands", {**single, **groups})
-    print("\n`pretrain COMMAND --help` explains each. A first run: `pretrain data synth images && "
-          "pretrain data pack images shards`,\nthen `pretrain train configs/debug.yaml data.train=shards/train "
-          "run_dir=runs/first --debug`.")  # fmt: skip
+    print(
+        "\n`pretrain COMMAND --help` explains each. A first run:\n"
+        "  pretrain data synth images && pretrain data pack images shards\n"
+        "  pretrain train configs/debug.yaml data.train=shards run_dir=runs/first --debug"
+    )
 
 
 def _print_group(group: str) -> None:
@@ -91,25 +101,37 @@ def _find_command(words: Sequence[str]) -> tuple[str, list[str]] | int:
     return (name, list(words[2:])) if name in COMMANDS else _unknown(name, list(COMMANDS))
 
 
+def _help_of(command: Command) -> str:
+    """The docstring of the command's module, read without importing it."""
+    spec = importlib.util.find_spec(command.module)
+    assert spec, f"{command.module} is not installed"
+    return ast.get_docstring(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8"))) or command.summary
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     found = _find_command(sys.argv[1:] if argv is None else argv)
     if isinstance(found, int):
         return found
     name, arguments = found
-    module = importlib.import_module(COMMANDS[name].module)
-    parser = argparse.ArgumentParser(
-        prog=f"pretrain {name}",
-        description=module.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    module.add_arguments(parser)
-    return run_command(lambda: module.run(parser.parse_args(arguments)), name)
+    return run_command(name, COMMANDS[name], arguments)
 
 
-def run_command(command, name: str) -> int:  # type: ignore[no-untyped-def]
+def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
-        return command() or 0
+        front = importlib.import_module(command.front or command.module)
+        parser = argparse.ArgumentParser(
+            prog=f"pretrain {name}",
+            description=_help_of(command),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        front.add_arguments(parser)
+        args = parser.parse_args(arguments)
+        if command.front:
+            code = front.refuse_or_describe(args)
+            if code is not None:
+                return code
+        return importlib.import_module(command.module).run(args)
     except PretrainError as error:
         print(f"pretrain {name}: {error}", file=sys.stderr)
         return error.exit_code

@@ -48,14 +48,18 @@ def _integer(name: str) -> int:
     return int(text)
 
 
+def is_launched() -> bool:
+    """Did a launcher start this process as one of several ranks?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def join(*, timeout_seconds: float = 600.0) -> World:
     """Join the run that the environment describes.
 
     Raises UsageError when RANK, WORLD_SIZE or LOCAL_RANK are wrong, and PretrainError when the
     peers cannot be met within `timeout_seconds` or fewer came than were asked for.
     """
-    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    if not launched:
+    if not is_launched():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
@@ -74,9 +78,13 @@ def join(*, timeout_seconds: float = 600.0) -> World:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:  # torch's DistError family is RuntimeError
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise PretrainError(f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}") from None
+        raise PretrainError(
+            f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}"
+        ) from None
     # A launcher and a plugin that disagree give runs that each think they are alone.
-    assert dist.get_world_size() == world_size, f"asked for {world_size} ranks, joined {dist.get_world_size()}"
+    assert dist.get_world_size() == world_size, (
+        f"asked for {world_size} ranks, joined {dist.get_world_size()}"
+    )
     return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
 
 
@@ -137,3 +145,21 @@ def together(action: Callable[[], T]) -> T:
     if failures:
         raise failure or failures[0]
     return result
+
+
+class Sums:
+    """Named sums of a step, kept on the device and read once, over all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._values: dict[str, torch.Tensor] = {}
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        for name, value in values.items():
+            value = torch.as_tensor(value, dtype=torch.float64, device=self._device).detach()
+            self._values[name] = self._values[name] + value if name in self._values else value
+
+    def over_ranks(self) -> dict[str, float]:
+        """Each sum over all ranks, read from the device in one go. Every rank must have the same names."""
+        total = sum_over_ranks(torch.stack(list(self._values.values())))
+        return dict(zip(self._values, total.tolist(), strict=True))

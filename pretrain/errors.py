@@ -50,6 +50,10 @@ class CheckpointError(PretrainError):
     exit_code = 4
 
 
+class CheckpointMismatchError(CheckpointError):
+    """A sound checkpoint, but of another run: going back to an older one would not help."""
+
+
 class RunInterruptedError(PretrainError):
     """Told to stop; the run was saved and can go on. Restarted."""
 

@@ -56,7 +56,9 @@ class CheckpointReader:
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: cannot be read: {error}; {_ADVICE}") from None
         if values.dtype != torch.float32 or tuple(values.shape) != (piece.count,):
-            raise CheckpointError(f"{path}: {piece.tensor_name} is {values.dtype} {tuple(values.shape)}; {_ADVICE}")
+            raise CheckpointError(
+                f"{path}: {piece.tensor_name} is {values.dtype} {tuple(values.shape)}; {_ADVICE}"
+            )
         digest = tensor_sha256(values)
         if digest != piece.sha256:
             raise CheckpointError(

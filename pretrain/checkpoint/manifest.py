@@ -119,5 +119,7 @@ def find_newest(run_or_checkpoint: Path) -> Path:
         return folder
     found = committed(folder)
     if not found:
-        raise CheckpointError(f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*")
+        raise CheckpointError(
+            f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*"
+        )
     return found[-1]

@@ -16,10 +16,13 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.errors import UsageError
+from pretrain.errors import EXIT_CRASHED, EXIT_CTRL_C, PretrainError, UsageError
 
 FINISHED = "finished.json"
 ATTEMPTS = "attempts"
@@ -27,7 +30,7 @@ LOCK = "lock"
 
 
 class RunDirectory:
-    """Exclusive hold on a run's folder, from `claim` until the process ends or `release`."""
+    """Exclusive hold on a run's folder, from `claim` until the process ends or `close`."""
 
     def __init__(self, path: Path, attempt: int, lock: int) -> None:
         self.path = path
@@ -58,7 +61,7 @@ class RunDirectory:
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         return cls(path, _next_attempt(path), lock)
 
-    def release(self) -> None:
+    def close(self) -> None:
         os.close(self._lock)
 
 
@@ -66,7 +69,9 @@ def _next_attempt(path: Path) -> int:
     """The supervisor's number if it gave one, else one more than the highest; made exclusively."""
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
-        raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it")
+        raise UsageError(
+            f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it"
+        )
     taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
     number = int(given) if given is not None else max(taken, default=0) + 1
     try:
@@ -78,12 +83,34 @@ def _next_attempt(path: Path) -> int:
     return number
 
 
-def record_exit(path: Path, attempt: int, rank: int, *, code: int, reason: str) -> None:
-    """How this rank ended, for the supervisor and for people."""
-    record = {"rank": rank, "host": socket.gethostname(), "code": code, "reason": reason, "time": time.time()}
-    folder = Path(path) / ATTEMPTS / str(attempt)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"exit-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+@dataclass
+class Ending:
+    """How a process will have ended; 0 unless it says otherwise or an exception does."""
+
+    code: int = 0
+    reason: str = "finished"
+
+
+@contextmanager
+def recorded_exit(path: Path, attempt: int, rank: int) -> Iterator[Ending]:
+    """Leave `attempts/N/exit-RANK.json` behind, for the supervisor and for people."""
+    ending = Ending()
+    try:
+        yield ending
+    except PretrainError as error:
+        ending.code, ending.reason = error.exit_code, str(error)
+        raise
+    except KeyboardInterrupt:
+        ending.code, ending.reason = EXIT_CTRL_C, "Ctrl-C"
+        raise
+    except BaseException as error:
+        ending.code, ending.reason = EXIT_CRASHED, f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        record = {"rank": rank, "host": socket.gethostname(), **vars(ending), "time": time.time()}
+        folder = Path(path) / ATTEMPTS / str(attempt)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"exit-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
 
 
 def mark_finished(path: Path, **facts: Any) -> None:
@@ -95,5 +122,9 @@ def mark_finished(path: Path, **facts: Any) -> None:
     temporary.rename(target)
 
 
-def is_finished(path: Path) -> bool:
-    return (Path(path) / FINISHED).is_file()
+def finished_step(path: Path) -> int | None:
+    """The last step of a run that reached it, None of one that did not."""
+    try:
+        return int(json.loads((Path(path) / FINISHED).read_text(encoding="utf-8"))["step"])
+    except FileNotFoundError:
+        return None

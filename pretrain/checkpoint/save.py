@@ -16,7 +16,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pretrain.checkpoint.manifest import CHECKPOINTS, KINDS, MANIFEST_NAME, Manifest, Slice, committed, step_folder
+from pretrain.checkpoint.manifest import (
+    CHECKPOINTS,
+    KINDS,
+    MANIFEST_NAME,
+    Manifest,
+    Slice,
+    committed,
+    step_folder,
+)
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.fragments import Fragment
 from pretrain.errors import CheckpointError, PretrainError
@@ -60,7 +68,9 @@ def save_checkpoint(
                 shutil.rmtree(staging)
             staging.mkdir()
         except OSError as error:
-            raise PretrainError(f"{staging}: cannot be made: {error}; check the disk and its permissions") from None
+            raise PretrainError(
+                f"{staging}: cannot be made: {error}; check the disk and its permissions"
+            ) from None
 
     from_main(world, make_staging)
     together(lambda: _write_slices(staging, fragments, world.rank))
@@ -102,7 +112,9 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
         done.write_text(json.dumps([asdict(piece) for piece in slices]), encoding="utf-8")
         _fsync(done)
     except OSError as error:
-        raise PretrainError(f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere") from None
+        raise PretrainError(
+            f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
+        ) from None
 
 
 def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) -> int:
@@ -132,7 +144,9 @@ def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) 
         staging.rename(final)
         _fsync(final.parent)
     except OSError as error:
-        raise PretrainError(f"{final}: cannot be committed: {error}; free space, or set run_dir elsewhere") from None
+        raise PretrainError(
+            f"{final}: cannot be committed: {error}; free space, or set run_dir elsewhere"
+        ) from None
     return written
 
 
@@ -157,7 +171,9 @@ def check_coverage(manifest: Manifest, where: Path) -> None:
             if covered != size:
                 raise CheckpointError(f"{where}: {kind} of {parameter} has {covered} of {size} elements")
     if ranges:
-        raise CheckpointError(f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}")
+        raise CheckpointError(
+            f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}"
+        )
 
 
 def _retain(run_dir: Path, keep_last: int) -> None:

@@ -195,3 +195,8 @@ def zero_stage(config: RunConfig) -> int:
     if not isinstance(zero, dict):
         raise ConfigError(f"deepspeed.zero_optimization is a mapping, got {zero!r}; write its stage inside")
     return zero.get("stage", 1)
+
+
+def as_yaml(config: RunConfig) -> str:
+    """The resolved recipe, every key written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

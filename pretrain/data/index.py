@@ -103,8 +103,16 @@ class ShardEntry:
 class IndexBuilder:
     """Collects shards in order and writes the two files. Called by the data tools."""
 
-    def __init__(self, *, class_names: Sequence[str] | None = None, plan: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        class_names: Sequence[str] | None = None,
+        num_classes: int | None = None,
+        plan: str | None = None,
+    ) -> None:
+        """`num_classes` is for labels without names; None counts up to the highest label seen."""
         self._class_names = None if class_names is None else tuple(class_names)
+        self._num_classes = num_classes
         self._plan = plan
         self._shards: list[ShardEntry] = []
 
@@ -164,13 +172,13 @@ class IndexBuilder:
                 f"{url}: {missing} of {len(labels)} samples have no label; label all of them or none"
             )
         highest = int(labels.max())
-        if self._class_names is None:
-            return highest + 1
-        if highest >= len(self._class_names):
+        count = self._num_classes if self._class_names is None else len(self._class_names)
+        if count is not None and highest >= count:
             raise DataError(
-                f"{url}: label {highest} is out of range, {len(self._class_names)} class names were given"
+                f"{url}: label {highest} is out of range, there are {count} classes; "
+                "give the names of all classes, in order of their labels"
             )
-        return len(self._class_names)
+        return highest + 1 if count is None else count
 
 
 def write_index(storage: Storage, index_file: bytes, samples_file: bytes) -> None:

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from pretrain.engine.fragments import Fragment
+
+
+class Objective(Protocol):
+    """What an engine trains: an nn.Module with a `backbone`, whose loss is a sum (see objectives/)."""
+
+    backbone: nn.Module
+
+    def count(self, batch: Any) -> float:
+        """What the loss sum of `batch`, on the host, will be divided by. Looks at no device."""
+        ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
 
 
 class Engine(Protocol):
@@ -18,7 +35,7 @@ class Engine(Protocol):
     zero_stage: 0 where state is not sharded.
     """
 
-    module: nn.Module
+    module: Objective
     device: torch.device
     input_dtype: torch.dtype
     zero_stage: int
@@ -56,7 +73,7 @@ class Engine(Protocol):
     def optimizer_steps(self, steps: int) -> None: ...
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
+def parameter_shapes(module: Objective) -> dict[str, list[int]]:
     """The full shape of each trained parameter, whether or not the engine has partitioned it."""
     return {
         name: list(getattr(parameter, "ds_shape", parameter.shape))

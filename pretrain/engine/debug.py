@@ -41,7 +41,7 @@ class DebugEngine:
         )
         assert self._accelerator.num_processes == 1, "the debug engine is for one process"
         self.device = self._accelerator.device
-        self.module = objective.to(self.device)
+        self.module: Any = objective.to(self.device)
         self._optimizer = build_optimizer(self.module)
         self._prepared, self._stepper = self._accelerator.prepare(self.module, self._optimizer)
         self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}

@@ -7,6 +7,7 @@ of micro-batches; our losses already are shares of one global mean, so both are 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -87,11 +88,14 @@ class ZeroEngine:
         objective.to(world.device)
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
-            model=objective, optimizer=build_optimizer(objective), config=dict(config), dist_init_required=False
+            model=objective,
+            optimizer=build_optimizer(objective),
+            config=dict(config),
+            dist_init_required=False,
         )
         assert self._engine.world_size == world.world_size, "DeepSpeed joined another world than asked for"
         self._world = world
-        self.module = objective
+        self.module: Any = objective
         self.device = world.device
         self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
         self.zero_stage = int(config["zero_optimization"]["stage"])
@@ -150,7 +154,7 @@ class _ReplicatedShards:
         self._masters_differ = isinstance(wrapped, FP16_UnfusedOptimizer)
         if self._masters_differ:
             self.optimizer = wrapped.optimizer
-            pairs = zip(sum(wrapped.fp16_groups, []), sum(wrapped.fp32_groups, []), strict=True)
+            pairs = zip(chain(*wrapped.fp16_groups), chain(*wrapped.fp32_groups), strict=True)
             master_of = {id(low): high for low, high in pairs}
             self._masters = {name: master_of[id(p)] for name, p in trained.items()}
         else:
@@ -193,6 +197,7 @@ class _FlatShards:
 
     def fragments(self) -> list[Fragment]:
         found = []
+        parameter: Any  # DeepSpeed hangs its own attributes on parameters
         for name, parameter in self._trained.items():
             mapping = parameter._hp_mapping
             if mapping is None:  # all of it lives on other ranks
@@ -222,6 +227,7 @@ class _PartitionedShards:
 
     def fragments(self) -> list[Fragment]:
         found = []
+        parameter: Any
         for name, parameter in self._trained.items():
             group, offset, part = self._wrapped.grad_position[self._wrapped.get_param_id(parameter)]
             begin = part * self._rank

@@ -60,7 +60,9 @@ class Storage(Protocol):
         """Bytes of an object."""
         ...
 
-    def exists(self, name: str) -> bool: ...
+    def exists(self, name: str) -> bool:
+        """Whether the object is there; False, too, where its bucket or folder is not."""
+        ...
 
     def read(self, name: str, offset: int = 0, length: int | None = None) -> bytes:
         """Exactly `length` bytes from `offset`, or all that follow it; a shorter object is a StorageError."""

@@ -63,9 +63,7 @@ def index_folder(folder: Path, *, chunk_samples: int) -> DatasetIndex:
                 chunk_bytes=[len(chunk.data) for chunk in chunks],
                 chunk_samples=[len(found) for found in frames],
                 chunk_crc32=[zlib.crc32(chunk.data) for chunk in chunks],
-                labels=[
-                    label_of(c.data, s) for c, found in zip(chunks, frames, strict=True) for s in found
-                ],
+                labels=[label_of(c.data, s) for c, found in zip(chunks, frames, strict=True) for s in found],
                 keys=[s.key for found in frames for s in found],
             )
         )

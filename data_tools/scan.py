@@ -1,0 +1,107 @@
+"""Read one shard as a stream and say what the index needs to know about it. Called by index and pack."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from PIL import Image
+
+from pretrain.data.framer import cut_chunks, frame, image_of, label_of
+from pretrain.data.index import ShardEntry
+from pretrain.errors import DataError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+
+
+@dataclass(kw_only=True)
+class Findings:
+    """What is worth telling the user, gathered over shards: a count and the first case of each."""
+
+    without_image: list[str] = field(default_factory=list)  # "SHARD: KEY"
+    unreadable: list[str] = field(default_factory=list)
+
+
+def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """(width, height) in pixels as the image's header says, or None if it has no header that we know."""
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # what Pillow raises for files that are no images, or damaged ones
+
+
+def scan_shard(
+    blocks: Iterable[bytes],
+    *,
+    name: str,
+    where: str,
+    chunk_samples: int | None,
+    findings: Findings,
+    on_bytes: Callable[[int], None] | None = None,
+) -> ShardEntry:
+    """Frame, cut, hash and label a whole shard.
+
+    Args:
+        chunk_samples: samples a chunk; None cuts at about 8 MB.
+        on_bytes: told the length of each block read.
+
+    Raises:
+        DataError: the tar is damaged or truncated, or a label is none. The message names `where`.
+    """
+    sha256 = hashlib.sha256()
+    total = 0
+
+    def watched() -> Iterator[bytes]:
+        nonlocal total
+        for block in blocks:
+            sha256.update(block)
+            total += len(block)
+            if on_bytes is not None:
+                on_bytes(len(block))
+            yield block
+
+    limits = {} if chunk_samples is None else {"min_samples": chunk_samples, "max_samples": chunk_samples}
+    columns: dict[str, list[int]] = {"offset": [], "bytes": [], "samples": [], "crc32": []}
+    labels: list[int] = []
+    keys: list[str] = []
+    side = 0
+    for chunk in cut_chunks(
+        watched(),
+        where=where,
+        on_left_out=lambda key: findings.without_image.append(f"{name}: {key}"),
+        **limits,
+    ):
+        frames = frame(chunk.data, where=f"{where}, chunk at byte {chunk.offset}")
+        for sample in frames:
+            try:
+                labels.append(label_of(chunk.data, sample))
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            keys.append(sample.key)
+            image = image_of(sample)
+            assert image is not None, "frame gave a sample without an image"
+            size = image_size(chunk.data[image[1] : image[1] + image[2]])
+            if size is None:
+                findings.unreadable.append(f"{name}: {sample.key}.{image[0]}")
+            else:
+                side = max(side, *size)
+        columns["offset"].append(chunk.offset)
+        columns["bytes"].append(len(chunk.data))
+        columns["samples"].append(len(frames))
+        columns["crc32"].append(zlib.crc32(chunk.data))
+    return ShardEntry(
+        name=name,
+        num_bytes=total,
+        sha256=sha256.digest(),
+        chunk_offset=columns["offset"],
+        chunk_bytes=columns["bytes"],
+        chunk_samples=columns["samples"],
+        chunk_crc32=columns["crc32"],
+        labels=labels,
+        keys=keys,
+        image_side=side or None,
+    )

@@ -1,0 +1,54 @@
+"""What the data commands share when they start. Called by the other modules of data_tools."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.errors import AccessDeniedError, ObjectNotFoundError, UsageError
+
+
+@contextlib.contextmanager
+def wrong_if_unreachable() -> Iterator[None]:
+    """At the start, a place that is not there or not ours to open is wrong usage, not lost data."""
+    try:
+        yield
+    except (ObjectNotFoundError, AccessDeniedError) as error:
+        raise UsageError(str(error)) from error
+
+
+def add_chunk_samples(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--chunk-samples", type=int, metavar="N", help="samples a chunk (default: about 8 MB, 16 to 1024)"
+    )
+
+
+def check_chunk_samples(value: int | None) -> int | None:
+    if value is not None and not 1 <= value <= 1 << 20:
+        raise UsageError(f"--chunk-samples {value}: from 1 to {1 << 20} is possible")
+    return value
+
+
+def read_class_names(path: str) -> list[str]:
+    """One name a line; line i is class i. UsageError if the file cannot be read or repeats a name."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--class-names {path}: {error}; give a text file with one name a line") from error
+    return parse_class_names(text, where=path)
+
+
+def parse_class_names(text: str, *, where: str) -> list[str]:
+    names = [line.strip() for line in text.splitlines()]
+    while names and not names[-1]:
+        names.pop()
+    doubled = (
+        sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    )
+    if doubled:
+        raise UsageError(f"{where}: class name {doubled[0]!r} comes twice; names tell classes apart")
+    if not names:
+        raise UsageError(f"{where}: holds no class names; write one a line")
+    return names

@@ -1,0 +1,221 @@
+"""From a recipe to the parts of a run: objective, optimizer, engine, loaders.
+
+Called by train.py and evaluate.py. The only place where config keys meet constructor arguments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pretrain.config.schema import RunConfig
+from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
+from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
+from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.order import Order
+from pretrain.data.reader import ChunkReader
+from pretrain.derived import Split, s3_settings
+from pretrain.distributed import World, from_main
+from pretrain.engine.base import Engine
+from pretrain.errors import UsageError
+from pretrain.metrics.prometheus import MetricsServer
+from pretrain.metrics.reporter import Reporter
+from pretrain.models.build import build_vit
+from pretrain.models.vit import VisionTransformer
+from pretrain.objectives.classification import Classification
+from pretrain.objectives.mae import MAE
+from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.storage import is_remote
+
+
+def build_backbone(config: RunConfig) -> VisionTransformer:
+    model = config.model
+    return build_vit(
+        name=model.name,
+        size=model.size,
+        image_size=model.image_size,
+        patch_size=model.patch_size,
+        embed_dim=model.embed_dim,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        mlp_ratio=model.mlp_ratio,
+        pooling=model.pooling,
+        position_embedding=model.position_embedding,
+        drop_path_rate=model.drop_path_rate,
+        weight_init="mae" if config.objective.name == "mae" else "timm",
+    )
+
+
+def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE:
+    """The objective with fresh float32 weights that depend on `config.seed` alone."""
+    torch.manual_seed(config.seed)
+    backbone = build_backbone(config)
+    objective = config.objective
+    if objective.name == "mae":
+        return MAE(
+            backbone,
+            seed=config.seed,
+            mask_ratio=objective.mask_ratio,
+            normalize_pixels=objective.normalize_pixels,
+            decoder_dim=objective.decoder_dim,
+            decoder_depth=objective.decoder_depth,
+            decoder_heads=objective.decoder_heads,
+        )
+    assert num_classes is not None, "classification has classes"
+    return Classification(
+        backbone, num_classes=num_classes, label_smoothing=objective.label_smoothing, seed=config.seed
+    )
+
+
+def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split: Split) -> Engine:
+    """DeepSpeed when a launcher started this process, accelerate when it runs alone."""
+
+    def build_optimizer(module: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(
+            parameter_groups(module, weight_decay=config.optim.weight_decay),
+            lr=0.0,  # set at every step; DeepSpeed takes a trial step while it starts
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=world.device.type == "cuda",
+        )
+
+    # Imported here: each is there only where it is needed, and takes seconds.
+    if world.launched:
+        from pretrain.engine.zero import ZeroEngine, deepspeed_config
+
+        settings = deepspeed_config(
+            config.deepspeed,
+            precision=config.train.precision,
+            micro_batch_size=split.micro_batch_size,
+            accumulation_steps=split.accumulation_steps,
+            world_size=world.world_size,
+            clip_grad_norm=config.optim.clip_grad_norm,
+        )
+        return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
+    from pretrain.engine.debug import DebugEngine
+
+    return DebugEngine(
+        objective,
+        build_optimizer=build_optimizer,
+        precision=config.train.precision,
+        clip_grad_norm=config.optim.clip_grad_norm,
+        device=world.device,
+    )
+
+
+def default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vit-pretrain"
+
+
+def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
+    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+    return ChunkReader(index, cache_dir=cache_dir, s3=s3_settings(config))
+
+
+def build_train_loader(
+    config: RunConfig, index: DatasetIndex, order: Order, *, world: World, split: Split, workers: int
+) -> TrainLoader:
+    data = config.data
+    transform: TrainTransform | EvalTransform
+    if data.augmentation == "random_resized_crop":
+        transform = TrainTransform(
+            image_size=config.model.image_size,
+            crop_scale=data.crop_scale,
+            crop_ratio=data.crop_ratio,
+            horizontal_flip=data.horizontal_flip,
+            color_jitter=data.color_jitter,
+        )
+    else:
+        transform = EvalTransform(image_size=config.model.image_size)
+    return TrainLoader(
+        reader=build_reader(config, index),
+        order=order,
+        transform=transform,
+        seed=config.seed,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=split.micro_batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=workers,
+    )
+
+
+def build_eval_loader(
+    config: RunConfig, index: DatasetIndex, *, world: World, batch_size: int, workers: int
+) -> EvalLoader:
+    return EvalLoader(
+        reader=build_reader(config, index),
+        transform=EvalTransform(image_size=config.model.image_size),
+        batch_size=batch_size,
+        rank=world.rank,
+        world_size=world.world_size,
+        workers=workers,
+    )
+
+
+def open_training_data(config: RunConfig, *, world: World) -> DatasetIndex:
+    """The index of data.train; a folder or tar of images is packed into data.cache_dir first.
+
+    Raises UsageError when there is nothing to train on.
+    """
+    url = config.data.train
+    if is_image_source(url):
+        url = from_main(world, lambda: packed(url, config))
+    return open_index(url, s3=s3_settings(config))
+
+
+def is_image_source(url: str) -> bool:
+    """A local folder without shards, or a tar without an index beside it."""
+    path = Path(url)
+    if is_remote(url):
+        return False
+    if path.is_file() and path.suffix == ".tar":
+        return True
+    return path.is_dir() and not any(path.glob("*.tar")) and not (path / INDEX_NAME).is_file()
+
+
+def packed(source: str, config: RunConfig) -> str:
+    """Where `source`'s shards are, made by `pretrain data pack` unless they are there already.
+
+    The packing runs in a process of its own: data_tools is a neighbour, not a part.
+    """
+    root = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+    name = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:12]
+    out = root / "packed" / f"{Path(source).stem}-{name}"
+    if not (out / INDEX_NAME).is_file():
+        print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
+        command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]
+        if subprocess.run(command).returncode:
+            raise UsageError(f"{source} could not be packed; see above, or run `pretrain data pack` yourself")
+    return str(out)
+
+
+def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps: int) -> Reporter:
+    """Rank 0's speaks; one rank a host serves metrics.port. Raises UsageError when the port is taken."""
+    server = None
+    if config.metrics.port and world.local_rank == 0:
+        server = MetricsServer(
+            port=config.metrics.port,
+            host=config.metrics.host,
+            labels={"run": Path(config.run_dir).name, "rank": str(world.rank), "attempt": str(attempt)},
+        )
+    if not world.is_main:
+        return Reporter(journal=None, progress=None, server=server, log_every_steps=1)
+    return Reporter.for_main(
+        Path(config.run_dir),
+        attempt=attempt,
+        total_steps=total_steps,
+        server=server,
+        log_every_steps=config.metrics.log_every_steps,
+    )
+
+
+def build_device_transform(config: RunConfig) -> DeviceTransform:
+    return DeviceTransform(mean=config.data.mean, std=config.data.std, color_jitter=config.data.color_jitter)

@@ -1,0 +1,169 @@
+"""One place where the training loop says what happened; journal, Prometheus and terminal hear it.
+
+Called by train.py on every rank. Rank 0 writes the journal and the progress line; one rank a host
+serves Prometheus; the others say nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.metrics.journal import Journal
+from pretrain.metrics.progress import Progress
+from pretrain.metrics.prometheus import MetricsServer
+from pretrain.metrics.throughput import StepTimes, Throughput
+
+
+class Reporter:
+    """`journal` and `progress` are None on ranks other than 0, `server` on all but one rank a host."""
+
+    def __init__(
+        self,
+        *,
+        journal: Journal | None,
+        progress: Progress | None,
+        server: MetricsServer | None,
+        log_every_steps: int,
+    ) -> None:
+        self._journal = journal
+        self._progress = progress
+        self._server = server
+        self._log_every_steps = log_every_steps
+        self.throughput = Throughput()
+
+    @classmethod
+    def for_main(
+        cls,
+        run_dir: Path,
+        *,
+        attempt: int,
+        total_steps: int,
+        server: MetricsServer | None,
+        log_every_steps: int,
+    ) -> Reporter:
+        return cls(
+            journal=Journal(run_dir / "journal.jsonl", attempt=attempt),
+            progress=Progress(total_steps=total_steps),
+            server=server,
+            log_every_steps=log_every_steps,
+        )
+
+    def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
+        """Something other than a step; `note` is its line for the terminal."""
+        if self._journal:
+            self._journal.append(event, **fields)
+        if self._progress and note:
+            self._progress.note(note)
+
+    def start(
+        self,
+        *,
+        step: int,
+        samples: int,
+        total_steps: int,
+        world_size: int,
+        zero_stage: int,
+        resumed: bool,
+        init_ignored: bool,
+    ) -> None:
+        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"
+        note = (
+            f"going on at step {step} of {total_steps} on {ranks}"
+            if resumed
+            else f"{total_steps} steps on {ranks}"
+        )
+        if init_ignored:
+            note += "; init_from is ignored, the run has a checkpoint of its own"
+        self.event(
+            "start",
+            note=note,
+            step=step,
+            samples=samples,
+            total_steps=total_steps,
+            world_size=world_size,
+            zero_stage=zero_stage,
+            resumed=resumed,
+        )
+
+    def checkpoint_rejected(self, path: Path, reason: Exception) -> None:
+        self.event(
+            "checkpoint_rejected", note=f"passing over {path}: {reason}", path=str(path), reason=str(reason)
+        )
+
+    def step(
+        self,
+        *,
+        step: int,
+        samples: int,
+        epoch: float,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        times: StepTimes,
+        **metrics: float,
+    ) -> None:
+        """A finished optimizer step; `step` counts from 1 and `samples` is g after it."""
+        if self._journal and step % self._log_every_steps == 0:
+            self._journal.append(
+                "step",
+                step=step,
+                samples=samples,
+                epoch=epoch,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                step_seconds=times.step_seconds,
+                data_seconds=times.data_seconds,
+                images_per_second=times.images_per_second,
+                **metrics,
+            )
+        if self._server:
+            self._server.observe_step(
+                step=step,
+                samples=samples,
+                images=times.images,
+                loss=loss,
+                learning_rate=lr,
+                gradient_norm=grad_norm,
+                step_seconds=times.step_seconds,
+                data_seconds=times.data_seconds,
+                images_per_second=times.images_per_second,
+            )
+        if self._progress:
+            self._progress.update(
+                step=step,
+                loss=loss,
+                learning_rate=lr,
+                images_per_second=self.throughput.images_per_second,
+                data_wait_fraction=self.throughput.data_wait_fraction,
+            )
+
+    def validation(self, *, step: int, samples: int, **metrics: float) -> None:
+        said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.event(
+            "validation", note=f"step {step}: validation {said}", step=step, samples=samples, **metrics
+        )
+        if self._server:
+            self._server.set_validation(metrics)
+
+    def checkpoint(self, *, step: int, samples: int, seconds: float, size_bytes: int, path: Path) -> None:
+        self.event(
+            "checkpoint",
+            note=f"step {step}: saved {path} ({size_bytes / 1e6:,.1f} MB, {seconds:.2f} s)",
+            step=step,
+            samples=samples,
+            seconds=seconds,
+            bytes=size_bytes,
+            path=str(path),
+        )
+        if self._journal:
+            self._journal.sync()
+        if self._server:
+            self._server.observe_checkpoint(seconds=seconds, size_bytes=size_bytes, committed_at=time.time())
+
+    def close(self) -> None:
+        for part in (self._progress, self._journal, self._server):
+            if part is not None:
+                part.close()

@@ -1,0 +1,204 @@
+"""The arguments of `pretrain train`, and all of it that needs no torch: refusing, `--dry-run`.
+
+Called by cli.py before torch is imported, so that a wrong recipe is refused at once, and by
+train.py when a launcher starts it directly.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+
+from pretrain.config.load import as_yaml, load_config, zero_stage
+from pretrain.config.schema import RunConfig
+from pretrain.data.index import DatasetIndex, open_index
+from pretrain.derived import (
+    backbone_spec,
+    build_order,
+    num_classes_for,
+    run_lanes,
+    s3_settings,
+    split_batch,
+    total_steps,
+)
+from pretrain.errors import EXIT_FINISHED, ConfigError, PretrainError
+from pretrain.metrics.flops import (
+    mae_decoder_parameters,
+    mae_training_flops,
+    vit_parameters,
+    vit_training_flops,
+)
+
+MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="the recipe, a YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="settings that take precedence over the recipe's",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and all that follows from it, then stop",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        default=1,
+        metavar="R",
+        help="the number of ranks --dry-run assumes (default 1)",
+    )
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        help="one device, no worker processes, anomaly checks, first batch described",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
+
+
+def refuse_or_describe(args: argparse.Namespace) -> int | None:
+    """Raise ConfigError for a wrong recipe; print a `--dry-run` and return its exit code; else None."""
+    config = load_config(args.config, args.overrides)
+    if args.world_size < 1:
+        raise ConfigError(f"--world-size={args.world_size}: a run has at least one rank")
+    if not args.dry_run:
+        return None
+    print(describe(config, world_size=args.world_size))
+    return EXIT_FINISHED
+
+
+def describe(config: RunConfig, *, world_size: int) -> str:
+    """The resolved recipe as YAML, and below it as comments what follows from it."""
+    derived = "\n".join(f"#   {name:<26} {value}" for name, value in _derived(config, world_size))
+    return f"{as_yaml(config)}\n# What follows from it, on {world_size} rank(s):\n{derived}"
+
+
+def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+    index, missing = _reachable_index(config)
+    split = split_batch(config, world_size)
+    num_classes = config.objective.num_classes
+    if index is not None:
+        num_classes = num_classes_for(config, index)
+
+    backbone, head, decoder = _parameters(config, num_classes)
+    total = backbone + head + decoder
+    yield "parameters", f"{total:,} (backbone {backbone:,}, head {head:,}, decoder {decoder:,})"
+    yield "training work an image", f"{_flops(config, num_classes) / 1e9:,.2f} GFLOP, without recomputation"
+
+    stage = zero_stage(config)
+    yield (
+        "engine",
+        f"DeepSpeed ZeRO {stage} when launched as several processes, else accelerate on one device",
+    )
+    yield (
+        "weights and state a rank",
+        f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
+    )
+
+    pads = split.slice_size * world_size - config.train.global_batch_size
+    yield "images a rank a step", f"{split.slice_size}" + (f" ({pads} pads over all ranks)" if pads else "")
+    yield "micro-batches a step", f"{split.accumulation_steps} of {split.micro_batch_size}"
+
+    lanes = run_lanes(config)
+    few = "" if lanes >= 64 else "; few lanes mix a batch from few places: a multiple of 64 is better"
+    yield "order", f"{lanes} lanes{few}"
+    amplification = 1 + (world_size - 1) / lanes if world_size <= lanes else float(world_size) / lanes + 1
+    yield "read amplification", f"at most {amplification:.3f} x the chunks' bytes an epoch over all ranks"
+    if index is None:
+        yield "data", f"unknown: {missing}"
+        for name in ("steps", "epochs", "window in flight"):
+            known = {"steps": config.train.steps, "epochs": config.train.epochs}.get(name)
+            yield name, f"{known}" if known is not None else "unknown without the index"
+    else:
+        order = build_order(config, index, lanes=lanes)
+        steps = total_steps(config, index.num_samples)
+        samples = steps * config.train.global_batch_size
+        yield (
+            "data",
+            f"{index.num_samples:,} samples in {len(index.shard_names):,} shards, {index.num_chunks:,} chunks",
+        )
+        yield "classes", f"{num_classes}" if num_classes else "none used"
+        yield "steps", f"{steps:,} ({samples:,} samples)"
+        yield "epochs", f"{samples / index.num_samples:,.2f}"
+        mode = "a plain permutation of samples an epoch" if order.small else "lanes over shuffled chunks"
+        yield "order's mode", mode
+        mean_bytes = float(index.chunk_bytes.sum()) / index.num_samples
+        in_flight = index.num_samples if order.small else min(index.num_samples, lanes * order.block_rows)
+        yield "window in flight", f"{in_flight * mean_bytes / 1e6:,.1f} MB over all ranks"
+    yield "export formats", ", ".join(_exportable(config))
+
+
+def _reachable_index(config: RunConfig) -> tuple[DatasetIndex | None, str]:
+    try:
+        return open_index(config.data.train, s3=s3_settings(config)), ""
+    except PretrainError as error:
+        return None, str(error)
+
+
+def _parameters(config: RunConfig, num_classes: int | None) -> tuple[int, int, int]:
+    spec = backbone_spec(config)
+    backbone = vit_parameters(
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        mlp_ratio=spec.mlp_ratio,
+        position_embedding=spec.position_embedding,
+    )
+    if config.objective.name == "mae":
+        decoder = mae_decoder_parameters(
+            patch_size=spec.patch_size,
+            embed_dim=spec.embed_dim,
+            decoder_dim=config.objective.decoder_dim,
+            decoder_depth=config.objective.decoder_depth,
+        )
+        return backbone, 0, decoder
+    return backbone, (spec.embed_dim + 1) * (num_classes or 0), 0
+
+
+def _flops(config: RunConfig, num_classes: int | None) -> float:
+    spec = backbone_spec(config)
+    if config.objective.name == "mae":
+        return mae_training_flops(
+            image_size=spec.image_size,
+            patch_size=spec.patch_size,
+            embed_dim=spec.embed_dim,
+            depth=spec.depth,
+            mlp_ratio=spec.mlp_ratio,
+            mask_ratio=config.objective.mask_ratio,
+            decoder_dim=config.objective.decoder_dim,
+            decoder_depth=config.objective.decoder_depth,
+        )
+    return vit_training_flops(
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        embed_dim=spec.embed_dim,
+        depth=spec.depth,
+        mlp_ratio=spec.mlp_ratio,
+        num_classes=num_classes,
+    )
+
+
+def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int) -> float:
+    """Weights, gradients, masters and moments on one rank (ZeRO, arXiv:1910.02054, figure 1)."""
+    low = 2 if config.train.precision == "bf16" else 4
+    masters = MASTER_AND_MOMENTS_BYTES
+    weights, gradients = low, low
+    state = masters / (world_size if stage >= 1 else 1)
+    gradients_held = gradients / (world_size if stage >= 2 else 1)
+    weights_held = weights / (world_size if stage >= 3 else 1)
+    return parameters * (state + gradients_held + weights_held)
+
+
+def _exportable(config: RunConfig) -> list[str]:
+    """What `pretrain export` can write of this run."""
+    formats = ["timm"]
+    if config.model.pooling == "avg":
+        formats.append("hf (backbone only: ViTForImageClassification has no average-pooled head)")
+    else:
+        formats.append("hf")
+    return formats

@@ -1,0 +1,371 @@
+"""Train a recipe: pretraining, fine-tuning, and going on after anything that stopped it.
+
+    pretrain train configs/debug.yaml data.train=SHARDS run_dir=RUN --debug     one device
+    deepspeed --num_gpus 8 --module pretrain.train RECIPE key.path=value        one machine
+    pretrain launch local RECIPE key.path=value                                 the same, supervised
+
+A run_dir that holds a checkpoint is resumed, on any number of ranks and any ZeRO stage. Exit
+codes: 0 finished, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and saved, 130 Ctrl-C.
+"""
+
+# One batch, from tar to optimizer: data/order -> reader -> decode -> augment -> loader -> the loop
+# below -> objectives/* -> engine/* -> checkpoint/save.
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import recipe
+from pretrain.assemble import (
+    build_device_transform,
+    build_engine,
+    build_eval_loader,
+    build_objective,
+    build_reporter,
+    build_train_loader,
+    open_training_data,
+)
+from pretrain.checkpoint.run_directory import RunDirectory, finished_step, mark_finished, recorded_exit
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.config.load import as_yaml, load_config
+from pretrain.config.schema import RunConfig
+from pretrain.data.augment import DeviceTransform
+from pretrain.data.index import open_index
+from pretrain.data.loader import EvalLoader
+from pretrain.derived import (
+    build_order,
+    check_validation_labels,
+    dataset_facts,
+    num_classes_for,
+    run_lanes,
+    s3_settings,
+    split_batch,
+    total_steps,
+)
+from pretrain.distributed import (
+    Sums,
+    World,
+    barrier,
+    from_main,
+    is_launched,
+    join,
+    leave,
+    sum_over_ranks,
+    together,
+)
+from pretrain.engine.base import Engine, parameter_shapes
+from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, PretrainError, UsageError
+from pretrain.metrics.reporter import Reporter
+from pretrain.objectives.classification import check_labels
+from pretrain.optim.schedules import cosine_lr
+from pretrain.resume import claim, has_checkpoint, initialize, resume, stored_lanes
+from pretrain.signals import StopSignals, exit_code_for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    recipe.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The exit code of the recipe that the command line names, or of its `--dry-run`."""
+    described = recipe.refuse_or_describe(args)
+    if described is not None:
+        return described
+    code = train(load_config(args.config, args.overrides), debug=args.debug)
+    leave()  # only after a good end: a rank that failed must not wait for its peers
+    return code
+
+
+def train(config: RunConfig, *, debug: bool = False) -> int:
+    """Train `config` to its last step, from its newest checkpoint if it has one.
+
+    Returns EXIT_FINISHED, or the code of what asked it to stop. Raises PretrainError, on every rank
+    when the cause was found before the first step.
+    """
+    run_dir = Path(config.run_dir)
+    s3 = s3_settings(config)
+    if debug and is_launched():
+        raise UsageError("--debug is for one process: leave out the launcher, or leave out --debug")
+    world = join()
+    torch.use_deterministic_algorithms(config.train.deterministic)
+    torch.autograd.set_detect_anomaly(debug)
+
+    # What is to be learned from. Whatever is wrong here is found before anything is written.
+    index = together(lambda: open_training_data(config, world=world))
+    num_classes = num_classes_for(config, index)
+    val_url = config.data.val
+    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
+    if val_index is not None:
+        check_validation_labels(val_index, num_classes)
+    order = build_order(config, index, lanes=stored_lanes(run_dir) or run_lanes(config, debug=debug))
+    split = split_batch(config, world.world_size)
+    last_step = total_steps(config, index.num_samples)
+    done = from_main(world, lambda: finished_step(run_dir))
+    if done is not None and done >= last_step:
+        if world.is_main:
+            print(f"{run_dir} finished at step {done}; give it more train.steps, or another run_dir")
+        return EXIT_FINISHED
+
+    # Who this is: one live attempt a run, claimed by rank 0.
+    with ExitStack() as stack:
+        held: list[RunDirectory] = []
+        attempt = from_main(world, lambda: claim(run_dir, as_yaml(config), held))
+        for hold in held:
+            stack.callback(hold.close)
+        ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
+        reporter = together(
+            lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
+        )
+        stack.callback(reporter.close)
+
+        # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
+        objective = build_objective(config, num_classes=num_classes)
+        resuming = from_main(world, lambda: has_checkpoint(run_dir))
+        if config.init_from and not resuming:
+            reporter.event("init", note=together(lambda: initialize(objective, str(config.init_from))))
+        engine = build_engine(config, objective, world=world, split=split)
+        manifest = resume(
+            run_dir,
+            engine,
+            world=world,
+            config=config.model_dump(mode="json"),
+            dataset=dataset_facts(index),
+            order=order.fingerprint(),
+            global_batch_size=config.train.global_batch_size,
+            on_rejected=reporter.checkpoint_rejected,
+        )
+        step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+        reporter.start(
+            step=step,
+            samples=samples,
+            total_steps=last_step,
+            world_size=world.world_size,
+            zero_stage=engine.zero_stage,
+            resumed=manifest is not None,
+            init_ignored=bool(config.init_from) and resuming,
+        )
+
+        # The data: endless steps of micro-batches from position `samples` on.
+        workers = 0 if debug else config.data.workers
+        train_loader = build_train_loader(config, index, order, world=world, split=split, workers=workers)
+        stack.callback(train_loader.close)
+        eval_loader = None
+        if val_index is not None:
+            eval_loader = build_eval_loader(
+                config, val_index, world=world, batch_size=split.micro_batch_size, workers=workers
+            )
+        device_transform = build_device_transform(config)
+        batches = train_loader.steps(samples)
+
+        stop = stack.enter_context(StopSignals())
+        while step < last_step:
+            reporter.throughput.start()
+            micro_batches = next(batches)
+            reporter.throughput.data_arrived()
+            if num_classes is not None:
+                for host_batch in micro_batches:
+                    check_labels(host_batch["labels"], num_classes, host_batch["weights"])
+
+            # The loss is the mean over the true global batch, however it is split: every share is
+            # divided by the one global count, known before the first backward.
+            local_count = sum(objective.count(host_batch) for host_batch in micro_batches)
+            count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
+            lr = learning_rate(config, step, last_step)
+            sums = Sums(engine.device)
+            sums.add(count=local_count)
+            for host_batch in micro_batches:
+                batch = to_device(host_batch, engine.device)
+                images = device_transform(
+                    batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
+                )
+                if debug and step == 0:
+                    print(describe_batch(images, batch), file=sys.stderr)
+                loss_sum, metric_sums = engine.forward(images, batch)
+                engine.backward(loss_sum / count.to(loss_sum.dtype))
+                sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
+            grad_norm = engine.step(lr)
+
+            # The step's one look at the device: all ranks read the same totals, so all decide alike.
+            terminate, ctrl_c = stop.flags()
+            sums.add(terminate=terminate, ctrl_c=ctrl_c)
+            totals = sums.over_ranks()
+            step, samples = step + 1, samples + config.train.global_batch_size
+            exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
+            images_seen = totals.pop("images")
+            loss = totals.pop("loss") / totals.pop("count")
+            reporter.step(
+                step=step,
+                samples=samples,
+                epoch=samples / index.num_samples,
+                loss=loss,
+                lr=lr,
+                grad_norm=float(grad_norm),
+                times=reporter.throughput.finish(int(images_seen)),
+                **{name: total / images_seen for name, total in totals.items()},
+            )
+            if not math.isfinite(loss):
+                raise PretrainError(
+                    f"the loss is {loss} at step {step}; go on from the last checkpoint with a lower optim.lr, "
+                    "a smaller optim.clip_grad_norm, or train.precision=float32"
+                )
+
+            is_last = step == last_step
+            if eval_loader is not None and (is_last or is_due(step, config.eval.every_steps)):
+                results = validate(engine, eval_loader, device_transform)
+                reporter.validation(step=step, samples=samples, **results)
+            if is_last or exit_code is not None or is_due(step, config.checkpoint.every_steps):
+                save(
+                    engine,
+                    config,
+                    world=world,
+                    reporter=reporter,
+                    step=step,
+                    samples=samples,
+                    attempt=attempt,
+                    dataset=dataset_facts(index),
+                    order=order.fingerprint(),
+                )
+            if exit_code is not None and not is_last:
+                reporter.event(
+                    "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
+                )
+                barrier()  # nobody leaves while a peer may still need it
+                ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
+                return exit_code
+
+        if world.is_main:
+            mark_finished(run_dir, step=step, samples=samples, attempt=attempt)
+            reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
+            export_at_the_end(config)
+        barrier()
+        return EXIT_FINISHED
+
+
+def learning_rate(config: RunConfig, step: int, last_step: int) -> float:
+    return cosine_lr(
+        step,
+        peak=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=last_step,
+        min_lr=config.optim.min_lr,
+    )
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def to_device(batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> str:
+    """Shapes and ranges, for whoever debugs."""
+    named = {"images (normalised)": images, **batch}
+    return "\n".join(
+        f"first batch: {name:<20} {tensor.dtype!s:<14} {tuple(tensor.shape)!s:<20} "
+        f"from {tensor.float().min():.4g} to {tensor.float().max():.4g}, mean {tensor.float().mean():.4g}"
+        for name, tensor in named.items()
+    )
+
+
+@torch.no_grad()
+def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransform) -> dict[str, float]:
+    """Mean loss and metrics over a dataset, each sample once, however many ranks there are."""
+    sums = Sums(engine.device)
+    engine.module.eval()
+    for host_batch in loader:
+        count = engine.module.count(host_batch)
+        batch = to_device(host_batch, engine.device)
+        images = device_transform(
+            batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
+        )
+        loss_sum, metric_sums = engine.forward(images, batch)
+        sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
+    engine.module.train()
+    totals = sums.over_ranks()
+    loss, images_seen = totals.pop("loss") / totals.pop("count"), totals.pop("images")
+    return {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
+
+
+def save(
+    engine: Engine,
+    config: RunConfig,
+    *,
+    world: World,
+    reporter: Reporter,
+    step: int,
+    samples: int,
+    attempt: int,
+    dataset: dict[str, Any],
+    order: dict[str, Any],
+) -> None:
+    """Commit a checkpoint of what has been consumed and learned so far. All ranks together."""
+    began = time.perf_counter()
+    saved = save_checkpoint(
+        Path(config.run_dir),
+        engine.owned_fragments(),
+        world=world,
+        keep_last=config.checkpoint.keep_last,
+        facts={
+            "step": step,
+            "samples": samples,
+            "optimizer_steps": engine.optimizer_steps,
+            "attempt": attempt,
+            "world_size": world.world_size,
+            "zero_stage": engine.zero_stage,
+            "config": config.model_dump(mode="json"),
+            "dataset": dataset,
+            "order": order,
+            "parameters": parameter_shapes(engine.module),
+            "software": {"python": sys.version.split()[0], "torch": torch.__version__},
+        },
+    )
+    seconds = time.perf_counter() - began
+    reporter.checkpoint(step=step, samples=samples, seconds=seconds, size_bytes=saved.bytes, path=saved.path)
+
+
+def export_at_the_end(config: RunConfig) -> None:
+    """`export.formats`: in a process of its own, because siblings of train.py are not imported."""
+    for name in config.export.formats:
+        out = Path(config.run_dir) / "exports" / name
+        command = [sys.executable, "-m", "pretrain.cli", "export", config.run_dir, str(out), "--format", name]
+        code = subprocess.run(command).returncode
+        if code:
+            raise PretrainError(
+                f"the run is finished, but its export to {name} failed with exit code {code}; "
+                f"once mended: pretrain export {config.run_dir} {out} --format {name}"
+            )
+
+
+def main() -> int:
+    """What a launcher starts as `python -m pretrain.train`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    args = parser.parse_args()
+    try:
+        return run(args)
+    except PretrainError as error:
+        print(f"pretrain train: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("pretrain train: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The report tells what the journal says: of attempts that count, with gaps where numbers are missing."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pretrain.cli import main
+from pretrain.errors import UsageError
+from pretrain.metrics.journal import Journal
+from pretrain.report import draw, read_curves, smooth, summarize
+
+BLUE, RED = (31, 119, 180), (255, 0, 0)  # matplotlib's tab:blue (a curve) and the cross of a missing number
+
+
+def write_attempt(run_dir, attempt, steps, *, loss=lambda step: 10.0 / step):
+    journal = Journal(run_dir / "journal.jsonl", attempt=attempt)
+    for step in steps:
+        journal.append(
+            "step",
+            step=step,
+            samples=step * 32,
+            epoch=step / 10,
+            loss=loss(step),
+            lr=1e-3,
+            grad_norm=1.0,
+            step_seconds=0.5,
+            data_seconds=0.05,
+            images_per_second=64.0,
+        )
+        if step % 5 == 0:
+            journal.append(
+                "validation", step=step, samples=step * 32, loss=20.0 / step, top1=step / 100 + attempt / 1000
+            )
+    journal.close()
+
+
+def colors_of(picture) -> dict[tuple[int, int, int], int]:
+    image = Image.open(picture).convert("RGB")
+    assert image.width > 1000
+    assert image.height > 800
+    return {color: count for count, color in image.getcolors(maxcolors=1 << 24)}
+
+
+def test_of_steps_done_twice_the_later_attempt_is_drawn_and_resumes_are_where_attempts_begin(tmp_path):
+    write_attempt(tmp_path, 1, range(1, 13))
+    write_attempt(tmp_path, 3, range(11, 21), loss=lambda step: 100.0 + step)
+    curves = read_curves(tmp_path)
+    assert curves.steps.tolist() == list(range(1, 21))
+    assert curves.samples.tolist() == [32 * step for step in range(1, 21)]
+    assert curves.values["loss"].tolist() == [10.0 / s for s in range(1, 11)] + [
+        100.0 + s for s in range(11, 21)
+    ]
+    assert curves.resumed_at == (11,)
+    assert (curves.attempts, curves.redone_steps) == ((1, 3), 2)
+    steps, top1 = curves.validation["top1"]
+    assert steps.tolist() == [5, 10, 15, 20]
+    assert top1 == pytest.approx([0.051, 0.101, 0.153, 0.203])
+    assert curves.values.keys().isdisjoint({"step", "samples", "epoch", "time", "attempt"})
+
+
+def test_the_smoothed_curve_is_a_mean_with_weights_that_halve_to_both_sides():
+    values = np.random.Generator(np.random.Philox(1)).standard_normal(200)
+    values[[3, 50, 51]] = [np.nan, np.inf, -np.inf]
+    smoothed = smooth(values, half_life=7.0)
+    known = np.flatnonzero(np.isfinite(values))
+    for i in (0, 2, 49, 52, 120, 199):
+        weights = 0.5 ** (np.abs(known - i) / 7.0)
+        assert smoothed[i] == pytest.approx((weights * values[known]).sum() / weights.sum(), rel=1e-12)
+    assert np.flatnonzero(np.isnan(smoothed)).tolist() == [3, 50, 51]
+
+
+def test_the_command_draws_the_picture_and_prints_the_table(tmp_path, capsys):
+    write_attempt(tmp_path, 1, range(1, 31))
+    write_attempt(tmp_path, 2, range(26, 41))
+    (tmp_path / "finished.json").write_text("{}")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "picture.png")]) == 0
+    printed = capsys.readouterr().out
+    table = {line[:22].strip(): line[23:] for line in printed.splitlines()}
+    assert table["state"] == "finished"
+    assert table["attempts"] == "2 (resumed at step 26; 5 steps done again)"
+    assert table["last step"] == "40 (1,280 samples)"
+    assert table["validation loss"] == "0.5000 at last, 0.5000 best (step 40)"
+    assert table["validation top1"] == "0.4020 at last, 0.4020 best (step 40)"
+    assert table["images/s"] == "64.0 (median)"
+    assert table["waiting for data"] == "10.0% of step time"
+    assert table["picture"] == str(tmp_path / "picture.png")
+    colors = colors_of(tmp_path / "picture.png")
+    assert colors[BLUE] > 2000
+    assert RED not in colors
+
+
+def test_losses_that_are_no_numbers_are_counted_and_marked_and_do_not_bend_the_curve(tmp_path):
+    write_attempt(tmp_path, 1, range(1, 41), loss=lambda step: math.nan if step in (7, 8) else 2.0)
+    curves = read_curves(tmp_path)
+    assert summarize(curves)["steps without a loss"] == "2 (NaN or infinite)"
+    assert summarize(curves)["loss"] == "2.0000 at first, 2.0000 at last (smoothed), 2.0000 lowest"
+    draw(curves, tmp_path / "picture.png")
+    assert colors_of(tmp_path / "picture.png")[RED] > 10
+
+
+@pytest.mark.parametrize("loss", [math.nan, 3.0])
+def test_a_run_of_one_step_is_drawn_whatever_its_loss(tmp_path, loss):
+    write_attempt(tmp_path, 1, [1], loss=lambda step: loss)
+    draw(read_curves(tmp_path), tmp_path / "picture.png")
+    assert (RED in colors_of(tmp_path / "picture.png")) == math.isnan(loss)
+
+
+def test_a_journal_with_steps_and_no_numbers_or_gaps_in_them_is_read(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", attempt=1)
+    journal.append("step", step=10, samples=0, loss=1.0)
+    journal.append("step", step=20, samples=0, grad_norm=None)
+    curves = read_curves(tmp_path)
+    assert curves.values["loss"][0] == 1.0
+    assert math.isnan(curves.values["loss"][1])
+    assert "grad_norm" not in curves.values
+    draw(curves, tmp_path / "picture.pdf")
+    assert (tmp_path / "picture.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_folder_that_is_no_run_is_refused_with_2(tmp_path, capsys):
+    assert main(["report", str(tmp_path / "nowhere")]) == 2
+    assert "there is no journal.jsonl in it" in capsys.readouterr().err
+
+
+def test_a_run_that_has_logged_no_step_is_refused_with_2(tmp_path, capsys):
+    Journal(tmp_path / "journal.jsonl", attempt=1).append("start", step=0)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no step was logged yet" in capsys.readouterr().err
+    assert not (tmp_path / "report.png").exists()
+
+
+@pytest.mark.parametrize("name", ["picture.xyz", "picture", "missing/folder/picture.png"])
+def test_a_picture_that_cannot_be_written_is_a_usage_error_that_names_it(tmp_path, name):
+    write_attempt(tmp_path, 1, [1, 2])
+    with pytest.raises(UsageError, match=name):
+        draw(read_curves(tmp_path), tmp_path / name)
+
+
+def test_without_matplotlib_the_error_names_the_extra_that_brings_it(tmp_path):
+    write_attempt(tmp_path, 1, [1, 2])
+    program = (
+        "import sys; sys.modules['matplotlib'] = None\n"  # importing it now fails, as when it is not there
+        "from pretrain.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "report", str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "vit-pretrain[report]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_report_does_not_import_torch_or_draw_on_a_global_canvas(tmp_path):
+    write_attempt(tmp_path, 1, [1, 2])
+    program = (
+        "import sys; from pretrain.cli import main; assert main(sys.argv[1:]) == 0\n"
+        "sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program, "report", str(tmp_path)], timeout=60).returncode == 0
+    )
