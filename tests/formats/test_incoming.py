@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from backbone_samples import CLASSES, MEAN, SMALL, our_features, random_head, random_weights, some_images
-from pretrain.models.heads import LinearHead
-from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from safetensors.torch import load_file, save_file
 
 from pretrain.errors import CheckpointError, PretrainError, UsageError
@@ -19,6 +17,8 @@ from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import build_backbone, load_into, rebuild
 from pretrain.formats.timm import write_timm
+from pretrain.models.heads import LinearHead
+from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
 
 HEADED = dataclasses.replace(SMALL, num_classes=len(CLASSES), class_names=CLASSES)
