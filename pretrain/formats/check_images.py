@@ -72,16 +72,19 @@ def crop_fraction(image_size: int, stored_side: int | None) -> float:
 
 
 def _from_dataset(index: DatasetIndex, image_size: int, s3: S3Settings) -> Tensor:
-    """uint8 (B, 3, S, S), the first image of chunks spread over the dataset."""
+    """uint8 (B, 3, S, S), images spread over the dataset."""
     reader = ChunkReader(index, cache_dir=None, s3=s3)
     transform = EvalTransform(image_size=image_size)
     count = min(COUNT, index.num_samples)
     pixels = []
-    for i in range(count):
-        chunk = i * index.num_chunks // count
-        row = i * int(index.chunk_samples[chunk]) // count
-        sample = reader.read(chunk, row)
-        pixels.append(transform(sample.image, name=f"{index.url}: {sample.key}").pixels)
+    try:
+        for i in range(count):
+            chunk = i * index.num_chunks // count
+            row = i * int(index.chunk_samples[chunk]) // count
+            sample = reader.read(chunk, row)
+            pixels.append(transform(sample.image, name=sample.name).pixels)
+    finally:
+        reader.close()
     return torch.from_numpy(np.stack(pixels))
 
 

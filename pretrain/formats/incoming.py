@@ -36,13 +36,14 @@ RECORD = "export.json"  # what our own exports say about their origin
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a backbone came from. kind is "run", "timm", "hf" or "safetensors"; step, samples and
+    """Where a backbone came from. kind is "run", "timm", "hf" or "safetensors"; step, samples, attempt and
     dataset_identity are None where they are not known; config is a run's resolved recipe or {}."""
 
     kind: str
     url: str
     step: int | None = None
     samples: int | None = None
+    attempt: int | None = None
     dataset_identity: str | None = None
     config: Mapping[str, Any]
 
@@ -127,6 +128,7 @@ def _read_run(path: Path) -> Incoming:
         url=where,
         step=manifest.step,
         samples=manifest.samples,
+        attempt=manifest.attempt,
         dataset_identity=manifest.dataset.get("identity"),
         config=manifest.config,
     )

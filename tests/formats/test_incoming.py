@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from backbone_samples import CLASSES, MEAN, SMALL, our_features, random_head, random_weights, some_images
-from pretrain.models.heads import LinearHead
-from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from safetensors.torch import load_file, save_file
 
 from pretrain.errors import CheckpointError, PretrainError, UsageError
@@ -19,7 +17,10 @@ from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import build_backbone, load_into, rebuild
 from pretrain.formats.timm import write_timm
+from pretrain.models.heads import LinearHead
+from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
+from pretrain.storage import open_storage
 
 HEADED = dataclasses.replace(SMALL, num_classes=len(CLASSES), class_names=CLASSES)
 WRITERS: dict[str, Callable[..., None]] = {"timm": write_timm, "hf": write_hugging_face}
@@ -340,3 +341,22 @@ def test_a_rebuilt_backbone_computes_what_its_weights_say() -> None:
     images = some_images(16)
     with torch.inference_mode():
         assert torch.equal(rebuild(spec, weights)(images), our_features(spec, weights, images))
+
+
+def test_exports_and_files_in_a_bucket_are_read_like_local_ones(folder: Path, s3_bucket: str) -> None:
+    bucket = open_storage(s3_bucket)
+    for path in folder.iterdir():
+        bucket.put(f"exports/small/{path.name}", path)
+    bucket.put("alone.safetensors", folder / "model.safetensors")
+    incoming = read_backbone(f"{s3_bucket}/exports/small/")
+    assert same(incoming.backbone, random_weights(SMALL))
+    assert incoming.spec == HEADED
+    assert read_backbone(f"{s3_bucket}/exports/small/model.safetensors").spec == HEADED
+    assert same(read_backbone(f"{s3_bucket}/alone.safetensors").backbone, random_weights(SMALL))
+    for url in (
+        f"{s3_bucket}/nothing/here",
+        f"{s3_bucket}-gone/exports/small",
+        f"{s3_bucket}/gone.safetensors",
+    ):
+        with pytest.raises(UsageError):
+            read_backbone(url)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from backbone_samples import CLASSES, SMALL, our_features, random_head, random_weights, some_images
-from pretrain.models.sizes import VIT_SIZES
 
 from pretrain.errors import UsageError
 from pretrain.formats.hugging_face import from_hugging_face, to_hugging_face, write_hugging_face
 from pretrain.formats.naming import backbone_shapes
 from pretrain.formats.timm import timm_config, write_timm
+from pretrain.models.sizes import VIT_SIZES
 from pretrain.models.spec import BackboneSpec
 
 IMAGES = some_images(SMALL.image_size)

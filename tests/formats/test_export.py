@@ -1,0 +1,256 @@
+"""`pretrain export`: a folder that its consumer has loaded, or no folder."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from backbone_samples import CLASSES, SMALL, our_features, random_head, random_weights, some_images
+from PIL import Image
+from safetensors.torch import load_file
+
+from pretrain.cli import main
+from pretrain.errors import CheckpointError, UsageError
+from pretrain.formats import folder
+from pretrain.formats.check_images import images_for_check, textures
+from pretrain.formats.files import write_tensors
+from pretrain.formats.folder import export_backbone
+from pretrain.formats.incoming import Source, read_backbone
+from pretrain.models.pos_embed import resample_pos_embed
+from pretrain.models.spec import BackboneSpec
+
+TASK = {"decoder.pred.weight": torch.ones(3), "mask_token": torch.ones(1, 1, 4)}
+
+
+def parameters(spec: BackboneSpec = SMALL, *, head: bool = True) -> dict[str, torch.Tensor]:
+    found = {f"backbone.{name}": value for name, value in random_weights(spec).items()}
+    return {
+        **found,
+        **({f"head.{name}": value for name, value in random_head(spec).items()} if head else TASK),
+    }
+
+
+@pytest.fixture
+def run_dir(make_run: Callable[..., Path]) -> Path:
+    return make_run(SMALL, parameters(), class_names=CLASSES)
+
+
+@pytest.mark.parametrize("format", ["timm", "hf"])
+def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is_from(
+    format: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "deep" / "out"
+    assert main(["export", str(run_dir), str(out), "--format", format]) == 0
+    record = json.loads((out / "export.json").read_text("utf-8"))
+    assert record["verified"] is True
+    assert 0 < record["max_difference"] <= record["tolerance"]
+    assert record["versions"].keys() == {"torch", {"timm": "timm", "hf": "transformers"}[format]}
+    assert record["source"] == {
+        "kind": "run", "url": str(run_dir / "checkpoints" / "step-00000012"), "step": 12, "samples": 96,
+        "dataset_identity": "ab" * 32,
+    }  # fmt: skip
+    assert "generated textures" in record["images"]["from"]
+    printed = capsys.readouterr().out
+    assert "max difference" in printed
+    assert "head of 3 classes (tabby, café au lait, forklift)" in printed
+    incoming = read_backbone(out)
+    assert incoming.spec.class_names == CLASSES
+    assert incoming.source.step == 12
+    assert list(tmp_path.glob("deep/.*")) == [], "the folder it was built in is still there"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+@pytest.mark.parametrize(("format", "rule"), [("timm", "timm"), ("hf", "hf")])
+def test_another_image_size_is_resampled_by_the_consumers_own_rule(
+    format: str, rule: Any, make_run: Callable[..., Path], tmp_path: Path, consume: Callable[..., Any]
+) -> None:
+    run = make_run(SMALL, parameters(head=False))
+    exported = export_backbone(run, tmp_path / "out", format=format, image_size=56)  # type: ignore[arg-type]
+    assert exported.check.verified
+    assert exported.resampled == "4×4 to 7×7 patches"
+    assert exported.left_out == {
+        "decoder.pred.weight": "the pretraining task's decoder",
+        "mask_token": "used by the pretraining task only",
+    }
+    weights = random_weights(SMALL)
+    incoming = read_backbone(tmp_path / "out")
+    positions = resample_pos_embed(weights["pos_embed"], 7, 1, rule=rule)
+    assert torch.equal(incoming.backbone["pos_embed"], positions)
+    assert incoming.spec == dataclasses.replace(SMALL, image_size=56)
+
+    # The consumer's own way to another size, from a folder of the size that was trained.
+    (tmp_path / "trained").mkdir()
+    folder.WRITERS[format](tmp_path / "trained", weights, SMALL)
+    images = some_images(56)
+    script = {
+        "timm": """
+import timm
+model = timm.create_model("local-dir:" + FOLDER, pretrained=True, img_size=56).eval()
+out["features"] = model(given["images"])
+""",
+        "hf": """
+from transformers import AutoModel
+model = AutoModel.from_pretrained(FOLDER).eval()
+out["features"] = model(given["images"], interpolate_pos_encoding=True).pooler_output
+""",
+    }[format]
+    out, _ = consume(f"FOLDER = {str(tmp_path / 'trained')!r}\n{script}", {"images": images})
+    ours = our_features(incoming.spec, incoming.backbone, images)
+    torch.testing.assert_close(out["features"], ours, atol=1e-4, rtol=0)
+
+
+def test_a_folder_whose_weights_are_not_the_checkpoints_fails_its_check(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_slightly_other(out: Path, weights: dict[str, torch.Tensor], *rest: Any, **options: Any) -> None:
+        other = {**weights, "blocks.0.mlp.fc1.bias": weights["blocks.0.mlp.fc1.bias"] + 0.01}
+        folder.write_timm(out, other, *rest, **options)
+
+    monkeypatch.setitem(folder.WRITERS, "timm", write_slightly_other)
+    with pytest.raises(CheckpointError, match="differ by up to"):
+        export_backbone(run_dir, tmp_path / "out", format="timm")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_folder_that_lost_something_on_the_way_fails_its_check_with_every_loss_named(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_less(out: Path, weights: dict[str, torch.Tensor], spec: BackboneSpec, **options: Any) -> None:
+        poorer = dataclasses.replace(spec, class_names=None, mean=(0.5, 0.5, 0.5))
+        folder.write_hugging_face(out, weights, poorer, **options)
+        tensors = load_file(out / "model.safetensors")
+        del tensors["vit.layernorm.weight"]
+        write_tensors(out / "model.safetensors", tensors)
+
+    monkeypatch.setitem(folder.WRITERS, "hf", write_less)
+    with pytest.raises(CheckpointError) as caught:
+        export_backbone(run_dir, tmp_path / "out", format="hf")
+    for words in ("missing ['vit.layernorm.weight']", "class names that arrived", "mean [0.5, 0.5, 0.5]"):
+        assert words in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.fixture
+def without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """timm cannot be imported by processes that this one starts."""
+    blocked = tmp_path / "without_timm"
+    blocked.mkdir()
+    (blocked / "timm.py").write_text("raise ImportError('No module named timm, says the test')")
+    monkeypatch.setenv("PYTHONPATH", f"{blocked}:{Path.cwd()}")
+
+
+@pytest.mark.usefixtures("without_timm")
+def test_without_the_library_the_export_stands_unverified_and_says_so(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm"]) == 0
+    record = json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))
+    assert (record["verified"], record["max_difference"]) == (False, None)
+    assert "No module named timm" in record["notice"]
+    assert "not verified: timm cannot be imported" in capsys.readouterr().out
+
+
+def test_an_average_pooled_head_is_refused_for_transformers_and_goes_without_it(
+    make_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = dataclasses.replace(SMALL, pooling="avg")
+    run, out = make_run(spec, parameters(spec), class_names=CLASSES), tmp_path / "out"
+    assert main(["export", str(run), str(out), "--format", "hf"]) == 2
+    assert "--no-head" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["export", str(run), str(out), "--format", "hf", "--no-head"]) == 0
+    assert "head.weight, head.bias: --no-head" in capsys.readouterr().out
+    assert read_backbone(out).head == {}
+
+
+@pytest.mark.parametrize("occupied", ["a file", "a full folder"])
+def test_an_out_that_holds_something_is_refused_and_left_alone(
+    occupied: str, run_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    mine = out if occupied == "a file" else out / "thesis.txt"
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    with pytest.raises(UsageError, match="is already there"):
+        export_backbone(run_dir, out, format="timm")
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--image-size", "50"], 2, "not a multiple of the patch size 8; take 48"),
+        (["--image-size", "0"], 2, "take 8"),
+        (["--images", "/nowhere/at/all"], 2, "/nowhere/at/all"),
+    ],
+)
+def test_wrong_arguments_end_with_code_2_and_write_nothing(
+    arguments: list[str],
+    code: int,
+    words: str,
+    run_dir: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm", *arguments]) == code
+    assert words in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_damaged_checkpoint_ends_with_code_4_and_writes_nothing(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shard,) = run_dir.glob("checkpoints/*/rank-*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-64])
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm"]) == 4
+    assert "rank-00000.safetensors" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_the_checks_images_are_the_runs_own_when_they_can_be_reached(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    images, shards = tmp_path / "images", tmp_path / "shards"
+    for i in range(12):
+        path = images / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 30, 3), dtype=np.uint8)).save(path)
+    assert main(["data", "pack", str(images), str(shards), "--chunk-samples", "4"]) == 0
+    source = Source(
+        kind="run", url="", config={"data": {"train": str(shards), "val": str(tmp_path / "gone")}}
+    )
+    chosen = images_for_check(SMALL, source)
+    assert chosen.origin == str(shards)
+    assert chosen.images.shape == (4, 3, 32, 32)
+    assert (chosen.images[0] - chosen.images[1]).abs().max() > 0.5
+    assert chosen.crop_fraction == 0.875  # the longer side is above the network's
+    assert images_for_check(dataclasses.replace(SMALL, image_size=40), source).crop_fraction == 1.0
+
+
+def test_generated_textures_are_the_same_every_time_and_unlike_each_other() -> None:
+    first, second = textures(4, 48), textures(4, 48)
+    assert torch.equal(first, second)
+    assert len({picture.numpy().tobytes() for picture in first}) == 4
+    assert first.float().std(dim=(2, 3)).min() > 10
+
+
+@pytest.mark.usefixtures("without_timm")  # quicker, and no part of what is asked here
+def test_exporting_needs_no_deepspeed_webdataset_or_boto3(run_dir: Path, tmp_path: Path) -> None:
+    code = f"""
+import sys
+for name in ("deepspeed", "webdataset", "boto3", "botocore", "accelerate"):
+    sys.modules[name] = None  # any import of it fails
+from pretrain.cli import main
+sys.exit(main(["export", {str(run_dir)!r}, {str(tmp_path / "out")!r}, "--format", "timm"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
