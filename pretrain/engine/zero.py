@@ -86,6 +86,7 @@ class ZeroEngine:
         """`objective`'s float32 weights become the masters as they are, without a detour by bf16."""
         initial = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
         objective.to(world.device)
+        _leave_out_shared_memory_collective()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=objective,
@@ -144,6 +145,16 @@ class ZeroEngine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         set_optimizer_steps(self._shards.optimizer, steps)
+
+
+def _leave_out_shared_memory_collective() -> None:
+    """Let CPU ranks talk through gloo alone.
+
+    DeepSpeed's own collective for CPUs is compiled at first use, under a lock file that a process
+    killed meanwhile leaves behind: every later run waits for it for ever. It also spins on flags of
+    its peers, and so never notices that one has died; gloo does, at once.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class _ReplicatedShards:
