@@ -14,7 +14,14 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+_BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _REQUEST = re.compile(rb"(GET|PUT|HEAD|POST|DELETE) \S+ HTTP/1\.1\r\n")
+
+
+async def _cancel(tasks) -> None:  # type: ignore[no-untyped-def]
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,8 @@ class FaultProxy:
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
-        starting = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
-        )
-        self._server = starting.result(timeout=5)
+        starting = asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self._server = asyncio.run_coroutine_threadsafe(starting, self._loop).result(timeout=5)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -54,42 +59,31 @@ class FaultProxy:
 
     async def _close(self) -> None:
         self._server.close()
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
 
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         upstream_in, upstream_out = await asyncio.open_connection("127.0.0.1", self._upstream_port)
         current: list[Fault | None] = [None]  # of the request that this connection is busy with
-        pumps = [
-            asyncio.create_task(self._pump_requests(client_in, client_out, upstream_out, current)),
-            asyncio.create_task(self._pump_answers(upstream_in, client_out, current)),
-        ]
-        try:
+        requests = self._pump_requests(client_in, client_out, upstream_out, current)
+        answers = self._pump_answers(upstream_in, client_out, current)
+        pumps = [asyncio.create_task(requests), asyncio.create_task(answers)]
+        with contextlib.suppress(asyncio.CancelledError):  # by `_close`
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
-            for writer in (client_out, upstream_out):
-                writer.close()
+        await _cancel(pumps)
+        client_out.close()
+        upstream_out.close()
 
     async def _pump_requests(self, client_in, client_out, upstream_out, current) -> None:  # type: ignore[no-untyped-def]
         while data := await client_in.read(1 << 16):
             if match := _REQUEST.match(data):  # heads are small: they come in one piece
                 self.requests.append(data.split(b"\r\n\r\n")[0].decode())
-                current[0] = self._take_fault(match[1].decode())
+                struck = self.faults and self.faults[0].method == match[1].decode()
+                current[0] = self.faults.popleft() if struck else None
                 if current[0] and current[0].kind == "503":
-                    client_out.write(
-                        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                    )
-                    return await client_out.drain()
+                    client_out.write(_BUSY)
+                    return
             upstream_out.write(data)
             await upstream_out.drain()
-
-    def _take_fault(self, method: str) -> Fault | None:
-        return self.faults.popleft() if self.faults and self.faults[0].method == method else None
 
     async def _pump_answers(self, upstream_in, client_out, current) -> None:  # type: ignore[no-untyped-def]
         passed = 0
@@ -106,8 +100,8 @@ class FaultProxy:
             if broken and fault.kind == "stall":
                 await asyncio.sleep(3600)
             if broken and fault.kind == "reset":
+                await asyncio.sleep(0.1)  # a reset takes back what the client has not read yet
                 linger = struct.pack("ii", 1, 0)  # close with RST, not FIN
                 client_out.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                return client_out.transport.abort()
             if broken:
-                return None
+                return

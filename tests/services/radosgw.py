@@ -2,7 +2,7 @@
 
 Used by tests through the `s3_server` fixture, and by hand:
 
-    python tests/services/radosgw.py --serve DIR
+    python tests/services/radosgw.py --serve DIR --bucket mine
 
 which prints the environment that points boto3 and this project at it, and stops on Ctrl-C.
 Debian: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common
@@ -11,7 +11,6 @@ Debian: apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-c
 from __future__ import annotations
 
 import argparse
-import contextlib
 import http.client
 import json
 import os
@@ -52,7 +51,7 @@ auth client required = cephx
 keyring = {folder}/$name.keyring
 run dir = {folder}
 pid file =
-admin socket = {folder}/$name.asok
+admin socket =
 log file = {folder}/$name.log
 crash dir = {folder}/crash
 mon cluster log file = {folder}/cluster.log
@@ -75,7 +74,6 @@ osd objectstore = memstore
 memstore device bytes = {store_bytes}
 osd memory target = 1073741824
 [client.rgw]
-rgw frontends = beast endpoint={host}:{rgw_port}
 rgw run sync thread = false
 rgw enable usage log = false
 rgw enable ops log = false
@@ -92,12 +90,10 @@ def missing_binaries() -> list[str]:
     return [name for name in BINARIES if shutil.which(name) is None]
 
 
-def _free_ports(host: str, count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((host, 0))
-        return [each.getsockname()[1] for each in sockets]
+def _free_port(host: str) -> int:
+    with socket.socket() as each:
+        each.bind((host, 0))
+        return int(each.getsockname()[1])
 
 
 class Radosgw:
@@ -146,7 +142,7 @@ class Radosgw:
         folder = self.folder
         for name in ("", "mon", "osd", "crash"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        mon_port, self._port = _free_ports(self.host, 2)
+        mon_port = _free_port(self.host)
         fsid, osd_id = str(uuid.uuid4()), str(uuid.uuid4())
         (folder / "ceph.conf").write_text(
             CONFIG.format(
@@ -154,7 +150,6 @@ class Radosgw:
                 host=self.host,
                 folder=folder,
                 mon_port=mon_port,
-                rgw_port=self._port,
                 store_bytes=self._store_bytes,
             )
         )
@@ -178,13 +173,15 @@ class Radosgw:
             self._run("ceph", "auth", "get-or-create", name, *caps, "-o", folder / f"{name}.keyring")
         self._run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", osd_id)
         self._spawn("ceph-osd", "-f", "-i", "0")
-        self._spawn("radosgw", "-f", "-n", "client.rgw", "--rgw-zone", "default")
+        self._port = _free_port(self.host)  # chosen late, so that nobody takes it meanwhile
+        frontend = f"beast endpoint={self.host}:{self._port}"
+        self._spawn("radosgw", "-f", "-n", "client.rgw", "--rgw-zone", "default", "--rgw-frontends", frontend)
         self._wait_until_it_answers(deadline)
         self._create_user("pretrain", Keys(self.access_key, self.secret_key))
 
     def client(self) -> Any:
         """A boto3 client of the first user, for what a test sets up behind the back of what it tests."""
-        import boto3  # here, so that `--serve` needs nothing but Ceph
+        import boto3  # here, so that serving needs nothing but Ceph
 
         session = boto3.session.Session(self.access_key, self.secret_key, region_name=REGION)
         return session.client("s3", endpoint_url=self.endpoint)
@@ -291,17 +288,23 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--serve", metavar="DIR", type=Path, required=True, help="folder for its files")
+    parser.add_argument("--serve", metavar="DIR", type=Path, required=True, help="a new folder for its files")
+    parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
     arguments = parser.parse_args()
     missing = missing_binaries()
     if missing:
         print(f"radosgw: not installed: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    if arguments.serve.exists() and any(arguments.serve.iterdir()):
+        print(f"radosgw: {arguments.serve} is not empty; name a new folder", file=sys.stderr)
         return 2
     # SIGTERM as Ctrl-C, so that `timeout` and service managers stop the daemons too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = Radosgw(folder=arguments.serve.absolute())
     try:
         server.start()
+        for bucket in arguments.bucket:
+            server.make_bucket(bucket)
         for name, value in server.environment().items():
             print(f"export {name}={value}")
         print("# serving; stop with Ctrl-C", flush=True)

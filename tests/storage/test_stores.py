@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +17,6 @@ from pretrain.storage import S3Settings, Storage, open_storage
 
 
 def random_bytes(count: int, seed: int = 0) -> bytes:
-    import random
-
     return random.Random(seed).randbytes(count)
 
 
