@@ -69,7 +69,7 @@ class Picture:
         try:
             if at_least is not None:
                 wanted = at_least[::-1] if self._orientation >= 5 else at_least
-                self._image.draft(None, wanted)  # type: ignore[arg-type]
+                self._image.draft(None, wanted)
             self._image.load()
             image = _to_rgb(self._image)
             if self._orientation in _UPRIGHT:
@@ -79,6 +79,10 @@ class Picture:
         return image
 
     def _read_orientation(self) -> int:
+        if self._image.format == "PNG" and "exif" not in self._image.info:
+            # Pillow would decode the pixels in search of a late note, and what then goes wrong would
+            # go unseen: a second attempt to decode gives black.
+            return 1
         try:
             orientation = self._image.getexif().get(_ORIENTATION_TAG, 1)
         except Exception:
