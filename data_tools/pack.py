@@ -30,7 +30,13 @@ from data_tools.index import CLASSES_NAME, PROGRESS_NAME, describe, tell
 from data_tools.progress import Progress
 from data_tools.scan import Findings, scan_shard
 from data_tools.sources import ImageSet, Source, find_images
-from data_tools.start import add_chunk_samples, check_chunk_samples, read_class_names, wrong_if_unreachable
+from data_tools.start import (
+    add_chunk_samples,
+    check_chunk_samples,
+    read_class_names,
+    refuse_a_file,
+    wrong_if_unreachable,
+)
 from pretrain.data.decode import Picture
 from pretrain.data.index import (
     INDEX_NAME,
@@ -191,6 +197,7 @@ def _shard_name(number: int) -> str:
 
 def _look_at(storage: Storage, plan: Plan, *, overwrite: bool) -> str:
     """Is OUT "finished", "resumable" or "new"? UsageError if it holds what is not ours to replace."""
+    refuse_a_file(storage, plan.url)
     progress = _read_progress(storage)
     tars = {info.name for info in storage.list() if info.name.endswith(".tar") and "/" not in info.name}
     ours = {name for name in tars if _SHARD_NAME.fullmatch(name)} if overwrite or progress else set()

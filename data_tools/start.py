@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.errors import AccessDeniedError, ObjectNotFoundError, UsageError
+from pretrain.storage import Storage
 
 
 @contextlib.contextmanager
@@ -17,6 +18,13 @@ def wrong_if_unreachable() -> Iterator[None]:
         yield
     except (ObjectNotFoundError, AccessDeniedError) as error:
         raise UsageError(str(error)) from error
+
+
+def refuse_a_file(storage: Storage, url: str) -> None:
+    """UsageError if `url`, which is to become a folder, is a local file."""
+    path = storage.local_path("any")
+    if path is not None and path.parent.exists() and not path.parent.is_dir():
+        raise UsageError(f"{url}: that is a file; give a folder, or a place for a new one")
 
 
 def add_chunk_samples(parser: argparse.ArgumentParser) -> None:

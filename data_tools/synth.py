@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data_tools.progress import Progress
+from data_tools.start import refuse_a_file, wrong_if_unreachable
 from pretrain.errors import UsageError
 from pretrain.storage import open_storage
 
@@ -251,7 +252,10 @@ def run(args: argparse.Namespace) -> int:
         if not low <= value <= high:
             raise UsageError(f"{option} {value}: from {low} to {high} is possible")
     out = open_storage(args.out)
-    if next(iter(out.list()), None) is not None:
+    refuse_a_file(out, args.out)
+    with wrong_if_unreachable():
+        taken = next(iter(out.list()), None) is not None
+    if taken:
         raise UsageError(f"{args.out}: there is something in it already; give an empty or new place")
     names = class_names(args.classes)
     make = partial(make_sample, names=names, side=args.image_size, seed=args.seed, suffix=args.format)

@@ -15,22 +15,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from pretrain.data.tar import (
-    BLOCK,
-    PLAIN_FILE,
-    NeedMoreError,
-    TarStream,
-    check_headers,
-    check_tail,
-    damaged,
-    member_at,
-)
+from pretrain.data.tar import BLOCK, NeedMoreError, TarStream, check_tail, member_at, plain_headers
 from pretrain.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample, the first in this order is read
 _IMAGE_SUFFIX_SET = frozenset(IMAGE_SUFFIXES)
 KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
+_PLAIN_SUFFIXES = {suffix.encode(): suffix for suffix in KNOWN_SUFFIXES}
 _KEY_AND_SUFFIX = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext
 _WEBDATASET_META = re.compile(r"__[^/]*__($|/)")  # names that webdataset never shows
 
@@ -67,50 +59,37 @@ def frame(chunk: bytes | memoryview, *, where: str) -> list[Frame]:
             in one sample, bytes after the end mark.
     """
     buffer = bytes(chunk)
-    headers: list[int] = []  # of members that were taken without a look at their checksum
-    try:
-        frames = _frame(buffer, headers, where=where)
-    except NeedMoreError as error:
-        check_headers(buffer, headers, where=where)  # a damaged size leads astray: name the cause
-        raise DataError(f"{where}: {error}; fetch or write the shard again") from error
-    except DataError:
-        check_headers(buffer, headers, where=where)
-        raise
-    check_headers(buffer, headers, where=where)
-    return frames
-
-
-def _frame(buffer: bytes, headers: list[int], *, where: str) -> list[Frame]:
+    plain = plain_headers(buffer)
     frames: list[Frame] = []
     key: str | None = None
     members: dict[str, tuple[int, int]] = {}
-    at = 0
-    length = len(buffer)
-    while at < length:
-        # Nearly every member is a plain file with an octal size and a name that fits its header.
-        if (
-            at + BLOCK <= length
-            and buffer[at + 156] == PLAIN_FILE
-            and buffer[at + 124] < 128
-            and not buffer[at + 345]
-            and not buffer[at + 99]
-        ):
-            name: str | None = buffer[at : buffer.find(0, at)].decode("utf-8", "surrogateescape")
-            try:
-                size = int(buffer[at + 124 : at + 135], 8)
-            except ValueError:
-                raise DataError(f"{where}: {damaged(at, 'size')}") from None
-            headers.append(at)
-            data = at + BLOCK
-            at = data + (size + 511 & -BLOCK)
-            if size < 0 or at > length:
-                raise DataError(f"{where}: the chunk ends inside {name!r} ({length - data} of {size} bytes)")
+    prefix = b""  # the current key and its dot
+    block = 0
+    while block * BLOCK < len(buffer):
+        header = plain.get(block)
+        if header is not None:
+            raw_name, size, end = header
+            if prefix and raw_name.startswith(prefix) and raw_name[len(prefix) :] in _PLAIN_SUFFIXES:
+                # The next member of the same sample, as most are: no need to split its name.
+                suffix = _PLAIN_SUFFIXES[raw_name[len(prefix) :]]
+                if suffix in members:
+                    raise DataError(f"{where}: sample {key!r} holds .{suffix} twice")
+                members[suffix] = ((block + 1) * BLOCK, size)
+                block = end
+                continue
+            name: str | None = raw_name.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+            data = (block + 1) * BLOCK
+            block = end
         else:
-            member = member_at(buffer, at, where=where, base=0)
+            try:
+                member = member_at(buffer, block * BLOCK, where=where, base=0)
+            except NeedMoreError as error:
+                raise DataError(f"{where}: {error}; fetch or write the shard again") from error
             if member is None:
-                check_tail(buffer, at, where=where, base=0)
+                check_tail(buffer, block * BLOCK, where=where, base=0)
                 break
-            name, data, size, at = member.name, member.data, member.size, member.end
+            name, data, size = member.name, member.data, member.size
+            block = member.end // BLOCK
         parts = split_name(name) if name is not None else None
         if parts is None:
             continue
@@ -118,6 +97,7 @@ def _frame(buffer: bytes, headers: list[int], *, where: str) -> list[Frame]:
             if key is not None and _has_image(members):
                 frames.append(Frame(key, members))
             key, members = parts[0], {}
+            prefix = key.encode("utf-8", "surrogateescape") + b"."
         suffix = parts[1]
         if suffix in KNOWN_SUFFIXES:
             if suffix in members:

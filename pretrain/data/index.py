@@ -243,7 +243,10 @@ def _parse_safetensors(buffer: np.ndarray, *, where: str) -> tuple[dict[str, np.
     try:
         header_bytes = int(buffer[:8].view(np.uint64)[0])
         header = json.loads(buffer[8 : 8 + header_bytes].tobytes())
-        metadata = json.loads(header.pop("__metadata__")[_METADATA_KEY])
+        checksum, _, text = header.pop("__metadata__")[_METADATA_KEY].partition(" ")
+        if hashlib.sha256(text.encode()).hexdigest() != checksum:
+            raise ValueError("the header does not match its checksum")
+        metadata = json.loads(text)
         data = buffer[8 + header_bytes :]
         arrays = {}
         for name, entry in header.items():
@@ -334,7 +337,7 @@ def _pack_index(index: DatasetIndex) -> bytes:
     metadata = {**_scalars(index), "identity": index.identity, "plan": index.plan}
     columns = {name: np.ascontiguousarray(getattr(index, name)) for name in _COLUMNS}
     columns["shard_names"] = np.frombuffer(_names_blob(index), np.uint8)
-    return save(columns, metadata={_METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    return _pack_safetensors(columns, metadata)
 
 
 def _pack_samples(labels: np.ndarray, keys: Sequence[str]) -> bytes:
@@ -346,4 +349,9 @@ def _pack_samples(labels: np.ndarray, keys: Sequence[str]) -> bytes:
         "key_offsets": offsets,
         "key_bytes": np.frombuffer(b"".join(encoded), np.uint8),
     }
-    return save(columns, metadata={_METADATA_KEY: json.dumps({"version": INDEX_VERSION})})
+    return _pack_safetensors(columns, {"version": INDEX_VERSION})
+
+
+def _pack_safetensors(columns: dict[str, np.ndarray], metadata: dict[str, Any]) -> bytes:
+    text = json.dumps(metadata, sort_keys=True)
+    return save(columns, metadata={_METADATA_KEY: f"{hashlib.sha256(text.encode()).hexdigest()} {text}"})

@@ -171,21 +171,33 @@ def check_tail(buffer: bytes | bytearray, at: int, *, where: str, base: int) -> 
         )
 
 
-def check_headers(buffer: bytes, headers: list[int], *, where: str) -> None:
-    """Raise DataError at the first of `headers` (offsets, multiples of a block) that is damaged.
+def plain_headers(buffer: bytes) -> dict[int, tuple[bytes, int, int]]:
+    """Block number -> (name, size in bytes, block number of the next member) of what looks like a plain file.
 
-    All at once in numpy: a checksum for each header of its own costs a third of `frame`'s time.
+    Whole, with a matching checksum, an octal size and a name that fits its field. Nearly every header is
+    of this kind, and in numpy they cost a tenth of what `member_at` takes. A block inside a file's data
+    may look like one too: only walking from member to member tells.
     """
-    if not headers:
-        return
     blocks = np.frombuffer(buffer, np.uint8, count=len(buffer) // BLOCK * BLOCK).reshape(-1, BLOCK)
-    rows = blocks[np.array(headers) // BLOCK]
-    field = rows[:, 148:156].astype(np.int64)
-    stored = (field[:, :6] - ord("0")) @ (8 ** np.arange(5, -1, -1))
-    actual = rows.sum(axis=1, dtype=np.int64) - field.sum(axis=1) + 8 * ord(" ")
-    for i in np.flatnonzero(stored != actual):  # or another way of writing the field
-        if not _checksum_matches(rows[i].tobytes()):
-            raise DataError(f"{where}: {damaged(headers[i], 'checksum')}")
+    marked = np.flatnonzero((blocks[:, 257] == ord("u")) & (blocks[:, 156] == PLAIN_FILE))
+    rows = blocks[marked]
+    number = rows[:, 124:154].astype(np.int64) - ord("0")  # size field, times, checksum field
+    size_digits, sum_digits = number[:, :11], number[:, 24:30]
+    sizes = size_digits @ (8 ** np.arange(10, -1, -1))
+    stored = sum_digits @ (8 ** np.arange(5, -1, -1))
+    actual = rows.sum(axis=1, dtype=np.int64) - rows[:, 148:156].sum(axis=1, dtype=np.int64) + 8 * ord(" ")
+    ends = marked + 1 + (sizes + BLOCK - 1) // BLOCK
+    plain = (
+        (stored == actual)
+        & (size_digits.min(axis=1, initial=0) >= 0)
+        & (size_digits.max(axis=1, initial=0) <= 7)
+        & (rows[:, 99] == 0)
+        & (rows[:, 345] == 0)
+        & (ends <= len(blocks))
+    )
+    names = np.ascontiguousarray(rows[plain, :100]).view("S100")[:, 0].tolist()
+    values = zip(names, sizes[plain].tolist(), ends[plain].tolist(), strict=True)
+    return dict(zip(marked[plain].tolist(), values, strict=True))
 
 
 class TarStream:
