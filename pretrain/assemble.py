@@ -20,7 +20,7 @@ from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
 from pretrain.data.reader import ChunkReader
-from pretrain.derived import Split, s3_settings
+from pretrain.derived import Split, is_image_source, s3_settings
 from pretrain.distributed import World, from_main
 from pretrain.engine.base import Engine
 from pretrain.errors import UsageError
@@ -31,7 +31,6 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
-from pretrain.storage import is_remote
 
 
 def build_backbone(config: RunConfig) -> VisionTransformer:
@@ -169,16 +168,6 @@ def open_training_data(config: RunConfig, *, world: World) -> DatasetIndex:
     if is_image_source(url):
         url = from_main(world, lambda: packed(url, config))
     return open_index(url, s3=s3_settings(config))
-
-
-def is_image_source(url: str) -> bool:
-    """A local folder without shards, or a tar without an index beside it."""
-    path = Path(url)
-    if is_remote(url):
-        return False
-    if path.is_file() and path.suffix == ".tar":
-        return True
-    return path.is_dir() and not any(path.glob("*.tar")) and not (path / INDEX_NAME).is_file()
 
 
 def packed(source: str, config: RunConfig) -> str:

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pretrain.config.load import zero_stage
 from pretrain.config.schema import RunConfig
-from pretrain.data.index import DatasetIndex
+from pretrain.data.index import INDEX_NAME, DatasetIndex
 from pretrain.data.order import Order, lanes_for
 from pretrain.errors import ConfigError
 from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
-from pretrain.storage import S3Settings
+from pretrain.storage import S3Settings, is_remote
 
 # One device debugs on few samples at a time: fewer open chunks, seconds to the first step.
 DEBUG_LANES = 8
@@ -52,6 +53,16 @@ def backbone_spec(
         mean=config.data.mean,
         std=config.data.std,
     )
+
+
+def is_image_source(url: str) -> bool:
+    """A local folder without shards, or a tar without an index beside it."""
+    path = Path(url)
+    if is_remote(url):
+        return False
+    if path.is_file() and path.suffix == ".tar":
+        return True
+    return path.is_dir() and not any(path.glob("*.tar")) and not (path / INDEX_NAME).is_file()
 
 
 @dataclass(frozen=True, kw_only=True)

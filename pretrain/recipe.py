@@ -15,6 +15,7 @@ from pretrain.data.index import DatasetIndex, open_index
 from pretrain.derived import (
     backbone_spec,
     build_order,
+    is_image_source,
     num_classes_for,
     run_lanes,
     s3_settings,
@@ -133,6 +134,8 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
 
 
 def _reachable_index(config: RunConfig) -> tuple[DatasetIndex | None, str]:
+    if is_image_source(config.data.train):
+        return None, f"{config.data.train} holds images, which are packed into data.cache_dir when the run starts"
     try:
         return open_index(config.data.train, s3=s3_settings(config)), ""
     except PretrainError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from services.radosgw import Radosgw, missing_binaries
+from services.required import skip_or_fail
 
 # Whatever the caller's shell says must not reach a test: nor may a test reach out.
 AWS_VARIABLES = (
@@ -21,13 +22,6 @@ AWS_VARIABLES = (
     "PRETRAIN_S3_ADDRESSING_STYLE",
     "PRETRAIN_S3_CHECKSUMS",
 )
-
-
-def skip_or_fail(reason: str) -> None:
-    """Skip, unless PRETRAIN_REQUIRE_SERVICES=1 says that the service was to be here."""
-    if os.environ.get("PRETRAIN_REQUIRE_SERVICES") == "1":
-        pytest.fail(f"{reason}, and PRETRAIN_REQUIRE_SERVICES=1", pytrace=False)
-    pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")

@@ -6,8 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,17 +20,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def clean_environment(**extra: str) -> dict[str, str]:
+    """Ours, without a launcher's variables, with the checkout importable and one thread a process."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRETRAIN_ATTEMPT")}
+    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
+
+
 def rank_environment(rank: int, world_size: int, port: int, extra: Mapping[str, str] = {}) -> dict[str, str]:
     return {
-        **os.environ,
+        **clean_environment(),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
         **extra,
     }
 
@@ -67,6 +72,15 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen], *, timeout_seconds: float)
     return [process.returncode for process in ranks]
 
 
+def wait_for(condition: Callable[[], bool], ranks: Sequence[subprocess.Popen], *, timeout_seconds: float) -> None:
+    """Until `condition` holds; fails when the ranks end or the time is over before it does."""
+    deadline = time.monotonic() + timeout_seconds
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen in time"
+        assert all(process.poll() is None for process in ranks), "a rank ended before what the test waits for"
+        time.sleep(0.02)
+
+
 def run_ranks(
     world_size: int,
     arguments: Sequence[str],
@@ -77,8 +91,6 @@ def run_ranks(
     extra: Mapping[str, str] = {},
 ) -> list[int]:
     """Run ranks to their end; fails with rank 0's log when an exit code is not the expected one."""
-    import tempfile
-
     folder = folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     codes = wait_for_ranks(
         start_ranks(world_size, arguments, folder=folder, extra=extra), timeout_seconds=timeout_seconds

@@ -75,6 +75,10 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: {_readable(error)}") from None
     _check_deepspeed(config, source)
+    if config.checkpoint.mirror is not None:
+        raise ConfigError(
+            f"{source}: checkpoint.mirror is not there yet; leave it out and take a run_dir that all hosts share"
+        )
     return config
 
 

@@ -22,10 +22,11 @@ from pretrain.data.decode import Picture
 from pretrain.data.keyed import KeyedRandom
 
 Augmentation = Literal["random_resized_crop", "center_crop"]
+Interpolation = Literal["bilinear", "bicubic"]
 
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 CENTER_FRACTION = 0.875  # 224 of 256, the usual evaluation crop
-_RESAMPLING = Image.Resampling.BICUBIC  # Pillow's is antialiased
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # antialiased
 _NO_JITTER = np.ones(3, np.float32)
 
 
@@ -52,6 +53,7 @@ class TrainTransform:
 
     crop_scale: area of the crop as a fraction of the image; crop_ratio: its width over its height;
     horizontal_flip: probability; color_jitter: factors are drawn from [max(0, 1 - c), 1 + c].
+    interpolation: bilinear as torchvision's default, a fifth faster from JPEG to crop than bicubic.
     """
 
     image_size: int
@@ -60,6 +62,7 @@ class TrainTransform:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     horizontal_flip: float = 0.5
     color_jitter: float = 0.0
+    interpolation: Interpolation = "bilinear"
 
     def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample:
         """`random` stands at the start of the sample's stream. DataError, with `name`, if undecodable."""
@@ -74,7 +77,9 @@ class TrainTransform:
         low = max(0.0, 1.0 - self.color_jitter)
         jitter = low + (1.0 + self.color_jitter - low) * draws[1:4]
         return HostSample(
-            pixels=crop_and_resize(picture, box, image_size=self.image_size),
+            pixels=crop_and_resize(
+                picture, box, image_size=self.image_size, interpolation=self.interpolation
+            ),
             flip=bool(draws[0] < self.horizontal_flip),
             jitter=jitter.astype(np.float32) if self.color_jitter else _NO_JITTER,
         )
@@ -85,6 +90,7 @@ class EvalTransform:
     """The centre of the image, whole for images no larger than the input. Draws nothing."""
 
     image_size: int
+    interpolation: Interpolation = "bicubic"  # timm's for evaluating ViTs
 
     def __call__(
         self, data: bytes | memoryview, *, name: str, random: KeyedRandom | None = None
@@ -92,7 +98,7 @@ class EvalTransform:
         """DataError, with `name`, if undecodable."""
         picture = Picture(data, name=name)
         box = center_box(picture.size, image_size=self.image_size)
-        pixels = crop_and_resize(picture, box, image_size=self.image_size)
+        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
         return HostSample(pixels=pixels, flip=False, jitter=_NO_JITTER)
 
 
@@ -131,7 +137,9 @@ def center_box(size: tuple[int, int], *, image_size: int) -> Box:
     return Box((size[0] - side) / 2, (size[1] - side) / 2, side, side)
 
 
-def crop_and_resize(picture: Picture, box: Box, *, image_size: int) -> npt.NDArray[np.uint8]:
+def crop_and_resize(
+    picture: Picture, box: Box, *, image_size: int, interpolation: Interpolation
+) -> npt.NDArray[np.uint8]:
     """uint8 (3, S, S): the box of the picture, antialiased; decoded no larger than that needs."""
     W, H = picture.size
     needed = math.ceil(W * image_size / box.width), math.ceil(H * image_size / box.height)
@@ -140,7 +148,9 @@ def crop_and_resize(picture: Picture, box: Box, *, image_size: int) -> npt.NDArr
     left, top = box.left * x, box.top * y
     right = min(left + box.width * x, image.width)  # min: rounding may step over the edge by 1e-13
     bottom = min(top + box.height * y, image.height)
-    resized = image.resize((image_size, image_size), _RESAMPLING, box=(left, top, right, bottom))
+    resized = image.resize(
+        (image_size, image_size), _RESAMPLING[interpolation], box=(left, top, right, bottom)
+    )
     return np.asarray(resized).transpose(2, 0, 1)
 
 

@@ -17,7 +17,8 @@ _SAMPLE_STREAMS = 1 << 63
 class KeyedRandom:
     """Streams of one seed, one for each (position, purpose).
 
-    seed: 0 <= seed < 2**64. One Philox is re-keyed, 5 µs: a new one takes four times as long. Only `random_raw` is used, whose stream NumPy does not change.
+    seed: 0 <= seed < 2**64. One Philox is re-keyed, in 5 µs: a new one takes four times as long. Only
+    `random_raw` is used, whose stream NumPy does not change.
     """
 
     def __init__(self, seed: int) -> None:

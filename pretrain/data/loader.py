@@ -10,10 +10,12 @@ lanes, and so the same chunks, step after step, and a step is ready when all hav
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,21 +56,32 @@ class _Task(NamedTuple):
     chunks: tuple[ChunkRef, ...]
 
 
+class _Part(NamedTuple):
+    """n prepared samples on their way to the trainer. The images go through shared memory, which costs a
+    file descriptor and a round trip a tensor; the rest is small, and goes along with the message.
+    """
+
+    images: torch.Tensor  # uint8 (n, 3, S, S)
+    labels: npt.NDArray[np.int64]  # (n,)
+    flips: npt.NDArray[np.bool_]  # (n,)
+    jitter: npt.NDArray[np.float32]  # (n, 3)
+
+
 class _Preparer(Dataset[Any]):
-    """Task in, Batch of n samples out. Lives in each worker."""
+    """Task in, part out. Lives in each worker."""
 
     def __init__(self, *, store: ChunkStore, transform: HostTransform, seed: int) -> None:
         self._store, self._transform = store, transform
         self._random = KeyedRandom(seed)
 
-    def __getitem__(self, task: _Task) -> Batch | PretrainError:
+    def __getitem__(self, task: _Task) -> _Part | PretrainError:
         # An error is handed over as a value: raised, torch would wrap it with a traceback in its message.
         try:
             return self._prepare(task)
         except PretrainError as error:
             return error
 
-    def _prepare(self, task: _Task) -> Batch:
+    def _prepare(self, task: _Task) -> _Part:
         n, S = len(task.positions), self._transform.image_size
         images = np.zeros((n, 3, S, S), np.uint8)
         labels, flips, jitter = np.zeros(n, np.int64), np.zeros(n, np.bool_), np.ones((n, 3), np.float32)
@@ -79,14 +92,7 @@ class _Preparer(Dataset[Any]):
             sample = self._transform(raw.image, name=raw.name, random=self._random.at(position))
             images[i], flips[i], jitter[i] = sample.pixels, sample.flip, sample.jitter
             labels[i] = raw.label
-        return Batch(
-            images=torch.from_numpy(images),
-            labels=torch.from_numpy(labels),
-            weights=torch.from_numpy((task.positions != PAD).astype(np.float32)),
-            positions=torch.from_numpy(task.positions),
-            flips=torch.from_numpy(flips),
-            jitter=torch.from_numpy(jitter),
-        )
+        return _Part(torch.from_numpy(images), labels, flips, jitter)
 
 
 class _Source:
@@ -107,7 +113,7 @@ class _Source:
         self._workers = workers
         preparer = _Preparer(store=reader.store, transform=transform, seed=seed)
         self._guard: WorkerGuard | None = None
-        self._part_counts: list[int] = []  # of slices on their way, oldest first
+        self._on_their_way: deque[Int64s] = deque()  # the positions of slices, oldest first
         if workers == 0:
             self._parts: Iterator[Any] = (preparer[task] for task in self._tasks())
             return
@@ -126,10 +132,32 @@ class _Source:
         self._guard = WorkerGuard(self._parts)
 
     def __iter__(self) -> Iterator[Batch]:
-        for first in self._parts:
-            parts = [_raise_or_pass(first)]
-            parts += [_raise_or_pass(next(self._parts)) for _ in range(self._part_counts.pop(0) - 1)]
-            yield _join(parts)
+        while (first := self._next_part()) is not None:
+            parts = [first]
+            positions = self._on_their_way.popleft()
+            for _ in range(self._cuts(positions) - 1):
+                part = self._next_part()
+                assert part is not None, "a slice lacks its last parts"
+                parts.append(part)
+            yield _join(parts, positions)
+
+    def _next_part(self) -> _Part | None:
+        try:
+            part = next(self._parts, None)
+        except Exception as error:
+            if self._guard is not None and (dead := self._guard.dead()):
+                raise PretrainError(
+                    f"loader workers died: {dead}; "
+                    "if the system's log says out of memory, take fewer data.workers"
+                ) from error
+            raise
+        if isinstance(part, PretrainError):
+            raise part
+        return part
+
+    def _cuts(self, positions: Int64s) -> int:
+        """Into how many parts a slice is cut."""
+        return max(1, min(self._workers, len(positions)))
 
     def close(self) -> None:
         if self._guard is not None:
@@ -141,9 +169,8 @@ class _Source:
             chunks, rows = np.zeros_like(positions), np.zeros_like(positions)
             real = positions != PAD
             chunks[real], rows[real] = self._locate(positions[real])
-            count = max(1, min(self._workers, len(positions)))
-            self._part_counts.append(count)
-            columns = [np.array_split(column, count) for column in (positions, chunks, rows)]
+            self._on_their_way.append(positions)
+            columns = [np.array_split(column, self._cuts(positions)) for column in (positions, chunks, rows)]
             for own_positions, own_chunks, own_rows in zip(*columns, strict=True):
                 numbers, chunk_of = np.unique(own_chunks[own_positions != PAD], return_inverse=True)
                 places = np.zeros_like(own_positions)
@@ -293,16 +320,15 @@ def _as_it_is(part: Any) -> Any:
     return part
 
 
-def _raise_or_pass(part: Batch | PretrainError) -> Batch:
-    if isinstance(part, PretrainError):
-        raise part
-    return part
-
-
-def _join(parts: list[Batch]) -> Batch:
-    if len(parts) == 1:
-        return parts[0]
-    return Batch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})  # type: ignore
+def _join(parts: list[_Part], positions: Int64s) -> Batch:
+    return Batch(
+        images=torch.cat([part.images for part in parts]) if len(parts) > 1 else parts[0].images,
+        labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
+        weights=torch.from_numpy((positions != PAD).astype(np.float32)),
+        positions=torch.from_numpy(positions),
+        flips=torch.from_numpy(np.concatenate([part.flips for part in parts])),
+        jitter=torch.from_numpy(np.concatenate([part.jitter for part in parts])),
+    )
 
 
 def _cut(whole: Batch, start: int, size: int, *, pin_memory: bool) -> Batch:

@@ -68,7 +68,15 @@ class WorkerGuard:
     def __init__(self, iterator: Any) -> None:
         # multiprocessing joins its children when a process exits, for ever if need be. Finalizers of a
         # priority of 0 or more run before that.
+        self._iterator = iterator
         self._finalizer = multiprocessing_util.Finalize(self, _stop, args=(iterator,), exitpriority=10)
+
+    def dead(self) -> str:
+        """Which workers ended by themselves, and how; empty if none did."""
+        # A line to a dead worker breaks a moment before its end is known.
+        wait([worker.sentinel for worker in self._iterator._workers], timeout=2)
+        ended = [worker for worker in self._iterator._workers if not worker.is_alive()]
+        return ", ".join(f"process {worker.pid} with exit code {worker.exitcode}" for worker in ended)
 
     def stop(self) -> None:
         self._finalizer()

@@ -41,7 +41,8 @@ class Storage(Protocol):
     """Objects under one root. Instances are picklable and safe to use from many threads and after a fork.
 
     Every method raises `ObjectNotFoundError` for a missing object or bucket, `AccessDeniedError` for
-    refused credentials, and `StorageError` for anything else that retries did not cure.
+    refused credentials, and `StorageError` for anything else that retries did not cure. S3 settings, a URL
+    or an endpoint that cannot be right are a `UsageError` at the first request.
     """
 
     @property

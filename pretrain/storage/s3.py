@@ -132,7 +132,7 @@ class S3Storage:
                 # botocore raises for a body shorter than its Content-Length; the ranges are ours to check.
                 if position != end:
                     raise StorageError(
-                        f"{url}: the store answered a range with {position - offset} bytes too few or many"
+                        f"{url}: the body ended at byte {position}, but its range said {end}; check the store"
                     )
                 return
             except failures() as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError
+from pretrain.errors import AccessDeniedError, ObjectNotFoundError, PretrainError, StorageError, UsageError
 from pretrain.storage.retry import Retries
 
 _TRANSIENT_STATUSES = {408, 409, 425, 429}  # 409: a conditional put met another one in flight
@@ -76,7 +76,7 @@ def is_transient(error: Exception) -> bool:
     return True  # an unreadable answer, or the connection
 
 
-def to_typed_error(error: Exception, *, url: str, retries: Retries) -> StorageError:
+def to_typed_error(error: Exception, *, url: str, retries: Retries) -> PretrainError:
     """Our error for what ended a request: the URL, the problem in words, what to do."""
     from botocore import exceptions as botocore
 
@@ -110,6 +110,8 @@ def to_typed_error(error: Exception, *, url: str, retries: Retries) -> StorageEr
             f"{url}: no usable credentials ({what}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "or AWS_PROFILE"
         )
+    if isinstance(error, (botocore.ParamValidationError, botocore.EndpointProviderError)):
+        return UsageError(f"{url}: no request can be made ({what}); check the URL and AWS_ENDPOINT_URL")
     if status == 501:
         return StorageError(
             f"{url}: the store cannot do this ({what}); use one with conditional writes and ranges"
@@ -136,4 +138,4 @@ def _describe(error: Exception) -> str:
 
 def without_userinfo(text: str) -> str:
     """`text` with the `user:password@` of any URL in it blacked out."""
-    return re.sub(r"://[^/\s\"'@]*@", "://***@", text)
+    return re.sub(r"//[^\s\"'`]*@", "//***@", text)

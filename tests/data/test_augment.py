@@ -12,6 +12,7 @@ from tiny_shards import jpeg
 from pretrain.data.augment import (
     DeviceTransform,
     EvalTransform,
+    Interpolation,
     TrainTransform,
     center_box,
     crop_and_resize,
@@ -89,16 +90,17 @@ def test_the_thinnest_images_still_give_a_crop(size: tuple[int, int]) -> None:
     assert EvalTransform(image_size=8)(data, name="a").pixels.shape == (3, 8, 8)
 
 
-def test_a_resized_crop_is_pillows_antialiased_one() -> None:
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_resized_crop_is_pillows_antialiased_one(interpolation: Interpolation) -> None:
     pixels = noise(120, 90)
     box = random_box(
         (120, 90), scale=(0.3, 0.6), ratio=RATIO, draws=KeyedRandom(0).at(0).uniform(40).reshape(10, 4)
     )
-    got = crop_and_resize(Picture(png(pixels), name="a"), box, image_size=32)
+    got = crop_and_resize(Picture(png(pixels), name="a"), box, image_size=32, interpolation=interpolation)
     cut = Image.fromarray(pixels).crop(
         (int(box.left), int(box.top), int(box.left + box.width), int(box.top + box.height))
     )
-    wanted = np.asarray(cut.resize((32, 32), Image.Resampling.BICUBIC), int)
+    wanted = np.asarray(cut.resize((32, 32), Image.Resampling[interpolation.upper()]), int)
     inner = np.abs(got.transpose(1, 2, 0).astype(int) - wanted)[2:-2, 2:-2]  # a crop knows no pixels outside
     assert inner.max() <= 1
 
@@ -169,7 +171,9 @@ def test_small_images_are_enlarged_whole_at_evaluation() -> None:
 
 def test_center_crop_augmentation_takes_the_evaluation_crop() -> None:
     data = jpeg(2, size=(90, 70))
-    train = TrainTransform(image_size=32, augmentation="center_crop", horizontal_flip=1.0)
+    train = TrainTransform(
+        image_size=32, augmentation="center_crop", horizontal_flip=1.0, interpolation="bicubic"
+    )
     got = train(data, name="a", random=KeyedRandom(0).at(0))
     assert np.array_equal(got.pixels, EvalTransform(image_size=32)(data, name="a").pixels)
     assert got.flip

@@ -23,7 +23,7 @@ from pretrain.data.index import DatasetIndex, open_samples
 from pretrain.data.loader import Batch, EvalLoader, TrainLoader
 from pretrain.data.order import Order, locate_sample, sample_ends
 from pretrain.data.reader import ChunkReader
-from pretrain.errors import DataError
+from pretrain.errors import DataError, PretrainError
 
 B = 8
 SEED = 5
@@ -301,5 +301,6 @@ def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(index: DatasetIndex)
     next(iterator)
     for worker in multiprocessing.active_children():
         worker.kill()
-    with pytest.raises(RuntimeError, match="worker"):
+    with pytest.raises(PretrainError, match=r"workers died: process \d+ with exit code") as caught:
         list(islice(iterator, 100))
+    assert caught.value.exit_code == 1

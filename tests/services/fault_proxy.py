@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from dataclasses import dataclass
 
+_BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 _REQUEST = re.compile(rb"(GET|PUT|HEAD|POST|DELETE) \S+ HTTP/1\.1\r\n")
 
 
@@ -79,9 +80,7 @@ class FaultProxy:
                 struck = self.faults and self.faults[0].method == match[1].decode()
                 current[0] = self.faults.popleft() if struck else None
                 if current[0] and current[0].kind == "503":
-                    client_out.write(
-                        b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-                    )
+                    client_out.write(_BUSY)
                     return
             upstream_out.write(data)
             await upstream_out.drain()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from services.radosgw import missing_binaries
+from services.required import skip_or_fail
 
 from pretrain.storage import open_storage
 
@@ -59,7 +60,7 @@ def test_a_server_started_by_hand_serves_and_leaves_no_process(
     end: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if missing_binaries():
-        pytest.skip(f"the S3 server is not installed: {', '.join(missing_binaries())}")
+        skip_or_fail(f"the S3 server is not installed: {', '.join(missing_binaries())}")
     folder = tmp_path / "server"
     command = [sys.executable, TESTS / "services" / "radosgw.py", "--serve", folder, "--bucket", "mine"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

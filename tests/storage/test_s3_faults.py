@@ -11,7 +11,7 @@ import pytest
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw
 
-from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError
+from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError, UsageError
 from pretrain.storage import RetryPolicy, S3Settings, Storage, open_storage
 
 QUICK = RetryPolicy(attempts=4, seconds=30.0, first_delay_seconds=0.01, longest_delay_seconds=0.05)
@@ -179,6 +179,49 @@ def test_a_server_that_is_not_there_is_a_storage_error(
     with pytest.raises(StorageError, match=r"^s3://test-\w+/a: 4 failed attempts") as caught:
         open_storage(s3_bucket, s3=S3Settings(retry=QUICK)).read("a")
     assert "topsecret" not in str(caught.value)
+
+
+# -- settings ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_checksums_can_be_left_out_for_stores_that_do_not_take_them(
+    proxy: FaultProxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, by_environment: bool
+) -> None:
+    open_storage(s3_bucket).put("a", b"x")
+    assert "x-amz-checksum-" in heads(proxy, "PUT")[0]
+    if by_environment:
+        monkeypatch.setenv("PRETRAIN_S3_CHECKSUMS", "when_required")
+    settings = S3Settings(checksums=None if by_environment else "when_required")
+    open_storage(s3_bucket, s3=settings).put("a", b"x")
+    assert "x-amz-checksum-" not in heads(proxy, "PUT")[1]
+
+
+def test_path_addressing_reaches_a_store_whose_buckets_have_no_host_names(
+    proxy: FaultProxy, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # By an address boto3 always puts the bucket in the path; by a name it makes it part of the host.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{proxy.port}")
+    monkeypatch.setenv("PRETRAIN_S3_ADDRESSING_STYLE", "path")
+    open_storage(s3_bucket).put("a", b"x")
+    (head,) = heads(proxy, "PUT")
+    assert head.startswith(f"PUT /{s3_bucket.removeprefix('s3://')}/a HTTP")
+    assert f"Host: localhost:{proxy.port}" in head
+
+
+def test_an_endpoint_that_is_no_url_is_a_usage_error_without_its_password(
+    s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for endpoint in ("//user:topsecret@nowhere", "nowhere", "http://user:topsecret@[nowhere"):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(UsageError, match=r"no (S3 client|request) can be made") as caught:
+            open_storage(s3_bucket).exists("a")
+        assert "topsecret" not in str(caught.value)
+
+
+def test_a_bucket_name_that_cannot_be_one_is_a_usage_error(s3_bucket: str) -> None:
+    with pytest.raises(UsageError, match=r"^s3://not a bucket!/a: no request can be made"):
+        open_storage("s3://not a bucket!").exists("a")
 
 
 # -- errors that no retry cures ----------------------------------------------------------------------------

@@ -1,0 +1,153 @@
+"""Recipes: what is refused, how it is said, and how fast."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.config.load import as_yaml, known_keys, load_config, parse_config
+from pretrain.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPE = {
+    "run_dir": "RUN",
+    "model": {"size": "tiny"},
+    "data": {"train": "SHARDS"},
+    "train": {"global_batch_size": 64, "steps": 10},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lrr=1e-3", "did you mean optim.lr?"),
+        ("trian.steps=3", "unknown key trian; did you mean train?"),
+        ("model.global_batch_size=8", "did you mean train.global_batch_size?"),
+        ("train.steps=many", "train.steps: input should be a valid integer, got 'many' (str)"),
+        ("train.steps=2.5", "train.steps: input should be a valid integer, got 2.5 (float)"),
+        ("train.steps=true", "train.steps: input should be a valid integer, got True (bool)"),
+        ("model.size=enormous", "model.size: input should be 'tiny', 'small'"),
+        ("train.global_batch_size=63", "train.global_batch_size=63 is odd; images are paired for mixing, so take 64 or 62"),
+        ("train.micro_batch_size=7", "train.micro_batch_size=7 is odd"),
+        ("model.image_size=225", "model.image_size=225 is not a multiple of model.patch_size=16"),
+        ("optim.name=adafactor", "optim.name: input should be 'adamw'"),
+        ("deepspeed.bf16.enabled=true", "deepspeed.bf16 follows from train.precision"),
+        ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
+        ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is a mapping"),
+        ("checkpoint.mirror=s3://bucket/run", "checkpoint.mirror is not there yet"),
+        ("train.steps", "is not an override; write key.path=value"),
+        ("seed.value=3", "seed"),
+        ("model.embed_dim=100", "model.size sets embed_dim"),
+        ("data.train=null", "data.train: input should be a valid string, got None"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_what_to_do(recipe: Path, override: str, told: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(recipe, [override])
+    assert told in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+def test_every_known_key_but_one_letter_off_is_pointed_back_to_itself(recipe: Path) -> None:
+    for key in known_keys():
+        if "." not in key or key.startswith("deepspeed."):
+            continue
+        with pytest.raises(ConfigError, match="unknown key") as refused:
+            load_config(recipe, [f"{key}x=1"])
+        assert f"did you mean {key}?" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run_dir: [", "is not valid YAML"),
+        ("just words", "a recipe is a mapping of keys, got str"),
+        ("run_dir: a\nrun_dir: b", "stands twice"),
+        ("run_dir: a", "model is missing; set it in the recipe or as model=VALUE"),
+        ("\x00\x01", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_config(path)
+    assert told in str(refused.value)
+
+
+def test_numbers_may_be_written_as_people_write_them(recipe: Path) -> None:
+    config = load_config(recipe, ["optim.lr=1e-3", "optim.eps=1E-8", "optim.weight_decay=.5", "optim.betas=[0.9, 0.95]"])
+    assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (1e-3, 1e-8, 0.5)
+    assert config.optim.betas == (0.9, 0.95)
+
+
+def test_an_override_of_steps_takes_the_place_of_the_recipes_epochs(tmp_path: Path) -> None:
+    path = tmp_path / "epochs.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "train": {"global_batch_size": 64, "epochs": 3}}))
+    assert load_config(path, ["train.steps=7"]).train.epochs is None
+    with pytest.raises(ConfigError, match="exactly one of"):
+        parse_config({**RECIPE, "train": {"global_batch_size": 64, "epochs": 3, "steps": 7}}, source="test")
+
+
+def test_deepspeed_keys_are_taken_through_as_they_stand(recipe: Path) -> None:
+    config = load_config(recipe, ["deepspeed.zero_optimization.stage=2", "deepspeed.some_new_key.below=[1, x]"])
+    assert config.deepspeed == {"zero_optimization": {"stage": 2}, "some_new_key": {"below": [1, "x"]}}
+
+
+def test_the_resolved_recipe_reads_back_as_itself(recipe: Path) -> None:
+    config = load_config(recipe, ["optim.lr=1e-3", "export.formats=[timm]"])
+    assert parse_config(yaml.safe_load(as_yaml(config)), source="resolved") == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_says_its_source_command_cost_and_result_and_resolves(path: Path) -> None:
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for word in ("source:", "command:", "cost:", "result:"):
+        assert any(line.startswith(f"# {word}") for line in header), f"{path} has no {word}"
+    load_config(path)
+
+
+def test_a_typo_is_refused_in_under_two_seconds_without_torch_and_nothing_is_written(recipe: Path) -> None:
+    began = time.monotonic()
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pretrain.cli", "train", str(recipe), "optim.lrr=1"],
+        capture_output=True,
+        text=True,
+        cwd=recipe.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    seconds = time.monotonic() - began
+    assert ran.returncode == 2
+    assert ran.stderr.splitlines()[-1].endswith("unknown key optim.lrr; did you mean optim.lr?")
+    assert "| torch" not in ran.stderr
+    assert [p.name for p in recipe.parent.iterdir()] == ["recipe.yaml"]
+    assert seconds < 2.0 or os.getloadavg()[0] > os.cpu_count()  # a loaded machine says nothing about us
+
+
+def test_a_dry_run_prints_what_follows_and_needs_neither_torch_nor_data(recipe: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pretrain.cli", "train", str(recipe), "--dry-run", "--world-size", "3"],
+        capture_output=True,
+        text=True,
+        cwd=recipe.parent,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert "| torch" not in ran.stderr
+    resolved = yaml.safe_load(ran.stdout)
+    assert parse_config(resolved, source="dry run") == load_config(recipe)
+    assert "22 (2 pads over all ranks)" in ran.stdout
+    assert "unknown: SHARDS: no index.safetensors there" in ran.stdout

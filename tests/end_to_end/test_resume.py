@@ -1,0 +1,136 @@
+"""Real ranks, killed and resumed, against a run that nothing happened to."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import RECIPE
+from launching import run_ranks, start_ranks, wait_for, wait_for_ranks
+
+from pretrain.checkpoint.load import CheckpointReader
+from pretrain.checkpoint.manifest import KINDS, committed, find_newest
+from pretrain.metrics.journal import read_journal, steps_of
+
+TRAIN = ["-m", "pretrain.train"]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    steps = steps_of(read_journal(run_dir / "journal.jsonl"))
+    return {step: record["loss"] for step, record in steps.items()}
+
+
+def last_step(run_dir: Path) -> int:
+    journal = run_dir / "journal.jsonl"
+    return max(losses(run_dir), default=0) if journal.exists() else 0
+
+
+def state(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Every weight and moment of a checkpoint, whole."""
+    reader = CheckpointReader(folder)
+    whole = {}
+    for name, shape in reader.manifest.parameters.items():
+        for kind in KINDS:
+            size = torch.Size(shape).numel()
+            parts = sorted(reader.pieces(name, kind, 0, size), key=lambda part: part[0])
+            whole[name, kind] = torch.cat([values for _, values in parts])
+    return whole
+
+
+def write_recipe(path: Path, run_dir: Path, shards: Path, **sections: dict) -> Path:
+    merged = {**RECIPE, "run_dir": str(run_dir), "data": {**RECIPE["data"], "train": str(shards)}}
+    for name, section in sections.items():
+        merged[name] = {**merged.get(name, {}), **section}
+    path.write_text(yaml.safe_dump(merged))
+    return path
+
+
+def stage(number: int) -> dict:
+    return {"zero_optimization": {"stage": number}}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Twelve float32 steps on two ranks, ZeRO 1."""
+    root = tmp_path_factory.mktemp("uninterrupted")
+    recipe = write_recipe(root / "recipe.yaml", root / "run", shards, deepspeed=stage(1))
+    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200)
+    return root / "run"
+
+
+def test_a_run_killed_and_resumed_on_as_many_ranks_is_bitwise_the_run_that_was_not(
+    tmp_path: Path, uninterrupted: Path, shards: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", shards, deepspeed=stage(1))
+    ranks = start_ranks(2, [*TRAIN, str(recipe)], folder=tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 5, ranks, timeout_seconds=150)
+    for rank in ranks:
+        rank.kill()
+    assert set(wait_for_ranks(ranks, timeout_seconds=20)) == {-signal.SIGKILL}
+    assert not (tmp_path / "run" / "finished.json").exists()
+
+    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200, folder=tmp_path)
+
+    resumed = [r for r in read_journal(tmp_path / "run" / "journal.jsonl") if r["event"] == "start"][-1]
+    assert resumed["resumed"]
+    assert 0 < resumed["step"] < 12
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    expected, got = state(find_newest(uninterrupted)), state(find_newest(tmp_path / "run"))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("world_size", "zero_stage"), [(3, 3), (1, None)], ids=["three ranks, ZeRO 3", "one process, accelerate"]
+)
+def test_ten_losses_after_a_resume_elsewhere_are_those_of_the_uninterrupted_run(
+    tmp_path: Path, uninterrupted: Path, shards: Path, world_size: int, zero_stage: int | None
+) -> None:
+    """From step 2 on: at 3 ranks the 8 pairs of a batch are cut into 3, 3 and 2, the last padded."""
+    run_dir = tmp_path / "run"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    first = committed(uninterrupted)[0]
+    shutil.copytree(first, run_dir / "checkpoints" / first.name)
+    recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards, deepspeed=stage(zero_stage or 1))
+    if zero_stage is None:
+        from conftest import pretrain
+
+        done = pretrain("train", str(recipe))
+        assert done.returncode == 0, done.stderr
+    else:
+        run_ranks(world_size, [*TRAIN, str(recipe)], timeout_seconds=200, folder=tmp_path)
+    expected = {step: loss for step, loss in losses(uninterrupted).items() if step > 3}
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
+    assert find_newest(run_dir).name == "step-00000012"
+
+
+def test_told_to_stop_all_ranks_save_the_same_step_and_leave_with_75(tmp_path: Path, shards: Path) -> None:
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        tmp_path / "run",
+        shards,
+        deepspeed=stage(2),
+        train={"steps": 2000, "precision": "bf16"},
+        checkpoint={"every_steps": 1000},
+    )
+    ranks = start_ranks(2, [*TRAIN, str(recipe)], folder=tmp_path)
+    wait_for(lambda: last_step(tmp_path / "run") >= 2, ranks, timeout_seconds=150)
+    ranks[1].send_signal(signal.SIGTERM)  # one of them is enough: they agree
+    assert wait_for_ranks(ranks, timeout_seconds=60) == [75, 75]
+    saved = find_newest(tmp_path / "run")
+    assert int(saved.name.removeprefix("step-")) == last_step(tmp_path / "run")
+    assert not (tmp_path / "run" / "finished.json").exists()
+
+
+def test_a_finished_run_started_again_says_so_and_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+    from conftest import pretrain
+
+    before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
+    done = pretrain("train", str(uninterrupted.parent / "recipe.yaml"))
+    assert (done.returncode, "finished at step 12" in done.stdout) == (0, True)
+    assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
