@@ -22,7 +22,7 @@ from pretrain.errors import CheckpointError
 from pretrain.formats.files import read_tensors, write_json, write_tensors
 from pretrain.models.spec import BackboneSpec
 
-TOLERANCE = 1e-4  # float32, relative to the largest output where that is above 1
+TOLERANCE = 1e-4  # float32, absolute: ViT-B/16 differs by about 1e-6
 NEAR = 1e-6  # mean and std go through JSON
 CONSUMER = Path(__file__).with_name("consumer.py")
 LIBRARIES = {"timm": "timm", "hf": "transformers"}
@@ -75,8 +75,8 @@ def check_folder(
     if complaints := _complaints(answer, spec, head=logits is not None):
         raise CheckpointError(f"the export does not load as it should in {library}: {'; '.join(complaints)}")
     reference = {"features": features} if logits is None else {"features": features, "logits": logits}
-    difference, tolerance = _compare(outputs, reference, library)
-    return Check(verified=True, max_difference=difference, tolerance=tolerance, versions=answer["versions"])
+    difference = _compare(outputs, reference, library)
+    return Check(verified=True, max_difference=difference, versions=answer["versions"])
 
 
 def _run_consumer(scratch: Path, folder: Path, timeout_seconds: float) -> None:
@@ -124,24 +124,20 @@ def _complaints(answer: Mapping[str, Any], spec: BackboneSpec, *, head: bool) ->
     return complaints
 
 
-def _compare(
-    outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], library: str
-) -> tuple[float, float]:
-    """(largest difference, tolerance) of the output that is nearest to its limit."""
-    worst = (0.0, TOLERANCE)
+def _compare(outputs: Mapping[str, Tensor], reference: Mapping[str, Tensor], library: str) -> float:
+    """The largest absolute difference over all outputs; CheckpointError above TOLERANCE."""
+    largest = 0.0
     for name, ours in reference.items():
         theirs = outputs[name]
         if theirs.shape != ours.shape:
             raise CheckpointError(
                 f"{name} of the export are {tuple(theirs.shape)} in {library}, ours {tuple(ours.shape)}"
             )
-        tolerance = TOLERANCE * max(1.0, ours.abs().max().item())
         difference = (theirs - ours).abs().max().item()
-        if not difference <= tolerance:  # NaN too
+        if not difference <= TOLERANCE:  # NaN too
             raise CheckpointError(
                 f"{name} of the export differ by up to {difference:.3g} in {library} "
-                f"(allowed: {tolerance:.3g}); nothing was written"
+                f"(allowed: {TOLERANCE:g}); nothing was written"
             )
-        if difference / tolerance > worst[0] / worst[1]:
-            worst = (difference, tolerance)
-    return worst
+        largest = max(largest, difference)
+    return largest

@@ -16,15 +16,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, PretrainError
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write float32 tensors, each with memory of its own, and flush them to the disk."""
+    """Write float32 tensors and flush them to the disk; PretrainError where the disk will not have them."""
     own = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
     # transformers refuses a file that does not say which framework wrote it.
-    save_file(own, path, metadata={"format": "pt"})
-    _flush(path)
+    try:
+        save_file(own, path, metadata={"format": "pt"})
+        path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner reads
+        _flush(path)
+    except (OSError, SafetensorError) as error:
+        raise PretrainError(
+            f"{path}: cannot be written: {error}; free space, or name another folder"
+        ) from error
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -53,6 +59,13 @@ def read_json(text: str | bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object")
     return values
+
+
+def umask() -> int:
+    """What this process's new files deny to others; the system tells it only while setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _flush(path: Path) -> None:

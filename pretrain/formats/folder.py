@@ -20,7 +20,7 @@ from torch import Tensor
 from pretrain.errors import UsageError
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
-from pretrain.formats.files import write_json
+from pretrain.formats.files import umask, write_json
 from pretrain.formats.hugging_face import refuse_what_hugging_face_cannot_hold, write_hugging_face
 from pretrain.formats.incoming import RECORD, Incoming, read_backbone
 from pretrain.formats.loading import NUM_PREFIX_TOKENS, rebuild
@@ -84,10 +84,13 @@ def export_backbone(
         refuse_what_hugging_face_cannot_hold(spec, head=bool(head))
     chosen = images_for_check(spec, incoming.source, url=images_url)
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        building.chmod(0o777 & ~_umask())  # mkdtemp's folders are closed to others
+        out.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"{out}: cannot be written: {error}; name another folder") from error
+    try:
+        building.chmod(0o777 & ~umask())  # mkdtemp's folders are closed to others
         WRITERS[format](building, weights, spec, head=head or None, crop_fraction=chosen.crop_fraction)
         check = _check(building, format, spec, weights, head, chosen)
         _write_record(building, format, incoming, check, chosen, left_out, resampled)
@@ -171,9 +174,3 @@ def _write_record(
         "left_out": dict(left_out),
     }
     write_json(folder / RECORD, record)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

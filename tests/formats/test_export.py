@@ -50,7 +50,7 @@ def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is
     assert main(["export", str(run_dir), str(out), "--format", format]) == 0
     record = json.loads((out / "export.json").read_text("utf-8"))
     assert record["verified"] is True
-    assert 0 < record["max_difference"] <= record["tolerance"]
+    assert 0 < record["max_difference"] <= record["tolerance"] == 1e-4
     assert record["versions"].keys() == {"torch", {"timm": "timm", "hf": "transformers"}[format]}
     assert record["source"] == {
         "kind": "run", "url": str(run_dir / "checkpoints" / "step-00000012"), "step": 12, "samples": 96,
@@ -67,6 +67,7 @@ def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is
     mask = os.umask(0)
     os.umask(mask)
     assert out.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
 
 
 @pytest.mark.parametrize(("format", "rule"), [("timm", "timm"), ("hf", "hf")])
@@ -204,6 +205,14 @@ def test_wrong_arguments_end_with_code_2_and_write_nothing(
     assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm", *arguments]) == code
     assert words in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_place_that_cannot_be_written_is_wrong_usage(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    assert main(["export", str(run_dir), str(tmp_path / "file" / "out"), "--format", "timm"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_damaged_checkpoint_ends_with_code_4_and_writes_nothing(
