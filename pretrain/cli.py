@@ -126,7 +126,7 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         front.add_arguments(parser)
-        args = parser.parse_args(arguments)
+        args = parser.parse_intermixed_args(arguments)
         if command.front:
             code = front.refuse_or_describe(args)
             if code is not None:

@@ -135,7 +135,10 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
 
 def _reachable_index(config: RunConfig) -> tuple[DatasetIndex | None, str]:
     if is_image_source(config.data.train):
-        return None, f"{config.data.train} holds images, which are packed into data.cache_dir when the run starts"
+        return (
+            None,
+            f"{config.data.train} holds images, which are packed into data.cache_dir when the run starts",
+        )
     try:
         return open_index(config.data.train, s3=s3_settings(config)), ""
     except PretrainError as error:

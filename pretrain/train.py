@@ -356,7 +356,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     try:
         return run(args)
     except PretrainError as error:

@@ -22,7 +22,11 @@ def free_port() -> int:
 
 def clean_environment(**extra: str) -> dict[str, str]:
     """Ours, without a launcher's variables, with the checkout importable and one thread a process."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRETRAIN_ATTEMPT")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRETRAIN_ATTEMPT")
+    }
     return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **extra}
 
 
@@ -72,7 +76,9 @@ def wait_for_ranks(ranks: Sequence[subprocess.Popen], *, timeout_seconds: float)
     return [process.returncode for process in ranks]
 
 
-def wait_for(condition: Callable[[], bool], ranks: Sequence[subprocess.Popen], *, timeout_seconds: float) -> None:
+def wait_for(
+    condition: Callable[[], bool], ranks: Sequence[subprocess.Popen], *, timeout_seconds: float
+) -> None:
     """Until `condition` holds; fails when the ranks end or the time is over before it does."""
     deadline = time.monotonic() + timeout_seconds
     while not condition():
@@ -96,6 +102,8 @@ def run_ranks(
         start_ranks(world_size, arguments, folder=folder, extra=extra), timeout_seconds=timeout_seconds
     )
     if expect is not None and any(code != expect for code in codes):
-        logs = "\n".join(f"--- rank {r}\n{(folder / f'rank-{r}.log').read_text()[-4000:]}" for r in range(world_size))
+        logs = "\n".join(
+            f"--- rank {r}\n{(folder / f'rank-{r}.log').read_text()[-4000:]}" for r in range(world_size)
+        )
         raise AssertionError(f"exit codes {codes}, expected {expect}\n{logs}")
     return codes

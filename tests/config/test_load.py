@@ -40,7 +40,10 @@ def recipe(tmp_path: Path) -> Path:
         ("train.steps=2.5", "train.steps: input should be a valid integer, got 2.5 (float)"),
         ("train.steps=true", "train.steps: input should be a valid integer, got True (bool)"),
         ("model.size=enormous", "model.size: input should be 'tiny', 'small'"),
-        ("train.global_batch_size=63", "train.global_batch_size=63 is odd; images are paired for mixing, so take 64 or 62"),
+        (
+            "train.global_batch_size=63",
+            "train.global_batch_size=63 is odd; images are paired for mixing, so take 64 or 62",
+        ),
         ("train.micro_batch_size=7", "train.micro_batch_size=7 is odd"),
         ("model.image_size=225", "model.image_size=225 is not a multiple of model.patch_size=16"),
         ("optim.name=adafactor", "optim.name: input should be 'adamw'"),
@@ -89,7 +92,9 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, told: st
 
 
 def test_numbers_may_be_written_as_people_write_them(recipe: Path) -> None:
-    config = load_config(recipe, ["optim.lr=1e-3", "optim.eps=1E-8", "optim.weight_decay=.5", "optim.betas=[0.9, 0.95]"])
+    config = load_config(
+        recipe, ["optim.lr=1e-3", "optim.eps=1E-8", "optim.weight_decay=.5", "optim.betas=[0.9, 0.95]"]
+    )
     assert (config.optim.lr, config.optim.eps, config.optim.weight_decay) == (1e-3, 1e-8, 0.5)
     assert config.optim.betas == (0.9, 0.95)
 
@@ -103,7 +108,9 @@ def test_an_override_of_steps_takes_the_place_of_the_recipes_epochs(tmp_path: Pa
 
 
 def test_deepspeed_keys_are_taken_through_as_they_stand(recipe: Path) -> None:
-    config = load_config(recipe, ["deepspeed.zero_optimization.stage=2", "deepspeed.some_new_key.below=[1, x]"])
+    config = load_config(
+        recipe, ["deepspeed.zero_optimization.stage=2", "deepspeed.some_new_key.below=[1, x]"]
+    )
     assert config.deepspeed == {"zero_optimization": {"stage": 2}, "some_new_key": {"below": [1, "x"]}}
 
 
@@ -139,7 +146,18 @@ def test_a_typo_is_refused_in_under_two_seconds_without_torch_and_nothing_is_wri
 
 def test_a_dry_run_prints_what_follows_and_needs_neither_torch_nor_data(recipe: Path) -> None:
     ran = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "pretrain.cli", "train", str(recipe), "--dry-run", "--world-size", "3"],
+        [
+            sys.executable,
+            "-X",
+            "importtime",
+            "-m",
+            "pretrain.cli",
+            "train",
+            str(recipe),
+            "--dry-run",
+            "--world-size",
+            "3",
+        ],
         capture_output=True,
         text=True,
         cwd=recipe.parent,

@@ -10,7 +10,14 @@ from launching import ROOT, clean_environment
 
 RECIPE = {
     "seed": 3,
-    "model": {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32, "drop_path_rate": 0.1},
+    "model": {
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "drop_path_rate": 0.1,
+    },
     "data": {"workers": 1, "color_jitter": 0.2},
     "train": {"global_batch_size": 16, "micro_batch_size": 4, "steps": 12, "precision": "float32"},
     "optim": {"lr": 1e-3, "warmup_steps": 2},

@@ -127,7 +127,9 @@ def test_told_to_stop_all_ranks_save_the_same_step_and_leave_with_75(tmp_path: P
     assert not (tmp_path / "run" / "finished.json").exists()
 
 
-def test_a_finished_run_started_again_says_so_and_changes_nothing(uninterrupted: Path, tmp_path: Path) -> None:
+def test_a_finished_run_started_again_says_so_and_changes_nothing(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
     from conftest import pretrain
 
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-
 import zero_worker as worker
 from launching import run_ranks
 
 WORLD_SIZE = 2
 WORKER = Path(worker.__file__)
 CASES = {
-    **{f"float32 stage {s}": {"stage": s, "precision": "float32", "batch_size": 16, "micro": 8} for s in range(4)},
+    **{
+        f"float32 stage {s}": {"stage": s, "precision": "float32", "batch_size": 16, "micro": 8}
+        for s in range(4)
+    },
     **{
         f"float32 stage {s} accumulated": {"stage": s, "precision": "float32", "batch_size": 16, "micro": 4}
         for s in range(4)

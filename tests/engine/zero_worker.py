@@ -75,9 +75,7 @@ def run_case(world, *, stage: int, precision: str, batch_size: int, micro: int) 
     engine = ZeroEngine(objective, build_optimizer=make_optimizer, config=config, world=world)
     losses, norms = [], []
     for step in range(STEPS):
-        micro_batches = micro_batches_of(
-            global_batch(step, batch_size), world.rank, world.world_size, micro
-        )
+        micro_batches = micro_batches_of(global_batch(step, batch_size), world.rank, world.world_size, micro)
         count = sum_over_ranks(torch.tensor(sum(objective.count(b) for b in micro_batches)))
         sums = Sums(engine.device)
         for batch in micro_batches:
