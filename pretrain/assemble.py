@@ -143,6 +143,7 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -156,6 +157,7 @@ def build_eval_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        pin_memory=world.device.type == "cuda",
     )
 
 
@@ -164,9 +166,8 @@ def open_training_data(config: RunConfig, *, world: World) -> DatasetIndex:
 
     Raises UsageError when there is nothing to train on.
     """
-    url = config.data.train
-    if is_image_source(url):
-        url = from_main(world, lambda: packed(url, config))
+    source = config.data.train
+    url = from_main(world, lambda: packed(source, config) if is_image_source(source) else source)
     return open_index(url, s3=s3_settings(config))
 
 

@@ -1,4 +1,4 @@
-"""Where a run begins: its claim, `init_from`, or the newest checkpoint that every rank can verify.
+"""Where a run begins: its claim, and the newest checkpoint that every rank can verify.
 
 Called by train.py, all ranks together.
 """
@@ -17,10 +17,6 @@ from pretrain.checkpoint.save import remove_torn_saves
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError
-from pretrain.formats.incoming import read_backbone
-from pretrain.formats.loading import load_into
-from pretrain.objectives.classification import Classification
-from pretrain.objectives.mae import MAE
 
 
 def claim(run_dir: Path, config_yaml: str, held: list[RunDirectory]) -> int:
@@ -37,15 +33,6 @@ def claim(run_dir: Path, config_yaml: str, held: list[RunDirectory]) -> int:
 
 def has_checkpoint(run_dir: Path) -> bool:
     return bool(committed(run_dir))
-
-
-def initialize(objective: Classification | MAE, init_from: str) -> str:
-    """Load a backbone into `objective`; a head that does not fit stays new. Returns what was loaded.
-
-    Raises CheckpointError when the backbone did not load as a whole.
-    """
-    incoming = read_backbone(init_from)
-    return str(load_into(objective.backbone, incoming))
 
 
 def stored_lanes(run_dir: Path) -> int | None:

@@ -65,10 +65,12 @@ from pretrain.distributed import (
 )
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, PretrainError, UsageError
+from pretrain.formats.incoming import read_backbone
+from pretrain.formats.loading import load_into
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.optim.schedules import cosine_lr
-from pretrain.resume import claim, has_checkpoint, initialize, resume, stored_lanes
+from pretrain.resume import claim, has_checkpoint, resume, stored_lanes
 from pretrain.signals import StopSignals, exit_code_for
 
 
@@ -116,6 +118,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             print(f"{run_dir} finished at step {done}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
 
+    resuming = from_main(world, lambda: has_checkpoint(run_dir))
+    incoming = None
+    if config.init_from and not resuming:
+        init_from = config.init_from
+        incoming = together(lambda: read_backbone(init_from))
+
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
         held: list[RunDirectory] = []
@@ -130,9 +138,9 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
         objective = build_objective(config, num_classes=num_classes)
-        resuming = from_main(world, lambda: has_checkpoint(run_dir))
-        if config.init_from and not resuming:
-            reporter.event("init", note=together(lambda: initialize(objective, str(config.init_from))))
+        if incoming is not None:
+            report = str(load_into(objective.backbone, incoming))
+            reporter.event("init", note=report, report=report)
         engine = build_engine(config, objective, world=world, split=split)
         manifest = resume(
             run_dir,

@@ -107,6 +107,7 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
     try:
         # Views of one flat partition share storage, which the format refuses: write copies.
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        path.chmod(0o666 & ~umask())  # safetensors makes its files private; a run's readers are others too
         _fsync(path)
         done = staging / f"rank-{rank:05d}.done"
         done.write_text(json.dumps([asdict(piece) for piece in slices]), encoding="utf-8")
@@ -182,6 +183,13 @@ def _retain(run_dir: Path, keep_last: int) -> None:
         doomed = old.with_name(f"{old.name}{STAGING_SUFFIX}")
         old.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def umask() -> int:
+    """What this process's new files deny to others; the system tells it only while setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _fsync(path: Path) -> None:

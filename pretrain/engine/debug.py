@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from pretrain.engine.cpu_bf16 import bf16_products
 from pretrain.engine.fragments import (
     ADAM_MOMENTS,
     Fragment,
@@ -36,8 +37,9 @@ class DebugEngine:
         clip_grad_norm: float | None,
         device: torch.device,
     ) -> None:
+        self._is_bf16 = precision == "bf16"
         self._accelerator = Accelerator(
-            mixed_precision="bf16" if precision == "bf16" else "no", cpu=device.type == "cpu"
+            mixed_precision="bf16" if self._is_bf16 else "no", cpu=device.type == "cpu"
         )
         assert self._accelerator.num_processes == 1, "the debug engine is for one process"
         self.device = self._accelerator.device
@@ -49,10 +51,12 @@ class DebugEngine:
         prepare_adam_state(self._optimizer, list(self._parameters.values()))
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self._prepared(images, batch)
+        with bf16_products(self.device, enabled=self._is_bf16):
+            return self._prepared(images, batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._accelerator.backward(loss)
+        with bf16_products(self.device, enabled=self._is_bf16):
+            self._accelerator.backward(loss)
 
     def step(self, lr: float) -> torch.Tensor:
         for group in self._stepper.param_groups:

@@ -19,6 +19,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import nn
 
 from pretrain.distributed import World, barrier
+from pretrain.engine.cpu_bf16 import bf16_products
 from pretrain.engine.fragments import (
     ADAM_MOMENTS,
     Fragment,
@@ -98,7 +99,8 @@ class ZeroEngine:
         self._world = world
         self.module: Any = objective
         self.device = world.device
-        self.input_dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
+        self._is_bf16 = bool(config["bf16"]["enabled"])
+        self.input_dtype = torch.bfloat16 if self._is_bf16 else torch.float32
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shards = _shards_of(self._wrapped, self._trained, world)
@@ -109,10 +111,12 @@ class ZeroEngine:
         self.publish_weights()
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self._engine(images, batch)
+        with bf16_products(self.device, enabled=self._is_bf16):
+            return self._engine(images, batch)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
+        with bf16_products(self.device, enabled=self._is_bf16):
+            self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 

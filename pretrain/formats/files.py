@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
+from pretrain.checkpoint.save import umask
 from pretrain.errors import CheckpointError, PretrainError
 
 
@@ -59,13 +60,6 @@ def read_json(text: str | bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object")
     return values
-
-
-def umask() -> int:
-    """What this process's new files deny to others; the system tells it only while setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _flush(path: Path) -> None:

@@ -17,10 +17,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pretrain.checkpoint.save import umask
 from pretrain.errors import UsageError
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
-from pretrain.formats.files import umask, write_json
+from pretrain.formats.files import write_json
 from pretrain.formats.hugging_face import refuse_what_hugging_face_cannot_hold, write_hugging_face
 from pretrain.formats.incoming import RECORD, Incoming, read_backbone
 from pretrain.formats.loading import NUM_PREFIX_TOKENS, rebuild

