@@ -86,6 +86,8 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
 
     # Imported here: each is there only where it is needed, and takes seconds.
     if world.launched:
+        if world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would find out, and warn
         from pretrain.engine.zero import ZeroEngine, deepspeed_config
 
         settings = deepspeed_config(

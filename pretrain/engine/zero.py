@@ -6,6 +6,8 @@ of micro-batches; our losses already are shares of one global mean, so both are 
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
@@ -88,6 +90,7 @@ class ZeroEngine:
         initial = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
         objective.to(world.device)
         _leave_out_shared_memory_collective()
+        _quieten()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self._engine, self._wrapped, _, _ = deepspeed.initialize(
             model=objective,
@@ -149,6 +152,13 @@ class ZeroEngine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         set_optimizer_steps(self._shards.optimizer, steps)
+
+
+def _quieten() -> None:
+    """Keep DeepSpeed's running commentary, and torch's about DeepSpeed's calls, out of the run's output."""
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    for module in ("torch.distributed", "deepspeed"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def _leave_out_shared_memory_collective() -> None:

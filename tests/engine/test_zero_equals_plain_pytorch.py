@@ -34,6 +34,15 @@ CASES = {
     },
 }
 
+TRANSFERS = {
+    f"{precision} stage {before} to {after}": {"before": before, "after": after, "precision": precision}
+    for precision, pairs in {
+        "float32": [(0, 3), (1, 2), (2, 0), (3, 1)],
+        "bf16": [(0, 1), (1, 3), (3, 2)],
+    }.items()
+    for before, after in pairs
+}
+
 
 def plain_pytorch(batch_size: int) -> dict:
     """Mean loss over the whole batch, torch's own clipping and AdamW, no engine."""
@@ -61,7 +70,11 @@ def plain_pytorch(batch_size: int) -> dict:
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """All cases from one launch: starting ranks takes longer than training them."""
     out: Path = tmp_path_factory.mktemp("zero") / "results.json"
-    run_ranks(WORLD_SIZE, [str(WORKER), str(out), json.dumps(CASES)], timeout_seconds=240)
+    run_ranks(
+        WORLD_SIZE,
+        [str(WORKER), str(out), json.dumps({"cases": CASES, "transfers": TRANSFERS})],
+        timeout_seconds=240,
+    )
     return json.loads(out.read_text())
 
 
@@ -81,6 +94,17 @@ def test_ten_bf16_steps_stay_within_1e_2_of_the_float32_loop(results: dict, case
     expected = plain_pytorch(CASES[case]["batch_size"])
     assert results[case]["losses"] == pytest.approx(expected["losses"], rel=1e-2)
     assert results[case]["optimizer_steps"] == worker.STEPS
+
+
+@pytest.mark.parametrize("case", TRANSFERS)
+def test_state_saved_at_one_stage_is_bitwise_the_state_loaded_at_another_and_goes_on(
+    results: dict, case: str
+) -> None:
+    got = results[case]
+    assert got["equal"]
+    assert got["steps"] == 6
+    tolerance = 1e-5 if case.startswith("float32") else 1e-2
+    assert got["resumed"] == pytest.approx(got["went_on"], rel=tolerance)
 
 
 def test_the_plain_loop_itself_learns_and_clips(results: dict) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
+from pretrain.checkpoint.load import CheckpointReader, load_fragments
+from pretrain.checkpoint.manifest import KINDS
+from pretrain.checkpoint.save import save_checkpoint
 from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, join, sum_over_ranks
-from pretrain.engine.fragments import Fragment
+from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
 from pretrain.models.build import build_vit
 from pretrain.objectives.classification import Classification
@@ -61,7 +64,7 @@ def micro_batches_of(batch: dict[str, torch.Tensor], rank: int, world_size: int,
     return [{k: v[i : i + micro] for k, v in taken.items()} for i in range(0, len(rows), micro)]
 
 
-def run_case(world, *, stage: int, precision: str, batch_size: int, micro: int) -> dict:
+def build_engine(world, *, stage: int, precision: str, batch_size: int, micro: int) -> ZeroEngine:
     slice_size = len(slice_batch(torch.arange(batch_size).numpy(), rank=0, world_size=world.world_size))
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage}},
@@ -71,10 +74,16 @@ def run_case(world, *, stage: int, precision: str, batch_size: int, micro: int) 
         world_size=world.world_size,
         clip_grad_norm=CLIP,
     )
-    objective = make_objective()
-    engine = ZeroEngine(objective, build_optimizer=make_optimizer, config=config, world=world)
+    return ZeroEngine(make_objective(), build_optimizer=make_optimizer, config=config, world=world)
+
+
+def train(
+    engine: ZeroEngine, world, steps: range, *, batch_size: int, micro: int
+) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of `steps`."""
+    objective = engine.module
     losses, norms = [], []
-    for step in range(STEPS):
+    for step in steps:
         micro_batches = micro_batches_of(global_batch(step, batch_size), world.rank, world.world_size, micro)
         count = sum_over_ranks(torch.tensor(sum(objective.count(b) for b in micro_batches)))
         sums = Sums(engine.device)
@@ -84,33 +93,79 @@ def run_case(world, *, stage: int, precision: str, batch_size: int, micro: int) 
             sums.add(loss=loss_sum)
         norms.append(float(engine.step(LRS[step])))
         losses.append(sums.over_ranks()["loss"] / float(count))
+    return losses, norms
+
+
+def run_case(world, **case) -> dict:
+    engine = build_engine(world, **case)
+    losses, norms = train(engine, world, range(STEPS), batch_size=case["batch_size"], micro=case["micro"])
     return {
         "losses": losses,
         "norms": norms,
         "optimizer_steps": engine.optimizer_steps,
-        "weights": gather_weights(engine.owned_fragments(), objective, world),
+        "weights": {name: values.tolist() for name, values in gather(engine, "weight").items()},
     }
 
 
-def gather_weights(owned: list[Fragment], objective, world) -> dict[str, list[float]]:
-    """Whole float32 masters from all ranks' fragments; each element must come from exactly one rank."""
+def run_transfer(world, folder: Path, *, before: int, after: int, precision: str) -> dict:
+    """Three steps at stage `before`, saved, loaded at stage `after`: is it the same state, does it go on?"""
+    case = {"precision": precision, "batch_size": 16, "micro": 8}
+    engine = build_engine(world, stage=before, **case)
+    train(engine, world, range(3), batch_size=16, micro=8)
+    saved = save_checkpoint(
+        folder,
+        engine.owned_fragments(),
+        world=world,
+        keep_last=1,
+        facts={
+            "step": 3,
+            "samples": 48,
+            "optimizer_steps": engine.optimizer_steps,
+            "attempt": 1,
+            "world_size": world.world_size,
+            "zero_stage": before,
+            "config": {},
+            "dataset": {},
+            "order": {},
+            "parameters": parameter_shapes(engine.module),
+        },
+    )
+    other = build_engine(world, stage=after, **case)
+    reader = CheckpointReader(saved.path)
+    load_fragments(reader, other.fragments())
+    other.optimizer_steps = reader.manifest.optimizer_steps
+    other.publish_weights()
+    equal = all(
+        torch.equal(mine, gather(other, kind)[name])
+        for kind in KINDS
+        for name, mine in gather(engine, kind).items()
+    )
+    went_on, _ = train(engine, world, range(3, 6), batch_size=16, micro=8)
+    resumed, _ = train(other, world, range(3, 6), batch_size=16, micro=8)
+    return {"equal": equal, "steps": other.optimizer_steps, "went_on": went_on, "resumed": resumed}
+
+
+def gather(engine: ZeroEngine, kind: str) -> dict[str, torch.Tensor]:
+    """Whole float32 masters or moments from all ranks; each element must come from exactly one rank."""
     whole = {}
-    for name, parameter in objective.named_parameters():
-        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+    for name, shape in parameter_shapes(engine.module).items():
+        size = torch.Size(shape).numel()
         values, owners = torch.zeros(size), torch.zeros(size)
-        for fragment in owned:
+        for fragment in engine.owned_fragments():
             if fragment.name == name:
-                values[fragment.start : fragment.start + fragment.count] = fragment.tensors["weight"].cpu()
+                values[fragment.start : fragment.start + fragment.count] = fragment.tensors[kind].cpu()
                 owners[fragment.start : fragment.start + fragment.count] += 1
         assert bool((sum_over_ranks(owners) == 1).all()), f"{name}: not owned exactly once"
-        whole[name] = sum_over_ranks(values).tolist()
+        whole[name] = sum_over_ranks(values)
     return whole
 
 
 def main() -> None:
-    out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    out, work = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = join(timeout_seconds=60)
-    results = {name: run_case(world, **case) for name, case in cases.items()}
+    results = {name: run_case(world, **case) for name, case in work["cases"].items()}
+    for name, case in work["transfers"].items():
+        results[name] = run_transfer(world, out.parent / name.replace(" ", "-"), **case)
     if world.is_main:
         out.write_text(json.dumps(results))
 
