@@ -13,6 +13,7 @@ import yaml
 
 from pretrain.config.load import as_yaml, known_keys, load_config, parse_config
 from pretrain.errors import ConfigError
+from pretrain.recipe import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = {
@@ -120,11 +121,16 @@ def test_the_resolved_recipe_reads_back_as_itself(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.stem)
-def test_every_recipe_says_its_source_command_cost_and_result_and_resolves(path: Path) -> None:
+def test_every_recipe_says_its_source_command_cost_and_result_and_passes_a_dry_run(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     for word in ("source:", "command:", "cost:", "result:"):
         assert any(line.startswith(f"# {word}") for line in header), f"{path} has no {word}"
-    load_config(path)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")  # do not look for credentials on a network
+    said = describe(load_config(path), world_size=8)
+    for derived in ("parameters", "GFLOP", "micro-batches a step", "lanes", "export formats"):
+        assert derived in said
 
 
 def test_a_typo_is_refused_in_under_two_seconds_without_torch_and_nothing_is_written(recipe: Path) -> None:

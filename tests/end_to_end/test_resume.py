@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import RECIPE
-from launching import run_ranks, start_ranks, wait_for, wait_for_ranks
+from conftest import RECIPE, pretrain
+from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks, wait_for, wait_for_ranks
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import KINDS, committed, find_newest
@@ -55,10 +59,25 @@ def stage(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
-    """Twelve float32 steps on two ranks, ZeRO 1."""
+    """Twelve float32 steps on two ranks, ZeRO 1, started by DeepSpeed's own launcher."""
     root = tmp_path_factory.mktemp("uninterrupted")
     recipe = write_recipe(root / "recipe.yaml", root / "run", shards, deepspeed=stage(1))
-    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200)
+    deepspeed = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_gpus",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    done = subprocess.run(
+        [*deepspeed, "--module", "pretrain.train", str(recipe)],
+        env=clean_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return root / "run"
 
 
@@ -73,7 +92,8 @@ def test_a_run_killed_and_resumed_on_as_many_ranks_is_bitwise_the_run_that_was_n
     assert set(wait_for_ranks(ranks, timeout_seconds=20)) == {-signal.SIGKILL}
     assert not (tmp_path / "run" / "finished.json").exists()
 
-    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200, folder=tmp_path)
+    done = pretrain("launch", "local", str(recipe), "--processes", "2", timeout=250)
+    assert done.returncode == 0, done.stderr
 
     resumed = [r for r in read_journal(tmp_path / "run" / "journal.jsonl") if r["event"] == "start"][-1]
     assert resumed["resumed"]
@@ -98,8 +118,6 @@ def test_ten_losses_after_a_resume_elsewhere_are_those_of_the_uninterrupted_run(
     shutil.copytree(first, run_dir / "checkpoints" / first.name)
     recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards, deepspeed=stage(zero_stage or 1))
     if zero_stage is None:
-        from conftest import pretrain
-
         done = pretrain("train", str(recipe))
         assert done.returncode == 0, done.stderr
     else:
@@ -109,7 +127,10 @@ def test_ten_losses_after_a_resume_elsewhere_are_those_of_the_uninterrupted_run(
     assert find_newest(run_dir).name == "step-00000012"
 
 
-def test_told_to_stop_all_ranks_save_the_same_step_and_leave_with_75(tmp_path: Path, shards: Path) -> None:
+def test_a_run_serves_its_figures_and_told_to_stop_all_ranks_save_one_step_and_leave_with_75(
+    tmp_path: Path, shards: Path
+) -> None:
+    port = free_port()
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
         tmp_path / "run",
@@ -117,9 +138,14 @@ def test_told_to_stop_all_ranks_save_the_same_step_and_leave_with_75(tmp_path: P
         deepspeed=stage(2),
         train={"steps": 2000, "precision": "bf16"},
         checkpoint={"every_steps": 1000},
+        metrics={"port": port},
     )
     ranks = start_ranks(2, [*TRAIN, str(recipe)], folder=tmp_path)
     wait_for(lambda: last_step(tmp_path / "run") >= 2, ranks, timeout_seconds=150)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        served = answer.read().decode()
+    assert float(re.search(r"^pretrain_steps_total (\S+)$", served, re.MULTILINE)[1]) >= 2
+    assert re.search(r"^pretrain_loss [0-9.]+$", served, re.MULTILINE)
     ranks[1].send_signal(signal.SIGTERM)  # one of them is enough: they agree
     assert wait_for_ranks(ranks, timeout_seconds=60) == [75, 75]
     saved = find_newest(tmp_path / "run")
@@ -130,8 +156,6 @@ def test_told_to_stop_all_ranks_save_the_same_step_and_leave_with_75(tmp_path: P
 def test_a_finished_run_started_again_says_so_and_changes_nothing(
     uninterrupted: Path, tmp_path: Path
 ) -> None:
-    from conftest import pretrain
-
     before = {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
     done = pretrain("train", str(uninterrupted.parent / "recipe.yaml"))
     assert (done.returncode, "finished at step 12" in done.stdout) == (0, True)
