@@ -1,7 +1,5 @@
 """The vision transformer against timm's, its stochastic depth, and its behaviour in bf16."""
 
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +9,7 @@ from timm_reference import import_timm, timm_vit
 from pretrain.errors import ConfigError
 from pretrain.models.build import build_vit
 from pretrain.models.keyed_random import sample_keys
-from pretrain.models.layers import Attention, PatchProjection, attention, layer_norm, linear, plain_attention
+from pretrain.models.layers import Attention, PatchProjection, attention, layer_norm, plain_attention
 from pretrain.models.sizes import VIT_SIZES, resolve_size
 from pretrain.models.vit import VisionTransformer
 
@@ -148,59 +146,6 @@ def test_attention_is_the_plain_product_on_a_cpu_and_torchs_fused_one_elsewhere(
     with CalledFunctions() as called:
         assert attention(query, key, value).shape == (2, 4, 17, 8)
     assert (F.scaled_dot_product_attention in called.functions) is fused
-
-
-@pytest.fixture
-def product():
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((64, 256), (32, 256), (32,))
-    return [torch.randn(shape, generator=generator).to(torch.bfloat16).requires_grad_() for shape in shapes]
-
-
-def test_a_bf16_product_is_the_exact_one_rounded_once(product):
-    x, weight, bias = product
-    exact = F.linear(x.double(), weight.double(), bias.double())
-    got = linear(x, weight, bias)
-    assert got.dtype == torch.bfloat16
-    # half a unit in the last place of bf16, and a little for float32's own sum
-    assert ((got.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all()
-
-
-def test_gradients_of_a_bf16_product_are_bf16_and_close_to_the_exact_ones(product):
-    linear(*product).float().square().sum().backward()
-    wanted = [value.detach().double().requires_grad_() for value in product]
-    F.linear(*wanted).square().sum().backward()
-    for got, want in zip(product, wanted, strict=True):
-        assert got.grad.dtype == torch.bfloat16
-        torch.testing.assert_close(got.grad.double(), want.grad, rtol=0.02, atol=2.0)
-
-
-def test_a_float32_product_is_torchs_own(product):
-    x, weight, bias = (value.detach().float() for value in product)
-    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
-
-
-def test_autocast_gives_the_bits_that_bf16_weights_give(product):
-    x, weight, bias = product
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = linear(x.float(), weight.float(), bias.float())
-    assert cast.dtype == torch.bfloat16
-    assert torch.equal(cast, linear(x, weight, bias))
-
-
-def test_a_bf16_step_on_a_cpu_is_not_many_times_slower_than_a_float32_one():
-    """Without care it takes 10 to 30 times as long on a processor without bf16 arithmetic."""
-    times = {}
-    batch = images(32)
-    for dtype in (torch.float32, torch.bfloat16):
-        vit = small_vit(embed_dim=96).to(dtype)
-        steps = []
-        for _ in range(4):
-            start = time.thread_time()
-            vit(batch).float().sum().backward()
-            steps.append(time.thread_time() - start)
-        times[dtype] = min(steps)
-    assert times[torch.bfloat16] < 4 * times[torch.float32]
 
 
 def test_layer_norm_of_bf16_takes_its_statistics_in_float32():
