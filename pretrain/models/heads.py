@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-
-from pretrain.models.layers import linear
 
 
 class LinearHead(nn.Module):
@@ -18,4 +17,4 @@ class LinearHead(nn.Module):
         nn.init.trunc_normal_(self.weight, std=0.02)
 
     def forward(self, features_BD: Tensor) -> Tensor:
-        return linear(features_BD, self.weight, self.bias)
+        return F.linear(features_BD, self.weight, self.bias)

@@ -23,27 +23,6 @@ def layer_norm(embed_dim: int) -> nn.LayerNorm:
     return nn.LayerNorm(embed_dim, eps=LAYER_NORM_EPS)
 
 
-@torch.compiler.assume_constant_result
-def cpu_multiplies_bf16() -> bool:
-    """Whether torch has a bf16 matrix product for this processor (on x86: from AVX-512 on)."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def products_in_float32(x: Tensor) -> bool:
-    """Whether products of `x` are better taken in float32: bf16 on a CPU without bf16 arithmetic.
-
-    There a bf16 product takes 10 to 30 times the time of one in float32, conversions included.
-    """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not cpu_multiplies_bf16()
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x weightᵀ + bias in the dtype of `x`, by the way that is fast on its device."""
-    if products_in_float32(x):
-        return F.linear(x.float(), weight.float(), bias.float()).to(x.dtype)
-    return F.linear(x, weight, bias)
-
-
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q kᵀ / √K) v for (B, H, N, K), as two products."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
@@ -52,25 +31,10 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(q kᵀ / √K) v for (B, H, N, K), by the way that is fast on the tensors' device."""
-    if query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value)
-    # torch's fused attention trains small ViTs at half the speed of the plain product on CPUs
-    if products_in_float32(query):
-        return plain_attention(query.float(), key.float(), value.float()).to(query.dtype)
-    return plain_attention(query, key, value)
-
-
-class Linear(nn.Module):
-    """x weightᵀ + bias with weight (out, in) and bias (out,), left for an `init_linears_…` to fill."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
-        self.bias = nn.Parameter(torch.zeros(out_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+    if query.device.type == "cpu":
+        # torch's fused attention trains small ViTs at half the speed of the plain product on CPUs
+        return plain_attention(query, key, value)
+    return F.scaled_dot_product_attention(query, key, value)
 
 
 class PatchProjection(nn.Module):
@@ -88,11 +52,7 @@ class PatchProjection(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         # images stay float32 up to here, because objectives take their targets from them
-        images_BCHW = images_BCHW.to(self.weight.dtype)
-        if products_in_float32(images_BCHW):
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.conv2d(images_BCHW.float(), weight, bias, stride=self.stride).to(self.weight.dtype)
-        return F.conv2d(images_BCHW, self.weight, self.bias, stride=self.stride)
+        return F.conv2d(images_BCHW.to(self.weight.dtype), self.weight, self.bias, stride=self.stride)
 
 
 class PatchEmbed(nn.Module):
@@ -112,8 +72,8 @@ class Attention(nn.Module):
     def __init__(self, *, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(embed_dim, 3 * embed_dim)
-        self.proj = Linear(embed_dim, embed_dim)
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         B, N, D = x_BND.shape
@@ -127,8 +87,8 @@ class Mlp(nn.Module):
 
     def __init__(self, *, embed_dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.fc1 = Linear(embed_dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, embed_dim)
+        self.fc1 = nn.Linear(embed_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, embed_dim)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x_BND)))
@@ -160,17 +120,17 @@ class Block(nn.Module):
 
 
 def init_linears_truncated_normal(module: nn.Module) -> None:
-    """Weights of every Linear below `module` from a normal with σ = 0.02, biases 0, as timm does."""
+    """Weights of every nn.Linear below `module` from a normal with σ = 0.02, biases 0, as timm does."""
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
             nn.init.zeros_(part.bias)
 
 
 def init_linears_xavier(module: nn.Module) -> None:
-    """Weights of every Linear below `module` by Xavier's uniform rule, biases 0, as MAE does."""
+    """Weights of every nn.Linear below `module` by Xavier's uniform rule, biases 0, as MAE does."""
     for part in module.modules():
-        if isinstance(part, Linear):
+        if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
             nn.init.zeros_(part.bias)
         elif isinstance(part, PatchProjection):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
 from pretrain.models.keyed_random import MASK, keyed_uniform, sample_keys
-from pretrain.models.layers import Block, Linear, init_linears_xavier, layer_norm
+from pretrain.models.layers import Block, init_linears_xavier, layer_norm
 from pretrain.models.pos_embed import sincos_pos_embed
 from pretrain.models.vit import VisionTransformer
 
@@ -70,10 +70,10 @@ class MAEDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         # not in the state dict: it follows from grid and width
         self.register_buffer("pos_embed", sincos_pos_embed(grid, embed_dim), persistent=False)
-        self.embed = Linear(encoder_dim, embed_dim)
+        self.embed = nn.Linear(encoder_dim, embed_dim)
         self.blocks = nn.ModuleList(Block(embed_dim=embed_dim, num_heads=num_heads) for _ in range(depth))
         self.norm = layer_norm(embed_dim)
-        self.pred = Linear(embed_dim, patch_size * patch_size * 3)
+        self.pred = nn.Linear(embed_dim, patch_size * patch_size * 3)
         init_linears_xavier(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
