@@ -32,6 +32,7 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.signals import ctrl_c_waits
 
 
 def build_backbone(config: RunConfig) -> VisionTransformer:
@@ -89,7 +90,8 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
     if world.launched:
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would find out, and warn
-        from pretrain.engine.zero import ZeroEngine, deepspeed_config
+        with ctrl_c_waits():
+            from pretrain.engine.zero import ZeroEngine, deepspeed_config
 
         settings = deepspeed_config(
             config.deepspeed,
@@ -100,7 +102,8 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
             clip_grad_norm=config.optim.clip_grad_norm,
         )
         return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
-    from pretrain.engine.debug import DebugEngine
+    with ctrl_c_waits():
+        from pretrain.engine.debug import DebugEngine
 
     return DebugEngine(
         objective,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from pretrain import __version__
 from pretrain.errors import EXIT_CTRL_C, PretrainError
+from pretrain.signals import ctrl_c_waits
 
 
 class Command(NamedTuple):
@@ -131,7 +132,9 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
             code = front.refuse_or_describe(args)
             if code is not None:
                 return code
-        return importlib.import_module(command.module).run(args)
+        with ctrl_c_waits():
+            module = importlib.import_module(command.module)
+        return module.run(args)
     except PretrainError as error:
         print(f"pretrain {name}: {error}", file=sys.stderr)
         return error.exit_code

@@ -183,7 +183,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         device_transform = build_device_transform(config)
         batches = train_loader.steps(samples)
 
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(announce=not world.launched))
         while step < last_step:
             reporter.throughput.start()
             micro_batches = next(batches)
