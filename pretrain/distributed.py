@@ -112,6 +112,16 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
 
 
+def lost_peer(error: RuntimeError) -> PretrainError | None:
+    """Our error for a collective that failed because a peer has gone; None for any other error."""
+    if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+        return None
+    return PretrainError(
+        f"rank {dist.get_rank()} lost a peer ({' '.join(str(error).split())}); "
+        "what the others said before tells why"
+    )
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -66,6 +66,7 @@ from pretrain.distributed import (
     is_launched,
     join,
     leave,
+    lost_peer,
     sum_over_ranks,
     together,
 )
@@ -89,7 +90,12 @@ def run(args: argparse.Namespace) -> int:
     described = recipe.refuse_or_describe(args)
     if described is not None:
         return described
-    code = train(load_config(args.config, args.overrides), debug=args.debug)
+    try:
+        code = train(load_config(args.config, args.overrides), debug=args.debug)
+    except RuntimeError as error:
+        if (lost := lost_peer(error)) is None:
+            raise
+        raise lost from error
     leave()  # only after a good end: a rank that failed must not wait for its peers
     return code
 
