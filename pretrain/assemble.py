@@ -97,6 +97,7 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
             accumulation_steps=split.accumulation_steps,
             world_size=world.world_size,
             clip_grad_norm=config.optim.clip_grad_norm,
+            num_parameters=sum(parameter.numel() for parameter in objective.parameters()),
         )
         return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
     from pretrain.engine.debug import DebugEngine

@@ -193,9 +193,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             sums.add(count=local_count)
             for host_batch in micro_batches:
                 batch = to_device(host_batch, engine.device)
-                images = device_transform(
-                    batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
-                )
+                images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
                 if debug and step == 0:
                     print(describe_batch(images, batch), file=sys.stderr)
                 loss_sum, metric_sums = engine.forward(images, batch)
@@ -295,9 +293,7 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
     for host_batch in loader:
         count = engine.module.count(host_batch)
         batch = to_device(host_batch, engine.device)
-        images = device_transform(
-            batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
-        )
+        images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
         loss_sum, metric_sums = engine.forward(images, batch)
         sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
     engine.module.train()

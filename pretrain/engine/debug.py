@@ -26,7 +26,6 @@ class DebugEngine:
     """See engine/base.py for the contract."""
 
     zero_stage = 0
-    input_dtype = torch.float32
 
     def __init__(
         self,

@@ -45,12 +45,14 @@ def deepspeed_config(
     accumulation_steps: int,
     world_size: int,
     clip_grad_norm: float | None,
+    num_parameters: int,
 ) -> dict[str, Any]:
     """The user's own `deepspeed:` keys, with those that the recipe decides added to them."""
+    bucket = min(BUCKET_ELEMENTS, -(-num_parameters // 4096) * 4096)  # of a size that DeepSpeed can align
     zero = {
         "stage": 1,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         **user.get("zero_optimization", {}),
     }
     if zero["stage"] == 3:
@@ -103,7 +105,6 @@ class ZeroEngine:
         self.module: Any = objective
         self.device = world.device
         self._is_bf16 = bool(config["bf16"]["enabled"])
-        self.input_dtype = torch.bfloat16 if self._is_bf16 else torch.float32
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shards = _shards_of(self._wrapped, self._trained, world)
