@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
+    "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
     "order": Command("data_tools.order", "print which sample stands at which position of which batch"),
     "data synth": Command("data_tools.synth", "make a folder of labelled, textured shapes"),
     "data pack": Command("data_tools.pack", "pack images into indexed WebDataset shards"),
