@@ -16,6 +16,7 @@ from torch import nn
 
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
+from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
@@ -23,7 +24,7 @@ from pretrain.data.reader import ChunkReader
 from pretrain.derived import Split, is_image_source, s3_settings
 from pretrain.distributed import World, from_main
 from pretrain.engine.base import Engine
-from pretrain.errors import UsageError
+from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
 from pretrain.models.build import build_vit
@@ -177,17 +178,31 @@ def open_training_data(config: RunConfig, *, world: World) -> DatasetIndex:
 def packed(source: str, config: RunConfig) -> str:
     """Where `source`'s shards are, made by `pretrain data pack` unless they are there already.
 
-    The packing runs in a process of its own: data_tools is a neighbour, not a part.
+    The packing runs in a process of its own: data_tools is a neighbour, not a part. Raises UsageError,
+    or DataError for an image that does not decode, when it fails.
     """
     root = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-    name = hashlib.sha256(str(Path(source).resolve()).encode()).hexdigest()[:12]
-    out = root / "packed" / f"{Path(source).stem}-{name}"
+    out = root / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
     if not (out / INDEX_NAME).is_file():
         print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
         command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]
-        if subprocess.run(command).returncode:
-            raise UsageError(f"{source} could not be packed; see above, or run `pretrain data pack` yourself")
+        code = subprocess.run(command).returncode
+        if code:
+            kind = DataError if code == DataError.exit_code else UsageError
+            raise kind(f"{source} could not be packed; see above, or run `pretrain data pack` yourself")
     return str(out)
+
+
+def _listing_digest(source: Path) -> str:
+    """Of the path, and of its images' names, sizes and times: shards made of other images are not these."""
+    below = source.rglob("*") if source.is_dir() else []
+    images = [path for path in below if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES and path.is_file()]
+    digest = hashlib.sha256()
+    for path in [source.resolve(), *sorted(images)]:
+        status = path.stat()
+        times = f"{status.st_size} {status.st_mtime_ns}" if path.is_file() else ""
+        digest.update(os.fsencode(f"{path} {times}\0"))
+    return digest.hexdigest()[:12]
 
 
 def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps: int) -> Reporter:

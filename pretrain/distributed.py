@@ -38,31 +38,51 @@ class World:
         return self.rank == 0
 
 
-def _integer(name: str) -> int:
+_ADVICE = "start ranks with `deepspeed` or `pretrain launch`, or unset RANK, WORLD_SIZE and LOCAL_RANK for one process"
+
+
+def _integer(name: str, *, below: int | None = None, at_least: int = 0) -> int:
+    """The number in that environment variable. Raises UsageError when it is none, or out of range."""
     text = os.environ.get(name, "")
     if not text.isdigit():
-        raise UsageError(
-            f"{name}={text!r} in the environment is not a rank's number; start ranks with `deepspeed`, "
-            "`pretrain launch`, or leave RANK and WORLD_SIZE unset for one process"
-        )
-    return int(text)
+        raise UsageError(f"{name}={text!r} in the environment is not a number; {_ADVICE}")
+    number = int(text)
+    if number < at_least or (below is not None and number >= below):
+        upper = "" if below is None else f" to {below - 1}"
+        raise UsageError(f"{name}={text} in the environment: {at_least}{upper} is possible; {_ADVICE}")
+    return number
 
 
 def is_launched() -> bool:
-    """Did a launcher start this process as one of several ranks?"""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Did a launcher start this process as one of several ranks?
+
+    Raises UsageError for half of a launcher's environment: neither reading of it would be safe.
+    """
+    given = {name: name in os.environ for name in ("RANK", "WORLD_SIZE")}
+    if any(given.values()) != all(given.values()) or ("LOCAL_RANK" in os.environ and not any(given.values())):
+        there = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+        missing = [name for name, is_given in given.items() if not is_given]
+        raise UsageError(
+            f"{' and '.join(there)} is set in the environment, {' and '.join(missing)} is not; {_ADVICE}"
+        )
+    return all(given.values())
 
 
 def join(*, timeout_seconds: float = 600.0) -> World:
     """Join the run that the environment describes.
 
-    Raises UsageError when RANK, WORLD_SIZE or LOCAL_RANK are wrong, and PretrainError when the
-    peers cannot be met within `timeout_seconds` or fewer came than were asked for.
+    Raises UsageError when a variable of the environment is missing or wrong, and PretrainError when
+    the peers cannot be met within `timeout_seconds` or fewer came than were asked for.
     """
     if not is_launched():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
-    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    world_size = _integer("WORLD_SIZE", at_least=1)
+    rank = _integer("RANK", below=world_size)
+    port = _integer("MASTER_PORT", at_least=1, below=65536)
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise UsageError(f"MASTER_ADDR is not set in the environment; {_ADVICE}")
     local_rank = _integer("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
@@ -77,9 +97,13 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
     except (RuntimeError, ValueError) as error:  # torch's DistError family is RuntimeError
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        hint = (
+            "another process has that port: choose another MASTER_PORT"
+            if "EADDRINUSE" in str(error)
+            else "look at what the other ranks said, and whether that address can be reached from here"
+        )
         raise PretrainError(
-            f"rank {rank} could not meet its {world_size - 1} peers at {address}: {error}"
+            f"rank {rank} of {world_size} could not meet its peers at {host}:{port}: {error}; {hint}"
         ) from None
     # A launcher and a plugin that disagree give runs that each think they are alone.
     assert dist.get_world_size() == world_size, (

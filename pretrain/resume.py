@@ -16,18 +16,22 @@ from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.save import remove_torn_saves
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
-from pretrain.errors import CheckpointError, CheckpointMismatchError
+from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
 
 
-def claim(run_dir: Path, config_yaml: str, held: list[RunDirectory]) -> int:
+def claim(run_dir: Path, held: list[RunDirectory]) -> int:
     """Take the run's folder for this attempt, on rank 0. Returns the attempt's number.
 
-    The hold goes into `held`, to be closed at the end; the resolved recipe is written beside.
+    The hold goes into `held`, to be closed at the end. Raises UsageError when the folder is not to be had.
     """
     run = RunDirectory.claim(run_dir)
     held.append(run)
-    remove_torn_saves(run_dir)
-    (run_dir / "config.yaml").write_text(config_yaml, encoding="utf-8")
+    try:
+        remove_torn_saves(run_dir)
+    except OSError as error:
+        raise UsageError(
+            f"run_dir={run_dir}: what an unfinished save left cannot be removed: {error}; check the disk"
+        ) from None
     return run.attempt
 
 
@@ -94,6 +98,7 @@ def resume(
         return reader.manifest
     if last_error is not None:
         raise CheckpointError(
-            f"{run_dir}: none of its {len(folders)} checkpoints can be trusted; the oldest: {last_error}"
+            f"{run_dir}: none of its {len(folders)} checkpoints can be trusted, the reasons are above; bring one "
+            f"back from a copy, or start anew with another run_dir; the oldest: {last_error}"
         )
     return None

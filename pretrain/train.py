@@ -35,7 +35,13 @@ from pretrain.assemble import (
     build_train_loader,
     open_training_data,
 )
-from pretrain.checkpoint.run_directory import RunDirectory, finished_step, mark_finished, recorded_exit
+from pretrain.checkpoint.run_directory import (
+    RunDirectory,
+    finished_step,
+    mark_finished,
+    recorded_exit,
+    write_whole,
+)
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.load import as_yaml, load_config
 from pretrain.config.schema import RunConfig
@@ -127,7 +133,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
         held: list[RunDirectory] = []
-        attempt = from_main(world, lambda: claim(run_dir, as_yaml(config), held))
+        attempt = from_main(world, lambda: claim(run_dir, held))
         for hold in held:
             stack.callback(hold.close)
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
@@ -152,6 +158,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             global_batch_size=config.train.global_batch_size,
             on_rejected=reporter.checkpoint_rejected,
         )
+        # Only now: a recipe that was refused must not stand where the run's own did.
+        from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
         reporter.start(
             step=step,
@@ -219,11 +227,13 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 times=reporter.throughput.finish(int(images_seen)),
                 **{name: total / images_seen for name, total in totals.items()},
             )
-            if not math.isfinite(loss):
-                raise PretrainError(
-                    f"the loss is {loss} at step {step}; go on from the last checkpoint with a lower optim.lr, "
-                    "a smaller optim.clip_grad_norm, or train.precision=float32"
-                )
+            for name, value in (("loss", loss), ("gradient's norm", float(grad_norm))):
+                if not math.isfinite(value):  # before the save: the update has reached the weights
+                    raise PretrainError(
+                        f"the {name} is {value} at step {step}; go on from the last checkpoint, or the one "
+                        "before it, with a lower optim.lr, a smaller optim.clip_grad_norm, or "
+                        "train.precision=float32"
+                    )
 
             is_last = step == last_step
             if eval_loader is not None and (is_last or is_due(step, config.eval.every_steps)):
@@ -249,11 +259,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
 
-        if world.is_main:
+        def finish() -> None:
             mark_finished(run_dir, step=step, samples=samples, attempt=attempt)
             reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
             export_at_the_end(config)
-        barrier()
+
+        from_main(world, finish)
         return EXIT_FINISHED
 
 

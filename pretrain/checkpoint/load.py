@@ -67,7 +67,7 @@ class CheckpointReader:
         return values
 
 
-_ADVICE = "the file is damaged: move the checkpoint's folder away to go on from the one before it"
+_ADVICE = "the file is damaged; take an older checkpoint, or a copy of this one"
 
 
 def verify_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:

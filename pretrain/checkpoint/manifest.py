@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(**body)
 
 
-_ADVICE = "move the folder away to go on from the checkpoint before it"
+_ADVICE = "the file is damaged; take an older checkpoint, or a copy of this one"
 
 
 def committed(run_dir: Path) -> list[Path]:

@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class RunDirectory:
             (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise UsageError(f"run_dir={path} cannot be written: {error}; choose another run_dir") from None
+            raise _unwritable(path, error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -57,12 +58,19 @@ class RunDirectory:
             raise UsageError(
                 f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        return cls(path, _next_attempt(path), lock)
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return cls(path, _next_attempt(path), lock)
+        except OSError as error:
+            raise _unwritable(path, error) from None
 
     def close(self) -> None:
         os.close(self._lock)
+
+
+def _unwritable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"run_dir={path} cannot be written: {error}; free space, or choose another run_dir")
 
 
 def _next_attempt(path: Path) -> int:
@@ -109,22 +117,46 @@ def recorded_exit(path: Path, attempt: int, rank: int) -> Iterator[Ending]:
     finally:
         record = {"rank": rank, "host": socket.gethostname(), **vars(ending), "time": time.time()}
         folder = Path(path) / ATTEMPTS / str(attempt)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"exit-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"exit-{rank}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+        except OSError as error:  # a full disk must not hide what the process really ended with
+            print(f"{folder}: how rank {rank} ended cannot be written: {error}", file=sys.stderr)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Put `text` at `path`, durably, whole or not at all. Raises PretrainError when it cannot be written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        with temporary.open() as file:
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PretrainError(
+            f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
+        ) from None
 
 
 def mark_finished(path: Path, **facts: Any) -> None:
-    target = Path(path) / FINISHED
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**facts, "time": time.time()}) + "\n", encoding="utf-8")
-    with temporary.open() as file:
-        os.fsync(file.fileno())
-    temporary.rename(target)
+    """Record that the run reached its last step. Raises PretrainError when that cannot be written."""
+    write_whole(Path(path) / FINISHED, json.dumps({**facts, "time": time.time()}) + "\n")
 
 
 def finished_step(path: Path) -> int | None:
-    """The last step of a run that reached it, None of one that did not."""
+    """The last step of a run that reached it, None of one that did not.
+
+    Raises UsageError when `path` cannot be a run's folder, or the record cannot be read.
+    """
+    record = Path(path) / FINISHED
     try:
-        return int(json.loads((Path(path) / FINISHED).read_text(encoding="utf-8"))["step"])
+        return int(json.loads(record.read_text(encoding="utf-8"))["step"])
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UsageError(f"run_dir={path} cannot be used: {error}; choose another run_dir") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{record} is damaged ({error}); remove it, and the run goes on from its newest checkpoint"
+        ) from None

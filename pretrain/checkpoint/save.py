@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pretrain.checkpoint.manifest import (
@@ -73,10 +74,14 @@ def save_checkpoint(
             ) from None
 
     from_main(world, make_staging)
-    together(lambda: _write_slices(staging, fragments, world.rank))
-    written = from_main(world, lambda: _commit(staging, final, world.world_size, facts))
-    if world.is_main:
-        _retain(run_dir, keep_last)
+    try:
+        together(lambda: _write_slices(staging, fragments, world.rank))
+        written = from_main(world, lambda: _commit(staging, final, world.world_size, facts))
+    except PretrainError:
+        if world.is_main:  # what was written so far would only keep the disk full
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    from_main(world, lambda: _retain(run_dir, keep_last))
     return SavedCheckpoint(path=final, bytes=written)
 
 
@@ -86,6 +91,14 @@ def remove_torn_saves(run_dir: Path) -> list[Path]:
     for folder in torn:
         shutil.rmtree(folder)
     return torn
+
+
+def _unlist(checkpoint: Path) -> Path:
+    """Take a checkpoint out of the listing, to be removed: a kill in mid-removal must leave none half listed."""
+    doomed = checkpoint.with_name(f"{checkpoint.name}.old{STAGING_SUFFIX}")
+    if doomed.exists():
+        shutil.rmtree(doomed)
+    return checkpoint.rename(doomed)
 
 
 def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
@@ -112,7 +125,7 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
         done = staging / f"rank-{rank:05d}.done"
         done.write_text(json.dumps([asdict(piece) for piece in slices]), encoding="utf-8")
         _fsync(done)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
         ) from None
@@ -140,10 +153,12 @@ def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) 
         path.write_text(manifest.to_json(), encoding="utf-8")
         _fsync(path)
         _fsync(staging)
-        if final.exists():  # the same step again, after a rollback: the new one replaces it
-            shutil.rmtree(final)
+        # The same step again, after a rollback: the new one replaces it.
+        replaced = _unlist(final) if final.exists() else None
         staging.rename(final)
         _fsync(final.parent)
+        if replaced is not None:
+            shutil.rmtree(replaced)
     except OSError as error:
         raise PretrainError(
             f"{final}: cannot be committed: {error}; free space, or set run_dir elsewhere"
@@ -179,10 +194,12 @@ def check_coverage(manifest: Manifest, where: Path) -> None:
 
 def _retain(run_dir: Path, keep_last: int) -> None:
     for old in committed(run_dir)[:-keep_last]:
-        # Out of the listing first: a kill in the middle must not leave half a checkpoint listed.
-        doomed = old.with_name(f"{old.name}{STAGING_SUFFIX}")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+        try:
+            shutil.rmtree(_unlist(old))
+        except OSError as error:
+            raise PretrainError(
+                f"{old}: cannot be removed: {error}; check the disk and its permissions"
+            ) from None
 
 
 def umask() -> int:

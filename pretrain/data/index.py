@@ -198,13 +198,23 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3) -> DatasetIndex:
     try:
         buffer = _file_bytes(storage, INDEX_NAME)
     except ObjectNotFoundError as error:
-        raise UsageError(
-            f"{url}: no {INDEX_NAME} there ({error}); shards need an index, make it with "
-            f"`pretrain data index {url}`"
-        ) from error
+        raise _no_index(storage, url) from error
     except AccessDeniedError as error:
         raise UsageError(str(error)) from error
     return _parse_index(storage.url, buffer)
+
+
+def _no_index(storage: Storage, url: str) -> UsageError:
+    """Is it the index that is missing, or all of it?"""
+    try:
+        is_empty = next(iter(storage.list()), None) is None
+    except (ObjectNotFoundError, AccessDeniedError) as error:
+        return UsageError(str(error))
+    if is_empty:
+        return UsageError(f"{url}: there is nothing there; check the path or URL")
+    return UsageError(
+        f"{url}: no {INDEX_NAME} there; shards need an index, make it with `pretrain data index {url}`"
+    )
 
 
 def open_samples(index: DatasetIndex, *, s3: S3Settings = _DEFAULT_S3) -> SampleTable:

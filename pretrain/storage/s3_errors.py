@@ -128,6 +128,8 @@ def _describe(error: Exception) -> str:
     status = status_of(error)
     if status is not None:
         response: dict[str, Any] = getattr(error, "response", {})
+        if _code_of(error) == str(status):  # the answer to a HEAD has no body that would say more
+            return f"HTTP {status} {response.get('Error', {}).get('Message', '')}".rstrip()
         text = f"HTTP {status} {_code_of(error)}".rstrip()
         message = response.get("Error", {}).get("Message")
         return f"{text}: {message}" if message and message != "None" else text

@@ -174,4 +174,4 @@ def test_a_dry_run_prints_what_follows_and_needs_neither_torch_nor_data(recipe: 
     resolved = yaml.safe_load(ran.stdout)
     assert parse_config(resolved, source="dry run") == load_config(recipe)
     assert "22 (2 pads over all ranks)" in ran.stdout
-    assert "unknown: SHARDS: no index.safetensors there" in ran.stdout
+    assert "unknown: SHARDS: there is nothing there" in ran.stdout

@@ -111,6 +111,9 @@ def test_a_folder_without_an_index_is_refused_and_the_index_command_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["order", str(tmp_path), "--global-batch-size", "8"]) == 2
+    assert "there is nothing there" in capsys.readouterr().err
+    (tmp_path / "0.tar").touch()
+    assert main(["order", str(tmp_path), "--global-batch-size", "8"]) == 2
     assert "pretrain data index" in capsys.readouterr().err
 
 
