@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
-from pretrain.errors import EXIT_CTRL_C, PretrainError
+from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CTRL_C, PretrainError
 
 
 class Command(NamedTuple):
@@ -129,9 +129,9 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
         front.add_arguments(parser)
         args = parser.parse_intermixed_args(arguments)
         if command.front:
-            code = front.refuse_or_describe(args)
-            if code is not None:
-                return code
+            config = front.resolve(args)
+            if config is None:
+                return 0
         return importlib.import_module(command.module).run(args)
     except PretrainError as error:
         print(f"pretrain {name}: {error}", file=sys.stderr)
@@ -141,7 +141,7 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
         return EXIT_CTRL_C
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ reconstruction, in which the visible patches are the image's own.
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from pretrain.assemble import build_device_transform, build_eval_loader, build_objective
+from pretrain.assemble import build_device_transform, build_objective, build_reader
 from pretrain.checkpoint.load import find_newest, load_weights, read_manifest
 from pretrain.config.load import parse_config
+from pretrain.data.augment import EvalTransform
 from pretrain.data.index import open_index
+from pretrain.data.loader import EvalLoader
 from pretrain.derived import s3_settings
-from pretrain.distributed import World
 from pretrain.errors import UsageError
 from pretrain.objectives.mae import MAE
 
@@ -35,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not args.out.parent.is_dir():
+        raise UsageError(f"{args.out}: give a .png file in a folder that is there")
     if args.images < 1:
         raise UsageError(f"--images {args.images}: at least 1")
     if not Path(args.run).exists():
@@ -48,13 +50,16 @@ def run(args: argparse.Namespace) -> int:
     index = open_index(args.url, s3=s3_settings(config))
     objective = build_objective(config, num_classes=None)
     assert isinstance(objective, MAE), "the config says so"
-    objective.load_state_dict(load_weights(folder), strict=False)  # buffers follow from the config
+    missing, unexpected = objective.load_state_dict(load_weights(folder), strict=False)
+    buffers = {name for name, _ in objective.named_buffers()}  # they follow from the config
+    assert not unexpected, f"{folder} holds parameters that its config does not: {unexpected}"
+    assert set(missing) <= buffers, f"{folder} lacks {missing}"
 
-    alone = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
     count = min(args.images, index.num_samples)
-    loader = build_eval_loader(config, index, world=alone, batch_size=count, workers=0)
+    transform_host = EvalTransform(image_size=config.model.image_size)
+    loader = EvalLoader(reader=build_reader(config, index), transform=transform_host, batch_size=count)
     transform = build_device_transform(config)
-    batch = next(itertools.islice(loader, 1))
+    batch = next(iter(loader))
     images = transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
     masked, reconstructed = objective.reconstruct(images, batch["positions"])
 

@@ -160,3 +160,8 @@ def finished_step(path: Path) -> int | None:
         raise UsageError(
             f"{record} is damaged ({error}); remove it, and the run goes on from its newest checkpoint"
         ) from None
+
+
+def unmark_finished(path: Path) -> None:
+    """The run goes on beyond what was its end. Raises OSError."""
+    (Path(path) / FINISHED).unlink(missing_ok=True)

@@ -15,9 +15,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from pydantic import ValidationError
 from torch import nn
 
 from pretrain.distributed import World, barrier
@@ -94,12 +96,15 @@ class ZeroEngine:
         _leave_out_shared_memory_collective()
         _quieten()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-        self._engine, self._wrapped, _, _ = deepspeed.initialize(
-            model=objective,
-            optimizer=build_optimizer(objective),
-            config=dict(config),
-            dist_init_required=False,
-        )
+        try:
+            self._engine, self._wrapped, _, _ = deepspeed.initialize(
+                model=objective,
+                optimizer=build_optimizer(objective),
+                config=dict(config),
+                dist_init_required=False,
+            )
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UsageError(f"DeepSpeed refuses what stands under deepspeed: {error}") from None
         assert self._engine.world_size == world.world_size, "DeepSpeed joined another world than asked for"
         self._world = world
         self.module: Any = objective

@@ -10,7 +10,9 @@ from conftest import pretrain
 from PIL import Image
 
 
-def test_the_picture_keeps_visible_patches_and_fills_the_others(recipe: Path, shards: Path, tmp_path: Path) -> None:
+def test_the_picture_keeps_visible_patches_and_fills_the_others(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
     told = yaml.safe_load(recipe.read_text())
     told["objective"] = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
     told["model"]["position_embedding"] = "sincos"
@@ -34,5 +36,10 @@ def test_the_picture_keeps_visible_patches_and_fills_the_others(recipe: Path, sh
     assert (filled[~kept] != masked[~kept]).mean() > 0.5
 
 
-def test_a_run_that_masks_nothing_is_refused(recipe: Path, shards: Path, tmp_path: Path) -> None:
-    assert pretrain("reconstruct", str(tmp_path / "none"), str(shards), "x.png").returncode == 2
+def test_a_run_that_masks_nothing_and_one_that_is_not_there_are_refused(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert pretrain("train", str(recipe), "train.steps=1", "--debug").returncode == 0
+    for run, told in (("run", "which masks nothing"), ("none", "there is no such run")):
+        refused = pretrain("reconstruct", str(tmp_path / run), str(shards), str(tmp_path / "x.png"))
+        assert (refused.returncode, told in refused.stderr) == (2, True)
