@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         )
     config = load_config(args.config, args.overrides)  # before anything is started
     processes = choose_processes(args.processes, _cuda_devices())
-    command = [sys.executable, "-m", "pretrain.train", args.config, *args.overrides]
+    # Not pretrain.train, which has begun to import torch before it can mind Ctrl-C.
+    command = [sys.executable, "-m", "pretrain.cli", "train", args.config, *args.overrides]
     environments = rank_environments(os.environ, processes=processes, port=free_port(), cores=count_cores())
     if args.dry_run:
         print(describe(command, environments), flush=True)

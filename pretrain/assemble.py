@@ -42,6 +42,7 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.signals import ctrl_c_waits
 
 
 def build_backbone(config: RunConfig) -> VisionTransformer:
@@ -99,7 +100,8 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
     if world.launched:
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would find out, and warn
-        from pretrain.engine.zero import ZeroEngine, deepspeed_config
+        with ctrl_c_waits():
+            from pretrain.engine.zero import ZeroEngine, deepspeed_config
 
         settings = deepspeed_config(
             config.deepspeed,
@@ -111,7 +113,8 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
             num_parameters=sum(parameter.numel() for parameter in objective.parameters()),
         )
         return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
-    from pretrain.engine.debug import AccelerateEngine
+    with ctrl_c_waits():
+        from pretrain.engine.debug import AccelerateEngine
 
     return AccelerateEngine(
         objective,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from pretrain import __version__
 from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CTRL_C, PretrainError
+from pretrain.signals import ctrl_c_waits
 
 
 class Command(NamedTuple):
@@ -132,7 +133,9 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
             config = front.resolve(args)
             if config is None:
                 return 0
-        return importlib.import_module(command.module).run(args)
+        with ctrl_c_waits():
+            module = importlib.import_module(command.module)
+        return module.run(args)
     except PretrainError as error:
         print(f"pretrain {name}: {error}", file=sys.stderr)
         return error.exit_code

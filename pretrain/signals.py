@@ -1,4 +1,4 @@
-"""Told to stop: remember it until the step is done. Called by train.py's loop.
+"""Told to stop: remember it until that can be done well. Called by train.py's loop and by cli.py.
 
 SIGTERM (a preemption) and the first Ctrl-C let the step finish and the run save; a second Ctrl-C
 aborts at once. Signals reach ranks at different moments: the loop agrees on a step by summing.
@@ -6,23 +6,52 @@ aborts at once. Signals reach ranks at different moments: the loop agrees on a s
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from pretrain.errors import EXIT_CTRL_C, EXIT_INTERRUPTED
 
 
-class StopSignals:
-    """A context in which SIGTERM, SIGUSR1 and the first SIGINT only set a flag."""
+@contextmanager
+def ctrl_c_waits() -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block instead of inside it.
 
-    def __init__(self) -> None:
+    For imports of large libraries: cut short, they abort the process from C++, or take what is
+    half imported for a missing part and go on without it.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored, or minded by somebody
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
+
+
+class StopSignals:
+    """A context in which SIGTERM, SIGUSR1 and the first SIGINT only set a flag.
+
+    `announce`: answer Ctrl-C with a line at once, as a step may take long. What the caller ignores
+    (SIGINT, for a job that a script started in the background) stays ignored.
+    """
+
+    def __init__(self, *, announce: bool = False) -> None:
         self.terminate = False
         self.ctrl_c = False
+        self._announce = announce
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._remember)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(
@@ -35,6 +64,8 @@ class StopSignals:
         if number == signal.SIGINT:
             self.ctrl_c = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if self._announce:  # not print: this may have come in the middle of one
+                os.write(2, b"\nCtrl-C: finishing the step, then saving; press it again to end without\n")
         else:
             self.terminate = True
 

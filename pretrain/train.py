@@ -169,7 +169,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         batches = train_loader.steps(samples)
         undescribed = debug
 
-        stop = stack.enter_context(StopSignals())
+        stop = stack.enter_context(StopSignals(announce=not world.launched))
         while step < last_step:
             reporter.throughput.start()
             micro_batches = next(batches)

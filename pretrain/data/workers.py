@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing import util as multiprocessing_util
 from multiprocessing.connection import wait
 from typing import Any
@@ -31,6 +31,8 @@ def worker_context() -> Any:
     # The server and all that it forks inherit a mask in which these signals wait for ever: a worker
     # must not fall to Ctrl-C before it gets as far as become_worker. Blocked here, not ignored, so
     # that one which arrives meanwhile reaches this process afterwards.
+    # The resource tracker comes first: older Pythons unblock both signals when they have started it.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         forkserver.ensure_running()
