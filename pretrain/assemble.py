@@ -9,11 +9,13 @@ import hashlib
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.framer import IMAGE_SUFFIXES
@@ -21,8 +23,16 @@ from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.order import Order
 from pretrain.data.reader import ChunkReader
-from pretrain.derived import Split, is_image_source, s3_settings
-from pretrain.distributed import World, from_main
+from pretrain.derived import (
+    Split,
+    build_order,
+    check_validation_labels,
+    is_image_source,
+    num_classes_for,
+    run_lanes,
+    s3_settings,
+)
+from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
@@ -100,12 +110,13 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
             accumulation_steps=split.accumulation_steps,
             world_size=world.world_size,
             clip_grad_norm=config.optim.clip_grad_norm,
+            num_parameters=sum(parameter.numel() for parameter in objective.parameters()),
         )
         return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
     with ctrl_c_waits():
-        from pretrain.engine.debug import DebugEngine
+        from pretrain.engine.debug import AccelerateEngine
 
-    return DebugEngine(
+    return AccelerateEngine(
         objective,
         build_optimizer=build_optimizer,
         precision=config.train.precision,
@@ -119,30 +130,59 @@ def default_cache_dir() -> Path:
     return Path(root) / "vit-pretrain"
 
 
+def _cache_dir(config: RunConfig) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from: its datasets, the order of the first, the classes of the head."""
+
+    index: DatasetIndex
+    val_index: DatasetIndex | None
+    order: Order
+    num_classes: int | None
+
+
+def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
+    """The run's datasets. A folder or tar of images is packed into data.cache_dir first.
+
+    All ranks together. Raises UsageError when there is nothing to train on, ConfigError when labels
+    do not fit the recipe.
+    """
+    source, val_url = config.data.train, config.data.val
+    s3 = s3_settings(config)
+    url = from_main(
+        world, lambda: packed(source, config) if is_image_source(source) else source, patiently=True
+    )
+    index = together(lambda: open_index(url, s3=s3))
+    num_classes = num_classes_for(config, index)
+    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
+    if val_index is not None:
+        check_validation_labels(val_index, index, num_classes)
+    lanes = from_main(world, lambda: stored_lanes(Path(config.run_dir))) or run_lanes(config, debug=debug)
+    order = build_order(config, index, lanes=lanes)
+    return Data(index=index, val_index=val_index, order=order, num_classes=num_classes)
+
+
 def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
-    cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-    return ChunkReader(index, cache_dir=cache_dir, s3=s3_settings(config))
+    return ChunkReader(index, cache_dir=_cache_dir(config), s3=s3_settings(config))
 
 
 def build_train_loader(
-    config: RunConfig, index: DatasetIndex, order: Order, *, world: World, split: Split, workers: int
+    config: RunConfig, data: Data, *, world: World, split: Split, workers: int
 ) -> TrainLoader:
-    data = config.data
-    transform: TrainTransform | EvalTransform
-    if data.augmentation == "random_resized_crop":
-        transform = TrainTransform(
-            image_size=config.model.image_size,
-            crop_scale=data.crop_scale,
-            crop_ratio=data.crop_ratio,
-            horizontal_flip=data.horizontal_flip,
-            color_jitter=data.color_jitter,
-        )
-    else:
-        transform = EvalTransform(image_size=config.model.image_size)
     return TrainLoader(
-        reader=build_reader(config, index),
-        order=order,
-        transform=transform,
+        reader=build_reader(config, data.index),
+        order=data.order,
+        transform=TrainTransform(
+            image_size=config.model.image_size,
+            augmentation=config.data.augmentation,
+            crop_scale=config.data.crop_scale,
+            crop_ratio=config.data.crop_ratio,
+            horizontal_flip=config.data.horizontal_flip,
+            color_jitter=config.data.color_jitter,
+        ),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
         micro_batch_size=split.micro_batch_size,
@@ -154,27 +194,20 @@ def build_train_loader(
 
 
 def build_eval_loader(
-    config: RunConfig, index: DatasetIndex, *, world: World, batch_size: int, workers: int
-) -> EvalLoader:
+    config: RunConfig, data: Data, *, world: World, split: Split, workers: int
+) -> EvalLoader | None:
+    """Passes over data.val, None where the recipe has none."""
+    if data.val_index is None:
+        return None
     return EvalLoader(
-        reader=build_reader(config, index),
+        reader=build_reader(config, data.val_index),
         transform=EvalTransform(image_size=config.model.image_size),
-        batch_size=batch_size,
+        batch_size=split.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
         pin_memory=world.device.type == "cuda",
     )
-
-
-def open_training_data(config: RunConfig, *, world: World) -> DatasetIndex:
-    """The index of data.train; a folder or tar of images is packed into data.cache_dir first.
-
-    Raises UsageError when there is nothing to train on.
-    """
-    source = config.data.train
-    url = from_main(world, lambda: packed(source, config) if is_image_source(source) else source)
-    return open_index(url, s3=s3_settings(config))
 
 
 def packed(source: str, config: RunConfig) -> str:
@@ -183,8 +216,7 @@ def packed(source: str, config: RunConfig) -> str:
     The packing runs in a process of its own: data_tools is a neighbour, not a part. Raises UsageError,
     or DataError for an image that does not decode, when it fails.
     """
-    root = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-    out = root / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
+    out = _cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
     if not (out / INDEX_NAME).is_file():
         print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
         command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]
@@ -217,7 +249,9 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
             labels={"run": Path(config.run_dir).name, "rank": str(world.rank), "attempt": str(attempt)},
         )
     if not world.is_main:
-        return Reporter(journal=None, progress=None, server=server, log_every_steps=1)
+        return Reporter(
+            journal=None, progress=None, server=server, log_every_steps=1, total_steps=total_steps
+        )
     return Reporter.for_main(
         Path(config.run_dir),
         attempt=attempt,

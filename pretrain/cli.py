@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
-from pretrain.errors import EXIT_CTRL_C, PretrainError
+from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CTRL_C, PretrainError
 from pretrain.signals import ctrl_c_waits
 
 
@@ -37,12 +37,14 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
+    "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
     "order": Command("data_tools.order", "print which sample stands at which position of which batch"),
     "data synth": Command("data_tools.synth", "make a folder of labelled, textured shapes"),
     "data pack": Command("data_tools.pack", "pack images into indexed WebDataset shards"),
     "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
     "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
     "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
 }
 GROUPS = {"data": "make, index, check and look at shards", "launch": "start a run's processes"}
@@ -129,9 +131,9 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
         front.add_arguments(parser)
         args = parser.parse_intermixed_args(arguments)
         if command.front:
-            code = front.refuse_or_describe(args)
-            if code is not None:
-                return code
+            config = front.resolve(args)
+            if config is None:
+                return 0
         with ctrl_c_waits():
             module = importlib.import_module(command.module)
         return module.run(args)
@@ -143,7 +145,7 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
         return EXIT_CTRL_C
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return EXIT_BROKEN_PIPE
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.config.load import zero_stage
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import INDEX_NAME, DatasetIndex
 from pretrain.data.order import Order, lanes_for
@@ -128,7 +127,7 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
     return wanted or index.num_classes
 
 
-def check_validation_labels(val_index: DatasetIndex, num_classes: int | None) -> None:
+def check_validation_labels(val_index: DatasetIndex, index: DatasetIndex, num_classes: int | None) -> None:
     """Raises ConfigError when the validation data cannot be judged by a head of `num_classes`."""
     if num_classes is None:
         return
@@ -136,6 +135,12 @@ def check_validation_labels(val_index: DatasetIndex, num_classes: int | None) ->
         raise ConfigError(
             f"data.val={val_index.url} has {val_index.num_classes or 'no'} classes, the training data {num_classes}; "
             "pack both from one source with `pretrain data pack --val-fraction`, or leave data.val out"
+        )
+    known, asked = index.class_names, val_index.class_names
+    if known and asked and asked != known[: len(asked)]:
+        raise ConfigError(
+            f"data.val={val_index.url} names its classes differently from the training data, so that label numbers "
+            "do not mean the same; pack both from one source with `pretrain data pack --val-fraction`"
         )
 
 
@@ -148,7 +153,3 @@ def dataset_facts(index: DatasetIndex) -> dict[str, Any]:
         "num_classes": index.num_classes,
         "class_names": None if index.class_names is None else list(index.class_names),
     }
-
-
-def stage_of(config: RunConfig) -> int:
-    return zero_stage(config)

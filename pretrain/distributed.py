@@ -149,16 +149,22 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def from_main(world: World, make: Callable[[], T]) -> T:
-    """What rank 0's `make()` returns, on every rank; its error is every rank's error."""
+def from_main(world: World, make: Callable[[], T], *, patiently: bool = False) -> T:
+    """What rank 0's `make()` returns, on every rank; its error is every rank's error.
+
+    `patiently`: the peers wait up to a day, for work that may outlast the run's usual patience.
+    """
     outcome: list[Any] = [None, None]
+    group = None
+    if patiently and dist.is_initialized():
+        group = dist.new_group(timeout=timedelta(days=1))
     if world.is_main:
         try:
             outcome[0] = make()
         except PretrainError as error:
             outcome[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(outcome, src=0)
+        dist.broadcast_object_list(outcome, src=0, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -177,7 +183,7 @@ def together(action: Callable[[], T]) -> T:
         failure = error
     failures = [error for error in gather_objects(failure) if error is not None]
     if failures:
-        raise failure or failures[0]
+        raise failures[0]  # the same on every rank: callers decide by its type
     return result
 
 

@@ -8,6 +8,7 @@ EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_INTERRUPTED = 75
 EXIT_CTRL_C = 130
+EXIT_BROKEN_PIPE = 141  # as a shell says of SIGPIPE
 
 
 class PretrainError(Exception):
@@ -52,9 +53,3 @@ class CheckpointError(PretrainError):
 
 class CheckpointMismatchError(CheckpointError):
     """A sound checkpoint, but of another run: going back to an older one would not help."""
-
-
-class RunInterruptedError(PretrainError):
-    """Told to stop; the run was saved and can go on. Restarted."""
-
-    exit_code = EXIT_INTERRUPTED

@@ -70,8 +70,7 @@ def run(args: argparse.Namespace) -> int:
             f"{incoming.source}: a bare file does not say its {', '.join(incoming.assumed)}; "
             "evaluate a run, a checkpoint or a folder with a config.json"
         )
-    storage = incoming.source.config.get("storage", {})
-    s3 = S3Settings(addressing_style=storage.get("addressing_style"), checksums=storage.get("checksums"))
+    s3 = incoming.source.s3
     train, val = open_index(args.train, s3=s3), open_index(args.val, s3=s3)
     _refuse_unfit(train, val, limit=args.limit)
 

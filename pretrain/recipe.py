@@ -22,7 +22,7 @@ from pretrain.derived import (
     split_batch,
     total_steps,
 )
-from pretrain.errors import EXIT_FINISHED, ConfigError, PretrainError
+from pretrain.errors import ConfigError, PretrainError
 from pretrain.metrics.flops import (
     mae_decoder_parameters,
     mae_training_flops,
@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world-size",
         type=int,
-        default=1,
         metavar="R",
         help="the number of ranks --dry-run assumes (default 1)",
     )
@@ -61,15 +60,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
-def refuse_or_describe(args: argparse.Namespace) -> int | None:
-    """Raise ConfigError for a wrong recipe; print a `--dry-run` and return its exit code; else None."""
+def resolve(args: argparse.Namespace) -> RunConfig | None:
+    """The recipe that the arguments name; None when `--dry-run` has printed it and there is no more to do.
+
+    Raises ConfigError for a wrong one.
+    """
     config = load_config(args.config, args.overrides)
-    if args.world_size < 1:
+    if args.world_size is not None and not args.dry_run:
+        raise ConfigError(
+            f"--world-size={args.world_size} is for --dry-run; a launcher decides the run's ranks"
+        )
+    world_size = 1 if args.world_size is None else args.world_size
+    if world_size < 1:
         raise ConfigError(f"--world-size={args.world_size}: a run has at least one rank")
     if not args.dry_run:
-        return None
-    print(describe(config, world_size=args.world_size))
-    return EXIT_FINISHED
+        return config
+    print(describe(config, world_size=world_size))
+    return None
 
 
 def describe(config: RunConfig, *, world_size: int) -> str:
@@ -192,7 +199,8 @@ def _flops(config: RunConfig, num_classes: int | None) -> float:
 def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int) -> float:
     """Weights, gradients, masters and moments on one rank (ZeRO, arXiv:1910.02054, figure 1)."""
     low = 2 if config.train.precision == "bf16" else 4
-    masters = MASTER_AND_MOMENTS_BYTES
+    # In float32 at stage 0 the weights are their own masters.
+    masters = MASTER_AND_MOMENTS_BYTES - (4 if low == 4 and stage == 0 else 0)
     weights, gradients = low, low
     state = masters / (world_size if stage >= 1 else 1)
     gradients_held = gradients / (world_size if stage >= 2 else 1)
@@ -203,8 +211,8 @@ def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int
 def _exportable(config: RunConfig) -> list[str]:
     """What `pretrain export` can write of this run."""
     formats = ["timm"]
-    if config.model.pooling == "avg":
-        formats.append("hf (backbone only: ViTForImageClassification has no average-pooled head)")
+    if config.model.pooling == "avg" and config.objective.name == "classification":
+        formats.append("hf with --no-head (ViTForImageClassification has no average-pooled head)")
     else:
         formats.append("hf")
     return formats

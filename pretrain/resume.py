@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.checkpoint.compatibility import check_batch_size, check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
-from pretrain.checkpoint.run_directory import RunDirectory
-from pretrain.checkpoint.save import remove_torn_saves
+from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
+from pretrain.checkpoint.save import remove_torn_saves, set_aside
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
@@ -27,6 +27,7 @@ def claim(run_dir: Path, held: list[RunDirectory]) -> int:
     run = RunDirectory.claim(run_dir)
     held.append(run)
     try:
+        unmark_finished(run_dir)  # it was the end of a shorter run
         remove_torn_saves(run_dir)
     except OSError as error:
         raise UsageError(
@@ -39,14 +40,16 @@ def has_checkpoint(run_dir: Path) -> bool:
     return bool(committed(run_dir))
 
 
-def stored_lanes(run_dir: Path) -> int | None:
-    """The lanes that the run was created with, None for a new run."""
-    for folder in reversed(committed(run_dir)):
-        try:
-            return int(read_manifest(folder).order["lanes"])
-        except CheckpointError:  # the one before it may be sound; resume() says which was not
-            continue
-    return None
+def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
+    """Has this very run reached `last_step`? Raises CheckpointMismatchError when another one has there."""
+    done = finished_step(run_dir)
+    if done is None or done < last_step:
+        return False
+    folders = committed(run_dir)
+    if folders:
+        manifest = read_manifest(folders[-1])
+        check_resumable(manifest, **identity, parameters=manifest.parameters, where=str(folders[-1]))
+    return True
 
 
 def resume(
@@ -54,32 +57,25 @@ def resume(
     engine: Engine,
     *,
     world: World,
-    config: Mapping[str, Any],
-    dataset: Mapping[str, Any],
-    order: Mapping[str, Any],
+    identity: Mapping[str, Any],
     global_batch_size: int,
     on_rejected: Callable[[Path, CheckpointError], None],
 ) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into `engine`; None when the run has none.
 
-    Raises CheckpointMismatchError when it is of another run, and CheckpointError when there are
-    checkpoints and none can be trusted. `on_rejected` hears of each that was passed over.
+    `identity`: the run's config, dataset and order, which must be the checkpoint's. Checkpoints that
+    were passed over are taken out of the listing, and `on_rejected` hears of each. Raises
+    CheckpointMismatchError when one is of another run, and CheckpointError when there are checkpoints
+    and none can be trusted; then all stay where they are.
     """
     folders = from_main(world, lambda: committed(run_dir))
     parameters = parameter_shapes(engine.module)
-    last_error: CheckpointError | None = None
+    rejected: list[tuple[Path, CheckpointError]] = []
 
     def verified(folder: Path) -> CheckpointReader:
         reader = CheckpointReader(folder)
-        check_resumable(
-            reader.manifest,
-            config=config,
-            dataset=dataset,
-            order=order,
-            parameters=parameters,
-            global_batch_size=global_batch_size,
-            where=str(folder),
-        )
+        check_resumable(reader.manifest, **identity, parameters=parameters, where=str(folder))
+        check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
         return reader
 
@@ -90,15 +86,16 @@ def resume(
             raise
         except CheckpointError as error:
             on_rejected(folder, error)
-            last_error = error
+            rejected.append((folder, error))
             continue
         load_fragments(reader, engine.fragments())
         engine.optimizer_steps = reader.manifest.optimizer_steps
         engine.publish_weights()
+        from_main(world, lambda: set_aside([folder for folder, _ in rejected]))
         return reader.manifest
-    if last_error is not None:
+    if rejected:
         raise CheckpointError(
             f"{run_dir}: none of its {len(folders)} checkpoints can be trusted, the reasons are above; bring one "
-            f"back from a copy, or start anew with another run_dir; the oldest: {last_error}"
+            f"back from a copy, or start anew with another run_dir; the oldest: {rejected[-1][1]}"
         )
     return None

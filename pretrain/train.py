@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,7 +35,7 @@ from pretrain.assemble import (
     build_objective,
     build_reporter,
     build_train_loader,
-    open_training_data,
+    open_data,
 )
 from pretrain.checkpoint.run_directory import (
     RunDirectory,
@@ -43,21 +45,11 @@ from pretrain.checkpoint.run_directory import (
     write_whole,
 )
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.config.load import as_yaml, load_config
+from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
-from pretrain.data.index import open_index
 from pretrain.data.loader import EvalLoader
-from pretrain.derived import (
-    build_order,
-    check_validation_labels,
-    dataset_facts,
-    num_classes_for,
-    run_lanes,
-    s3_settings,
-    split_batch,
-    total_steps,
-)
+from pretrain.derived import dataset_facts, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
     World,
@@ -72,12 +64,13 @@ from pretrain.distributed import (
 )
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, PretrainError, UsageError
+from pretrain.formats.folder import exported_step
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.optim.schedules import cosine_lr
-from pretrain.resume import claim, has_checkpoint, resume, stored_lanes
+from pretrain.resume import claim, has_checkpoint, is_finished, resume
 from pretrain.signals import StopSignals, exit_code_for
 
 
@@ -87,16 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The exit code of the recipe that the command line names, or of its `--dry-run`."""
-    described = recipe.refuse_or_describe(args)
-    if described is not None:
-        return described
+    config = recipe.resolve(args)
+    if config is None:
+        return EXIT_FINISHED
     try:
-        code = train(load_config(args.config, args.overrides), debug=args.debug)
+        code = train(config, debug=args.debug)
     except RuntimeError as error:
         if (lost := lost_peer(error)) is None:
             raise
         raise lost from error
     leave()  # only after a good end: a rank that failed must not wait for its peers
+    if code == EXIT_FINISHED and os.environ.get("RANK", "0") == "0":
+        export_at_the_end(config)  # after the peers were let go: it may take longer than they would wait
     return code
 
 
@@ -107,34 +102,30 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     when the cause was found before the first step.
     """
     run_dir = Path(config.run_dir)
-    s3 = s3_settings(config)
     if debug and is_launched():
         raise UsageError("--debug is for one process: leave out the launcher, or leave out --debug")
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     world = join()
     torch.use_deterministic_algorithms(config.train.deterministic)
     torch.autograd.set_detect_anomaly(debug)
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
-    index = together(lambda: open_training_data(config, world=world))
-    num_classes = num_classes_for(config, index)
-    val_url = config.data.val
-    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
-    if val_index is not None:
-        check_validation_labels(val_index, num_classes)
-    order = build_order(config, index, lanes=stored_lanes(run_dir) or run_lanes(config, debug=debug))
+    data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
-    last_step = total_steps(config, index.num_samples)
-    done = from_main(world, lambda: finished_step(run_dir))
-    if done is not None and done >= last_step:
+    last_step = total_steps(config, data.index.num_samples)
+    identity: dict[str, Any] = {  # what every checkpoint of this run says of it
+        "config": config.model_dump(mode="json"),
+        "dataset": dataset_facts(data.index),
+        "order": data.order.fingerprint(),
+    }
+    if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
         if world.is_main:
-            print(f"{run_dir} finished at step {done}; give it more train.steps, or another run_dir")
+            print(f"{run_dir} is finished at step {last_step}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
-
     resuming = from_main(world, lambda: has_checkpoint(run_dir))
-    incoming = None
-    if config.init_from and not resuming:
-        init_from = config.init_from
-        incoming = together(lambda: read_backbone(init_from))
+    init_from = None if resuming else config.init_from
+    incoming = together(lambda: read_backbone(init_from)) if init_from else None
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
@@ -149,7 +140,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         stack.callback(reporter.close)
 
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
-        objective = build_objective(config, num_classes=num_classes)
+        objective = build_objective(config, num_classes=data.num_classes)
         if incoming is not None:
             report = str(load_into(objective.backbone, incoming))
             reporter.event("init", note=report, report=report)
@@ -158,9 +149,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             run_dir,
             engine,
             world=world,
-            config=config.model_dump(mode="json"),
-            dataset=dataset_facts(index),
-            order=order.fingerprint(),
+            identity=identity,
             global_batch_size=config.train.global_batch_size,
             on_rejected=reporter.checkpoint_rejected,
         )
@@ -170,33 +159,30 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         reporter.start(
             step=step,
             samples=samples,
-            total_steps=last_step,
             world_size=world.world_size,
             zero_stage=engine.zero_stage,
+            lanes=data.order.lanes,
             resumed=manifest is not None,
             init_ignored=bool(config.init_from) and resuming,
         )
 
         # The data: endless steps of micro-batches from position `samples` on.
         workers = 0 if debug else config.data.workers
-        train_loader = build_train_loader(config, index, order, world=world, split=split, workers=workers)
+        train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
-        eval_loader = None
-        if val_index is not None:
-            eval_loader = build_eval_loader(
-                config, val_index, world=world, batch_size=split.micro_batch_size, workers=workers
-            )
+        eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
         device_transform = build_device_transform(config)
         batches = train_loader.steps(samples)
+        undescribed = debug
 
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         while step < last_step:
             reporter.throughput.start()
             micro_batches = next(batches)
             reporter.throughput.data_arrived()
-            if num_classes is not None:
+            if data.num_classes is not None:
                 for host_batch in micro_batches:
-                    check_labels(host_batch["labels"], num_classes, host_batch["weights"])
+                    check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
 
             # The loss is the mean over the true global batch, however it is split: every share is
             # divided by the one global count, known before the first backward.
@@ -207,11 +193,10 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             sums.add(count=local_count)
             for host_batch in micro_batches:
                 batch = to_device(host_batch, engine.device)
-                images = device_transform(
-                    batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
-                )
-                if debug and step == 0:
+                images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
+                if undescribed:
                     print(describe_batch(images, batch), file=sys.stderr)
+                    undescribed = False
                 loss_sum, metric_sums = engine.forward(images, batch)
                 engine.backward(loss_sum / count.to(loss_sum.dtype))
                 sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
@@ -228,7 +213,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             reporter.step(
                 step=step,
                 samples=samples,
-                epoch=samples / index.num_samples,
+                epoch=samples / data.index.num_samples,
                 loss=loss,
                 lr=lr,
                 grad_norm=float(grad_norm),
@@ -243,22 +228,11 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                         "train.precision=float32"
                     )
 
+            # Saved first: nothing that comes after may lose what was learned.
             is_last = step == last_step
-            if eval_loader is not None and (is_last or is_due(step, config.eval.every_steps)):
-                results = validate(engine, eval_loader, device_transform)
-                reporter.validation(step=step, samples=samples, **results)
             if is_last or exit_code is not None or is_due(step, config.checkpoint.every_steps):
-                save(
-                    engine,
-                    config,
-                    world=world,
-                    reporter=reporter,
-                    step=step,
-                    samples=samples,
-                    attempt=attempt,
-                    dataset=dataset_facts(index),
-                    order=order.fingerprint(),
-                )
+                facts = {**identity, "step": step, "samples": samples, "attempt": attempt}
+                save(engine, config, facts, world=world, reporter=reporter)
             if exit_code is not None and not is_last:
                 reporter.event(
                     "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
@@ -266,13 +240,16 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 barrier()  # nobody leaves while a peer may still need it
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
+            if eval_loader is not None and not is_last and is_due(step, config.eval.every_steps):
+                results = validate(engine, eval_loader, device_transform)
+                reporter.validation(step=step, samples=samples, **results)
 
-        def finish() -> None:
-            mark_finished(run_dir, step=step, samples=samples, attempt=attempt)
-            reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
-            export_at_the_end(config)
-
-        from_main(world, finish)
+        # After the loop: a run that was killed between its last save and its end still gets here.
+        if eval_loader is not None:
+            results = validate(engine, eval_loader, device_transform)
+            reporter.validation(step=step, samples=samples, **results)
+        from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
+        reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
 
 
@@ -312,9 +289,7 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
     for host_batch in loader:
         count = engine.module.count(host_batch)
         batch = to_device(host_batch, engine.device)
-        images = device_transform(
-            batch["images"], flips=batch["flips"], jitter=batch["jitter"], dtype=engine.input_dtype
-        )
+        images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
         loss_sum, metric_sums = engine.forward(images, batch)
         sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
     engine.module.train()
@@ -324,18 +299,12 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
 
 
 def save(
-    engine: Engine,
-    config: RunConfig,
-    *,
-    world: World,
-    reporter: Reporter,
-    step: int,
-    samples: int,
-    attempt: int,
-    dataset: dict[str, Any],
-    order: dict[str, Any],
+    engine: Engine, config: RunConfig, facts: dict[str, Any], *, world: World, reporter: Reporter
 ) -> None:
-    """Commit a checkpoint of what has been consumed and learned so far. All ranks together."""
+    """Commit a checkpoint of what has been consumed and learned so far. All ranks together.
+
+    `facts`: the manifest's fields that the engine does not know.
+    """
     began = time.perf_counter()
     saved = save_checkpoint(
         Path(config.run_dir),
@@ -343,33 +312,41 @@ def save(
         world=world,
         keep_last=config.checkpoint.keep_last,
         facts={
-            "step": step,
-            "samples": samples,
+            **facts,
             "optimizer_steps": engine.optimizer_steps,
-            "attempt": attempt,
             "world_size": world.world_size,
             "zero_stage": engine.zero_stage,
-            "config": config.model_dump(mode="json"),
-            "dataset": dataset,
-            "order": order,
             "parameters": parameter_shapes(engine.module),
             "software": {"python": sys.version.split()[0], "torch": torch.__version__},
         },
     )
-    seconds = time.perf_counter() - began
-    reporter.checkpoint(step=step, samples=samples, seconds=seconds, size_bytes=saved.bytes, path=saved.path)
+    reporter.checkpoint(
+        step=facts["step"],
+        samples=facts["samples"],
+        seconds=time.perf_counter() - began,
+        size_bytes=saved.bytes,
+        path=saved.path,
+    )
 
 
 def export_at_the_end(config: RunConfig) -> None:
-    """`export.formats`: in a process of its own, because siblings of train.py are not imported."""
+    """`export.formats`, where they are not there yet: each in a process of its own, for export.py is a sibling.
+
+    Raises PretrainError when one fails; the run itself stays finished.
+    """
+    step = finished_step(Path(config.run_dir))
     for name in config.export.formats:
         out = Path(config.run_dir) / "exports" / name
+        if exported_step(out) == step:
+            continue
+        if exported_step(out) is not None:  # of this run, when it was shorter
+            shutil.rmtree(out)
         command = [sys.executable, "-m", "pretrain.cli", "export", config.run_dir, str(out), "--format", name]
         code = subprocess.run(command).returncode
         if code:
             raise PretrainError(
-                f"the run is finished, but its export to {name} failed with exit code {code}; "
-                f"once mended: pretrain export {config.run_dir} {out} --format {name}"
+                f"the run is finished, but its export to {name} failed with exit code {code}; once that is mended, "
+                f"start it again, or: pretrain export {config.run_dir} {out} --format {name}"
             )
 
 

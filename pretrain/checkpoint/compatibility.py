@@ -53,7 +53,6 @@ def check_resumable(
     dataset: Mapping[str, Any],
     order: Mapping[str, Any],
     parameters: Mapping[str, list[int]],
-    global_batch_size: int,
     where: str,
 ) -> None:
     """Raises CheckpointMismatchError with a diff when the checkpoint's run and this one are not the same run."""
@@ -80,6 +79,10 @@ def check_resumable(
             f"{where} is of another run; put these back, or start anew with another run_dir "
             "(and init_from to take its backbone along):\n" + "\n".join(differences)
         )
+
+
+def check_batch_size(manifest: Manifest, global_batch_size: int, *, where: str) -> None:
+    """Raises CheckpointMismatchError when steps of `global_batch_size` cannot go on from where the run is."""
     lanes = manifest.order["lanes"]
     if global_batch_size % lanes or manifest.samples % global_batch_size:
         allowed = [

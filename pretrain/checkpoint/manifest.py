@@ -123,3 +123,13 @@ def find_newest(run_or_checkpoint: Path) -> Path:
             f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*"
         )
     return found[-1]
+
+
+def stored_lanes(run_dir: Path) -> int | None:
+    """The lanes that the run was created with, None for a new run."""
+    for folder in reversed(committed(run_dir)):
+        try:
+            return int(read_manifest(folder).order["lanes"])
+        except CheckpointError:  # the one before it may be sound; resume.py says which was not
+            continue
+    return None

@@ -6,7 +6,7 @@
     RUN/attempts/3/exit-0.json   how each rank of each attempt ended
     RUN/finished.json            there only when the run reached its last step
 
-Called by train.py on rank 0; launch/ and report.py read it.
+Called by train.py; rank 0 claims.
 """
 
 from __future__ import annotations
@@ -74,12 +74,10 @@ def _unwritable(path: Path, error: OSError) -> UsageError:
 
 
 def _next_attempt(path: Path) -> int:
-    """The supervisor's number if it gave one, else one more than the highest; made exclusively."""
+    """The number in PRETRAIN_ATTEMPT if there is one, else one more than the highest; made exclusively."""
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
-        raise UsageError(
-            f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it, or let the supervisor set it"
-        )
+        raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it")
     taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
     number = int(given) if given is not None else max(taken, default=0) + 1
     try:
@@ -101,7 +99,7 @@ class Ending:
 
 @contextmanager
 def recorded_exit(path: Path, attempt: int, rank: int) -> Iterator[Ending]:
-    """Leave `attempts/N/exit-RANK.json` behind, for the supervisor and for people."""
+    """Leave `attempts/N/exit-RANK.json` behind, for whoever asks how it ended."""
     ending = Ending()
     try:
         yield ending
@@ -160,3 +158,8 @@ def finished_step(path: Path) -> int | None:
         raise UsageError(
             f"{record} is damaged ({error}); remove it, and the run goes on from its newest checkpoint"
         ) from None
+
+
+def unmark_finished(path: Path) -> None:
+    """The run goes on beyond what was its end. Raises OSError."""
+    (Path(path) / FINISHED).unlink(missing_ok=True)

@@ -93,6 +93,18 @@ def remove_torn_saves(run_dir: Path) -> list[Path]:
     return torn
 
 
+def set_aside(checkpoints: list[Path]) -> None:
+    """Take damaged checkpoints out of the listing and keep them as `….rejected`, for whoever wants to know."""
+    for checkpoint in checkpoints:
+        target = checkpoint.with_name(f"{checkpoint.name}.rejected")
+        try:
+            if target.exists():
+                shutil.rmtree(target)
+            checkpoint.rename(target)
+        except OSError as error:
+            raise PretrainError(f"{checkpoint}: cannot be renamed: {error}; check the disk") from None
+
+
 def _unlist(checkpoint: Path) -> Path:
     """Take a checkpoint out of the listing, to be removed: a kill in mid-removal must leave none half listed."""
     doomed = checkpoint.with_name(f"{checkpoint.name}.old{STAGING_SUFFIX}")
@@ -106,7 +118,7 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
     slices: list[Slice] = []
     for fragment in fragments:
         for kind in KINDS:
-            tensor = fragment.tensors[kind].detach().to("cpu", torch.float32).contiguous()
+            tensor = fragment.tensors[kind].detach().to("cpu", torch.float32, copy=True)
             piece = Slice(
                 parameter=fragment.name,
                 kind=kind,
@@ -118,8 +130,7 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
             slices.append(piece)
     path = staging / f"rank-{rank:05d}.safetensors"
     try:
-        # Views of one flat partition share storage, which the format refuses: write copies.
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, path)
+        save_file(tensors, path)
         path.chmod(0o666 & ~umask())  # safetensors makes its files private; a run's readers are others too
         _fsync(path)
         done = staging / f"rank-{rank:05d}.done"

@@ -32,6 +32,9 @@ DERIVED_DEEPSPEED_KEYS = {
     "amp": "train.precision",
     "torch_autocast": "train.precision",
     "data_types": "train.precision",
+    "managed_gradient_accumulation": "train.micro_batch_size",
+    "prescale_gradients": "the objective, whose loss is a share of one global mean",
+    "gradient_predivide_factor": "the objective, whose loss is a share of one global mean",
 }
 
 
@@ -75,6 +78,18 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: {_readable(error)}") from None
     _check_deepspeed(config, source)
+    for key, url in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if url and "@" in url.removeprefix("s3://").split("/")[0] and url.startswith("s3://"):
+            raise ConfigError(
+                f"{source}: {key} has credentials in its URL; they would end up in logs and checkpoints: "
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+    classifies = config.objective.name == "classification"
+    if "hf" in config.export.formats and config.model.pooling == "avg" and classifies:
+        raise ConfigError(
+            f"{source}: export.formats=hf cannot hold a class head on average pooling; take model.pooling=cls, "
+            "export.formats=[timm], or export by hand with --no-head"
+        )
     if config.checkpoint.mirror is not None:
         raise ConfigError(
             f"{source}: checkpoint.mirror is not there yet; leave it out and take a run_dir that all hosts share"

@@ -56,6 +56,10 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}"
             )
+        if self.position_embedding == "sincos" and self.embed_dim and self.embed_dim % 4:
+            raise ValueError(
+                f"model.embed_dim={self.embed_dim} is not a multiple of 4, as sincos positions need"
+            )
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
@@ -73,6 +77,15 @@ class ObjectiveConfig(Section):
     decoder_depth: PositiveInt = 8
     decoder_heads: PositiveInt = 16
 
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
+            raise ValueError(
+                f"objective.decoder_dim={self.decoder_dim} is not a multiple of 4 and of "
+                f"objective.decoder_heads={self.decoder_heads}"
+            )
+        return self
+
 
 class DataConfig(Section):
     train: str
@@ -86,6 +99,18 @@ class DataConfig(Section):
     color_jitter: NonNegativeFloat = 0.0
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        for name, highest in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            low, high = getattr(self, name)
+            if not 0 < low <= high <= highest:
+                raise ValueError(
+                    f"data.{name}=[{low}, {high}] is not a range of positive numbers up to {highest}"
+                )
+        if min(self.std) <= 0:
+            raise ValueError(f"data.std={list(self.std)} must be positive, images are divided by it")
+        return self
 
 
 class TrainConfig(Section):
@@ -122,6 +147,12 @@ class OptimConfig(Section):
     warmup_steps: NonNegativeInt = 0
     min_lr: NonNegativeFloat = 0.0
     clip_grad_norm: PositiveFloat | None = 1.0
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must be from 0 up to, but not including, 1")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -166,3 +197,15 @@ class RunConfig(Section):
     export: ExportConfig = ExportConfig()
     storage: StorageConfig = StorageConfig()
     deepspeed: dict[str, Any] = {}  # taken through to DeepSpeed as it stands
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.objective.name == "mae":
+            patches = (self.model.image_size // self.model.patch_size) ** 2
+            visible = int(patches * (1 - self.objective.mask_ratio) + 1e-6)
+            if not 0 < visible < patches:
+                raise ValueError(
+                    f"objective.mask_ratio={self.objective.mask_ratio} of {patches} patches leaves {visible} "
+                    f"visible; between 1 and {patches - 1} are needed"
+                )
+        return self

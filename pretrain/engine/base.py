@@ -31,17 +31,18 @@ class Engine(Protocol):
     """One optimizer step is: `forward` and `backward` for each micro-batch, then `step`.
 
     module: the objective, on `device`. Its parameters keep their names.
-    input_dtype: what images must be cast to before `forward`.
     zero_stage: 0 where state is not sharded.
     """
 
     module: Objective
     device: torch.device
-    input_dtype: torch.dtype
     zero_stage: int
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The objective's loss sum (a float32 scalar) and its metric sums, for one micro-batch."""
+        """The objective's loss sum (a float32 scalar) and its metric sums, for one micro-batch.
+
+        `images`: float32 (B, 3, S, S), normalised; the objective casts them where it computes.
+        """
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

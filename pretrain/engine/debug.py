@@ -22,11 +22,10 @@ from pretrain.engine.fragments import (
 )
 
 
-class DebugEngine:
+class AccelerateEngine:
     """See engine/base.py for the contract."""
 
     zero_stage = 0
-    input_dtype = torch.float32
 
     def __init__(
         self,
@@ -41,7 +40,7 @@ class DebugEngine:
         self._accelerator = Accelerator(
             mixed_precision="bf16" if self._is_bf16 else "no", cpu=device.type == "cpu"
         )
-        assert self._accelerator.num_processes == 1, "the debug engine is for one process"
+        assert self._accelerator.num_processes == 1, "accelerate's engine is for one process"
         self.device = self._accelerator.device
         self.module: Any = objective.to(self.device)
         self._optimizer = build_optimizer(self.module)

@@ -15,9 +15,11 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from pydantic import ValidationError
 from torch import nn
 
 from pretrain.distributed import World, barrier
@@ -45,12 +47,14 @@ def deepspeed_config(
     accumulation_steps: int,
     world_size: int,
     clip_grad_norm: float | None,
+    num_parameters: int,
 ) -> dict[str, Any]:
     """The user's own `deepspeed:` keys, with those that the recipe decides added to them."""
+    bucket = min(BUCKET_ELEMENTS, -(-num_parameters // 4096) * 4096)  # of a size that DeepSpeed can align
     zero = {
         "stage": 1,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
         **user.get("zero_optimization", {}),
     }
     if zero["stage"] == 3:
@@ -92,18 +96,20 @@ class ZeroEngine:
         _leave_out_shared_memory_collective()
         _quieten()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-        self._engine, self._wrapped, _, _ = deepspeed.initialize(
-            model=objective,
-            optimizer=build_optimizer(objective),
-            config=dict(config),
-            dist_init_required=False,
-        )
+        try:
+            self._engine, self._wrapped, _, _ = deepspeed.initialize(
+                model=objective,
+                optimizer=build_optimizer(objective),
+                config=dict(config),
+                dist_init_required=False,
+            )
+        except (ValidationError, DeepSpeedConfigError) as error:
+            raise UsageError(f"DeepSpeed refuses what stands under deepspeed: {error}") from None
         assert self._engine.world_size == world.world_size, "DeepSpeed joined another world than asked for"
         self._world = world
         self.module: Any = objective
         self.device = world.device
         self._is_bf16 = bool(config["bf16"]["enabled"])
-        self.input_dtype = torch.bfloat16 if self._is_bf16 else torch.float32
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shards = _shards_of(self._wrapped, self._trained, world)

@@ -43,8 +43,7 @@ def images_for_check(spec: BackboneSpec, source: Source, *, url: str | None = No
     """
     reasons = []
     data = source.config.get("data", {})
-    storage = source.config.get("storage", {})
-    s3 = S3Settings(addressing_style=storage.get("addressing_style"), checksums=storage.get("checksums"))
+    s3 = source.s3
     for candidate in [url] if url else [data.get("val"), data.get("train")]:
         if candidate is None:
             continue

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from pretrain.checkpoint.save import umask
-from pretrain.errors import UsageError
+from pretrain.errors import CheckpointError, UsageError
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
-from pretrain.formats.files import write_json
+from pretrain.formats.files import read_json, write_json
 from pretrain.formats.hugging_face import refuse_what_hugging_face_cannot_hold, write_hugging_face
 from pretrain.formats.incoming import RECORD, Incoming, read_backbone
 from pretrain.formats.loading import NUM_PREFIX_TOKENS, rebuild
@@ -175,3 +175,12 @@ def _write_record(
         "left_out": dict(left_out),
     }
     write_json(folder / RECORD, record)
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step that an export of ours in `folder` is of; None when there is none."""
+    try:
+        record = read_json((folder / RECORD).read_bytes(), where=str(folder / RECORD))
+        return int(record["source"]["step"])
+    except (OSError, KeyError, TypeError, CheckpointError):
+        return None

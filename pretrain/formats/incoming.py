@@ -26,7 +26,7 @@ from pretrain.formats.timm import is_timm, read_timm_config
 from pretrain.models.pos_embed import sincos_pos_embed
 from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
-from pretrain.storage import Storage, is_remote, join_url, open_storage, split_url
+from pretrain.storage import S3Settings, Storage, is_remote, join_url, open_storage, split_url
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl", ".pickle", ".npz")
 CONFIG = "config.json"
@@ -46,6 +46,14 @@ class Source:
     attempt: int | None = None
     dataset_identity: str | None = None
     config: Mapping[str, Any]
+
+    @property
+    def s3(self) -> S3Settings:
+        """How the run reached its bucket."""
+        storage = self.config.get("storage", {})
+        return S3Settings(
+            addressing_style=storage.get("addressing_style"), checksums=storage.get("checksums")
+        )
 
     def __str__(self) -> str:
         return f"{self.url} ({self.kind}{'' if self.step is None else f', step {self.step}'})"

@@ -1,4 +1,4 @@
-"""Work and size of vision transformers by arithmetic. Called by dry runs and for utilisation; no torch.
+"""Work and size of vision transformers by arithmetic. Called by dry runs; no torch.
 
 One multiply-add is two FLOPs; only matrix products count; backward is twice forward, without
 recomputation. Sizes are those of models/vit.py (one class token) and objectives/mae.py.

@@ -33,7 +33,7 @@ _TAIL_BYTES = 1 << 16
 
 
 class Journal:
-    """Appends lines to one journal file; only rank 0 of the live attempt holds one.
+    """Appends lines to one journal file. Rank 0 of the live attempt holds one; `pretrain evaluate` adds a line.
 
     A line is one write in append mode, so a killed process leaves at most its last line torn; the
     next append, of any process, cuts the torn line off first. While the disk is full, lines are

@@ -23,7 +23,7 @@ class MetricsServer:
     """Metrics of one process, served on http://host:port/metrics by daemon threads.
 
     Port 0 serves nothing and only keeps the numbers, so that callers need not ask. `labels` describe
-    the run and do not change during it (model, objective, world size, …): they become
+    the run and do not change during it (its name, the rank, the attempt): they become
     `pretrain_info{…} 1`.
 
     Raises UsageError (exit code 2) when the port is taken or the address is not this machine's.
@@ -45,13 +45,13 @@ class MetricsServer:
         self._samples = Gauge(
             "pretrain_samples", "Positions of the sample order that the run has consumed.", registry=registry
         )
-        self._loss = Gauge("pretrain_loss", "Training loss of the last logged step.", registry=registry)
+        self._loss = Gauge("pretrain_loss", "Training loss of the last step.", registry=registry)
         self._learning_rate = Gauge(
-            "pretrain_learning_rate", "Learning rate of the last logged step.", registry=registry
+            "pretrain_learning_rate", "Learning rate of the last step.", registry=registry
         )
         self._gradient_norm = Gauge(
             "pretrain_gradient_norm",
-            "Global gradient norm before clipping, of the last logged step.",
+            "Global gradient norm before clipping, of the last step.",
             registry=registry,
         )
         self._step_seconds = Histogram(
@@ -85,11 +85,6 @@ class MetricsServer:
         )
         self._checkpoint_bytes = Gauge(
             "pretrain_checkpoint_bytes", "Size of the newest committed checkpoint.", registry=registry
-        )
-        self._samples_replaced = Counter(
-            "pretrain_samples_replaced",
-            "Samples that did not decode and were replaced by rule.",
-            registry=registry,
         )
         self._server, self._thread = None, None
         if port:
@@ -130,9 +125,6 @@ class MetricsServer:
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._validation.labels(metric=name).set(value)
-
-    def count_replaced(self, samples: int = 1) -> None:
-        self._samples_replaced.inc(samples)
 
     def close(self) -> None:
         """Stop serving and free the port."""

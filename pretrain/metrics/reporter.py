@@ -6,6 +6,7 @@ serves Prometheus; the others say nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pretrain.metrics.journal import Journal
 from pretrain.metrics.progress import Progress
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.throughput import StepTimes, Throughput
+
+FEW_LANES = 64
 
 
 class Reporter:
@@ -26,7 +29,9 @@ class Reporter:
         progress: Progress | None,
         server: MetricsServer | None,
         log_every_steps: int,
+        total_steps: int,
     ) -> None:
+        self._total_steps = total_steps
         self._journal = journal
         self._progress = progress
         self._server = server
@@ -48,6 +53,7 @@ class Reporter:
             progress=Progress(total_steps=total_steps),
             server=server,
             log_every_steps=log_every_steps,
+            total_steps=total_steps,
         )
 
     def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
@@ -62,18 +68,17 @@ class Reporter:
         *,
         step: int,
         samples: int,
-        total_steps: int,
         world_size: int,
         zero_stage: int,
+        lanes: int,
         resumed: bool,
         init_ignored: bool,
     ) -> None:
         ranks = f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"
-        note = (
-            f"going on at step {step} of {total_steps} on {ranks}"
-            if resumed
-            else f"{total_steps} steps on {ranks}"
-        )
+        steps = f"step {step} of {self._total_steps}" if resumed else f"{self._total_steps} steps"
+        note = f"going on at {steps} on {ranks}" if resumed else f"{steps} on {ranks}"
+        if lanes < FEW_LANES:
+            note += f"; the order has {lanes} lanes, {FEW_LANES} or more mix a batch better"
         if init_ignored:
             note += "; init_from is ignored, the run has a checkpoint of its own"
         self.event(
@@ -81,9 +86,10 @@ class Reporter:
             note=note,
             step=step,
             samples=samples,
-            total_steps=total_steps,
+            total_steps=self._total_steps,
             world_size=world_size,
             zero_stage=zero_stage,
+            lanes=lanes,
             resumed=resumed,
         )
 
@@ -105,7 +111,9 @@ class Reporter:
         **metrics: float,
     ) -> None:
         """A finished optimizer step; `step` counts from 1 and `samples` is g after it."""
-        if self._journal and step % self._log_every_steps == 0:
+        # The last step, and one that ends the run, are wanted whatever the interval.
+        due = step % self._log_every_steps == 0 or step == self._total_steps
+        if self._journal and (due or not math.isfinite(loss + grad_norm)):
             self._journal.append(
                 "step",
                 step=step,

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pretrain.errors import CheckpointError
+from pretrain.models.sizes import mlp_width
 
 POOLINGS = ("cls", "avg")
 POSITION_EMBEDDINGS = ("learned", "sincos")
@@ -65,8 +66,8 @@ class BackboneSpec:
 
     @property
     def mlp_dim(self) -> int:
-        """Hidden width of the MLP; rounded, because a ratio such as 6144 / 1408 is not exact."""
-        return round(self.embed_dim * self.mlp_ratio)
+        """Hidden width of the MLP."""
+        return mlp_width(self.embed_dim, self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

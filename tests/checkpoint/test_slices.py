@@ -84,7 +84,7 @@ def test_whole_weights_come_back_in_their_shapes(tmp_path: Path) -> None:
 
 
 def test_one_flipped_bit_anywhere_is_noticed(tmp_path: Path) -> None:
-    """Every byte of the tensor file and of the manifest, one bit each: read back equal or refused."""
+    """Every seventh byte of the tensor file and of the manifest, one bit each: read back equal or refused."""
     state = whole_state()
     folder = save_as_ranks(tmp_path, 2, state)
     blank = [Fragment(name=f.name, start=0, tensors={k: torch.zeros(f.count) for k in KINDS}) for f in state]

@@ -52,6 +52,12 @@ def recipe(tmp_path: Path) -> Path:
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
         ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is a mapping"),
         ("checkpoint.mirror=s3://bucket/run", "checkpoint.mirror is not there yet"),
+        ("objective.decoder_heads=7", "is not a multiple of 4 and of objective.decoder_heads=7"),
+        ("data.crop_ratio=[0, 1]", "data.crop_ratio=[0.0, 1.0] is not a range of positive numbers"),
+        ("data.crop_scale=[0.5, 0.2]", "data.crop_scale=[0.5, 0.2] is not a range"),
+        ("data.std=[0, 1, 1]", "data.std=[0.0, 1.0, 1.0] must be positive"),
+        ("optim.betas=[0.9, 1.0]", "must be from 0 up to, but not including, 1"),
+        ("data.train=s3://key:secret@bucket/x", "data.train has credentials in its URL"),
         ("train.steps", "is not an override; write key.path=value"),
         ("seed.value=3", "seed"),
         ("model.embed_dim=100", "model.size sets embed_dim"),
@@ -63,6 +69,13 @@ def test_a_wrong_override_is_refused_with_what_to_do(recipe: Path, override: str
         load_config(recipe, [override])
     assert told in str(refused.value)
     assert refused.value.exit_code == 2
+
+
+def test_what_only_fails_together_is_refused_too(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match="leaves 0 visible"):
+        load_config(recipe, ["objective.name=mae", "objective.mask_ratio=0.999"])
+    with pytest.raises(ConfigError, match="cannot hold a class head on average pooling"):
+        load_config(recipe, ["model.pooling=avg", "export.formats=[hf]"])
 
 
 def test_every_known_key_but_one_letter_off_is_pointed_back_to_itself(recipe: Path) -> None:

@@ -73,6 +73,7 @@ def build_engine(world, *, stage: int, precision: str, batch_size: int, micro: i
         accumulation_steps=-(-slice_size // micro),
         world_size=world.world_size,
         clip_grad_norm=CLIP,
+        num_parameters=sum(parameter.numel() for parameter in make_objective().parameters()),
     )
     return ZeroEngine(make_objective(), build_optimizer=make_optimizer, config=config, world=world)
 
@@ -88,7 +89,7 @@ def train(
         count = sum_over_ranks(torch.tensor(sum(objective.count(b) for b in micro_batches)))
         sums = Sums(engine.device)
         for batch in micro_batches:
-            loss_sum, _ = engine.forward(batch["images"].to(engine.input_dtype), batch)
+            loss_sum, _ = engine.forward(batch["images"], batch)
             engine.backward(loss_sum / count)
             sums.add(loss=loss_sum)
         norms.append(float(engine.step(LRS[step])))

@@ -55,7 +55,6 @@ def observe_everything(server) -> None:
         )
     server.observe_checkpoint(seconds=3.0, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
-    server.count_replaced(2)
 
 
 def scrape(server) -> str:
@@ -94,7 +93,6 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_checkpoint_seconds_count": 1,
         "pretrain_checkpoint_bytes": 1e9,
         "pretrain_checkpoint_last_commit_timestamp_seconds": 1.7e9,
-        "pretrain_samples_replaced_total": 2,
     }
     assert {name: samples[name] for name in expected} == expected
 

@@ -1,0 +1,45 @@
+"""`pretrain reconstruct` on a run of masked autoencoding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+from conftest import pretrain
+from PIL import Image
+
+
+def test_the_picture_keeps_visible_patches_and_fills_the_others(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    told = yaml.safe_load(recipe.read_text())
+    told["objective"] = {"name": "mae", "decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    told["model"]["position_embedding"] = "sincos"
+    told["train"]["steps"] = 2
+    recipe.write_text(yaml.safe_dump(told))
+    trained = pretrain("train", str(recipe), "--debug")
+    assert trained.returncode == 0, trained.stderr
+    assert "first batch: images (normalised)" in trained.stderr
+    out = tmp_path / "sheet.png"
+    drawn = pretrain("reconstruct", str(tmp_path / "run"), str(shards), str(out), "--images", "2")
+    assert drawn.returncode == 0, drawn.stderr
+
+    pixels = np.asarray(Image.open(out)).astype(int)
+    side, gap = 128, 4  # 32 pixels, enlarged
+    assert pixels.shape == (2 * (side + gap) + gap, 3 * (side + gap) + gap, 3)
+    first = pixels[gap : gap + side]
+    original, masked, filled = (first[:, gap + i * (side + gap) :][:, :side] for i in range(3))
+    kept = (masked == original).all(axis=2)
+    assert 0.2 < kept.mean() < 0.3, "a quarter of the patches is visible"
+    assert (filled[kept] == original[kept]).all()
+    assert (filled[~kept] != masked[~kept]).mean() > 0.5
+
+
+def test_a_run_that_masks_nothing_and_one_that_is_not_there_are_refused(
+    recipe: Path, shards: Path, tmp_path: Path
+) -> None:
+    assert pretrain("train", str(recipe), "train.steps=1", "--debug").returncode == 0
+    for run, told in (("run", "which masks nothing"), ("none", "there is no such run")):
+        refused = pretrain("reconstruct", str(tmp_path / run), str(shards), str(tmp_path / "x.png"))
+        assert (refused.returncode, told in refused.stderr) == (2, True)
