@@ -159,7 +159,7 @@ def test_the_first_ctrl_c_saves_the_second_aborts_and_each_time_the_run_goes_on(
 ) -> None:
     run_dir = tmp_path / "run"
     with session(["train", str(endless)], tmp_path / "log-1") as train:
-        # The validation and the save of step 3 are under way, or have just been.
+        # The save and the validation of step 3 are under way, or have just been.
         train.wait_for(lambda: steps_in(run_dir) >= 3, "step 3")
         train.ctrl_c()
         assert train.exit_code() == 130
@@ -171,7 +171,8 @@ def test_the_first_ctrl_c_saves_the_second_aborts_and_each_time_the_run_goes_on(
     check_whole(run_dir)
 
     with session(["train", str(endless)], tmp_path / "log-2") as train:
-        train.wait_for(lambda: steps_in(run_dir) >= stopped + 3, "three more steps")
+        train.wait_for(lambda: steps_in(run_dir) >= stopped + 2, "two more steps")
+        train.wait_for(lambda: any((run_dir / "checkpoints").glob("*.saving")), "a save")
         train.ctrl_c()
         train.ctrl_c()
         assert train.exit_code() == 130
