@@ -352,7 +352,7 @@ def test_interrupted_and_run_with_other_options_starts_clean(make_folder, tmp_pa
 def test_ctrl_c_exits_130_without_a_stack_trace_and_a_second_run_goes_on(
     make_folder, tmp_path: Path, pretrain
 ) -> None:
-    source = make_folder(60)
+    source = make_folder(400)  # so many that the signal comes before the end
     out = tmp_path / "out"
     process = run_in_a_process("data", "pack", source, out, "--shard-bytes", 20_000)
     wait_for_shards(out, 3, process)
