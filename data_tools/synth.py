@@ -1,8 +1,9 @@
 """Make a folder of labelled images to try things out with: OUT/CLASS/000123.png.
 
-A class is a shape with a texture, such as `striped_star`. Position, size, rotation, colours,
-lighting, background texture, clutter and noise vary freely and say nothing about the class, so a
-network has to learn form, and learns it better from many images than from few.
+A class is a shape with a texture, such as `striped_star`. Each shape has a typical colour and each
+texture another, which vary from image to image, as do position, size, rotation, lighting, background,
+clutter and noise: colour is a hint, in a picture full of other colours. A network finds the thing and
+its colours after some ten thousand images, and its form after many more.
 
 Image i depends on --seed and i alone.
 """
@@ -10,6 +11,7 @@ Image i depends on --seed and i alone.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import io
 import math
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +29,7 @@ from pretrain.storage import open_storage
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "crescent", "hexagon", "heart", "arrow")
 TEXTURES = ("striped", "dotted", "checkered", "grainy", "plain", "zigzag", "concentric", "crosshatched")
 MAX_CLASSES = len(SHAPES) * len(TEXTURES)
+HUE_SPREAD = 0.03  # standard deviation in turns; the hues of two shapes are a tenth of a turn apart
 OVERSAMPLING = 2  # masks are drawn larger and shrunk, for smooth edges
 
 
@@ -38,6 +41,20 @@ def class_names(count: int) -> list[str]:
         shapes_used, textures_used = len(SHAPES), len(TEXTURES)
     pairs = product(TEXTURES[:textures_used], SHAPES[:shapes_used])
     return [f"{texture}_{shape}" for texture, shape in islice(pairs, count)]
+
+
+def unseen_class_names(count: int, *, unlike: int) -> list[str]:
+    """`count` classes, evenly spread over those that are not among the first `unlike`.
+
+    Raises UsageError when there are not that many.
+    """
+    seen = set(class_names(unlike))
+    unseen = [name for name in class_names(MAX_CLASSES) if name not in seen]
+    if count > len(unseen):
+        raise UsageError(
+            f"--classes {count}: beside the {len(seen)} of --unlike there are {len(unseen)} more; ask for fewer"
+        )
+    return [unseen[i * len(unseen) // count] for i in range(count)]
 
 
 def _regular(corners: int, radii: tuple[float, ...], turn: float = 0.0) -> list[tuple[float, float]]:
@@ -137,6 +154,25 @@ def _two_colours(rng: np.random.Generator, contrast: float) -> tuple[np.ndarray,
             return np.array((r, g, b), np.float32), np.array(other, np.float32)
 
 
+def _typical_colours(shape: str, texture: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The colour of a shape and the second one of a texture, as they look this time."""
+    hues = SHAPES.index(shape) / len(SHAPES), TEXTURES.index(texture) / len(TEXTURES) + 0.05
+    while True:
+        first, second = (
+            np.array(
+                colorsys.hsv_to_rgb(
+                    (hue + float(rng.normal(0, HUE_SPREAD))) % 1.0,
+                    float(rng.uniform(0.5, 1)),
+                    float(rng.uniform(0.4, 1)),
+                ),
+                np.float32,
+            )
+            for hue in hues
+        )
+        if abs(float(first.sum() - second.sum())) >= 0.3:  # so that the texture shows
+            return first, second
+
+
 def _turned(
     width: int, height: int, origin: tuple[float, float], angle: float
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -154,9 +190,10 @@ def _paint(
     origin: tuple[float, float],
     period: float,
     rng: np.random.Generator,
+    colours: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
-    """Lay a texture of two random colours over `window` (float32[h, w, 3]) in place, as `cover` says."""
-    first, second = _two_colours(rng, 0.25)
+    """Lay a texture over `window` (float32[h, w, 3]) in place, as `cover` says; of random colours if None."""
+    first, second = colours or _two_colours(rng, 0.25)
     height, width, _ = window.shape
     x, y = _turned(width, height, origin, float(rng.uniform(0, math.pi)))
     share = _texture(texture, x, y, period, rng)[..., None]
@@ -171,10 +208,11 @@ def _place_shape(
     radius: float,
     period: float,
     rng: np.random.Generator,
+    colours: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> None:
     mask, left, top = _shape_mask(shape, len(canvas), center, radius, float(rng.uniform(0, 2 * math.pi)))
     window = canvas[top : top + mask.shape[0], left : left + mask.shape[1]]
-    _paint(window, mask[..., None], texture, (center[0] - left, center[1] - top), period, rng)
+    _paint(window, mask[..., None], texture, (center[0] - left, center[1] - top), period, rng, colours)
 
 
 def draw_image(name: str, side: int, rng: np.random.Generator) -> Image.Image:
@@ -196,7 +234,8 @@ def draw_image(name: str, side: int, rng: np.random.Generator) -> Image.Image:
         if k == behind:
             x, y = rng.uniform(radius * 0.8, side - radius * 0.8, 2)
             period = radius * float(rng.uniform(0.4, 0.7))
-            _place_shape(canvas, shape, texture, (float(x), float(y)), radius, period, rng)
+            colours = _typical_colours(shape, texture, rng)
+            _place_shape(canvas, shape, texture, (float(x), float(y)), radius, period, rng, colours)
         else:
             x, y = rng.uniform(0, side, 2)
             small = radius * float(rng.uniform(0.2, 0.42))
@@ -236,6 +275,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="another seed, other images (default %(default)s)"
     )
     parser.add_argument(
+        "--unlike",
+        type=int,
+        metavar="N",
+        help="draw classes that are not among those of --classes N, to try transfer with",
+    )
+    parser.add_argument(
         "--format", choices=("png", "jpg"), default="png", help="file format (default %(default)s)"
     )
     parser.add_argument("--processes", type=int, default=1, help="does not change the images (default 1)")
@@ -246,18 +291,22 @@ def run(args: argparse.Namespace) -> int:
         (args.samples, 1, 10**6, "--samples"),
         (args.image_size, 16, 1024, "--image-size"),
         (args.classes, 2, MAX_CLASSES, "--classes"),
+        (2 if args.unlike is None else args.unlike, 2, MAX_CLASSES - 2, "--unlike"),
         (args.seed, 0, 2**63 - 1, "--seed"),
         (args.processes, 1, 256, "--processes"),
     ):
         if not low <= value <= high:
             raise UsageError(f"{option} {value}: from {low} to {high} is possible")
+    if args.unlike is None:
+        names = class_names(args.classes)
+    else:
+        names = unseen_class_names(args.classes, unlike=args.unlike)
     out = open_storage(args.out)
     refuse_a_file(out, args.out)
     with wrong_if_unreachable():
         taken = next(iter(out.list()), None) is not None
     if taken:
         raise UsageError(f"{args.out}: there is something in it already; give an empty or new place")
-    names = class_names(args.classes)
     make = partial(make_sample, names=names, side=args.image_size, seed=args.seed, suffix=args.format)
 
     def put(name: str, data: bytes) -> None:

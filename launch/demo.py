@@ -42,7 +42,7 @@ PROCESSES = 2  # of the pretraining; on a machine with one GPU, one
 SHOW_PROGRESS_SECONDS = 10.0
 
 # What is drawn. Steps, batches and the network are the recipes'.
-PRETRAIN_SAMPLES = 9000
+PRETRAIN_SAMPLES = 8000
 PRETRAIN_CLASSES = 40
 FINETUNE_SAMPLES = 1000
 FINETUNE_CLASSES = 24
@@ -171,15 +171,18 @@ def demonstrate(out: Path, commands: Commands) -> int:
 
 
 def make_data(commands: Commands, out: Path, *, many: Path, few: Path, cores: int) -> None:
-    """`many` images to pretrain on, and `few` others to fine-tune on, each packed with validation apart."""
+    """`many` images to pretrain on, and `few` of classes that those lack; each packed, with validation apart."""
     images = out / "images"
     size = ("--image-size", "64", "--format", "jpg")
-    for drawn, samples, classes, seed in (
-        (images / "many", PRETRAIN_SAMPLES, PRETRAIN_CLASSES, 0),
-        (images / "few", FINETUNE_SAMPLES, FINETUNE_CLASSES, 1),
+    unlike = ("--seed", "1", "--unlike", str(PRETRAIN_CLASSES))
+    for name, samples, classes, others in (
+        ("many", PRETRAIN_SAMPLES, PRETRAIN_CLASSES, ()),
+        ("few", FINETUNE_SAMPLES, FINETUNE_CLASSES, unlike),
     ):
-        numbers = ("--samples", str(samples), "--classes", str(classes), "--seed", str(seed))
-        commands.run("data", "data", "synth", drawn, *numbers, *size, "--processes", str(cores))
+        numbers = ("--samples", str(samples), "--classes", str(classes), *others)
+        commands.run(
+            f"synth-{name}", "data", "synth", images / name, *numbers, *size, "--processes", str(cores)
+        )
     commands.run_together(
         [
             ("pack-many", ("data", "pack", images / "many", many, "--val-fraction", "0.1")),
@@ -248,14 +251,15 @@ class Watch:
         self._journal = run_dir / JOURNAL_NAME
         self._total_steps = total_steps
         self._shown_at = time.monotonic()
+        self._shown = 0
 
     def __call__(self) -> int:
         steps = steps_of(read_journal(self._journal)) if self._journal.is_file() else {}
         if not steps:
             return 0
         step, line = next(reversed(steps.items()))
-        if time.monotonic() > self._shown_at + SHOW_PROGRESS_SECONDS:
-            self._shown_at = time.monotonic()
+        if step != self._shown and time.monotonic() > self._shown_at + SHOW_PROGRESS_SECONDS:
+            self._shown_at, self._shown = time.monotonic(), step
             print(f"  step {step} of {self._total_steps}, loss {line['loss']:.3f}", flush=True)
         return step
 
@@ -274,8 +278,13 @@ def probe(commands: Commands, data: Path, run_dir: Path, *, at_once: int) -> dic
 def export(commands: Commands, out: Path, run_dir: Path, *, at_once: int) -> dict[str, ExportCheck]:
     """Both exports, OUT/timm and OUT/hf, and what their checks by the consumers' libraries gave."""
     names = {"timm": "timm", "hf": "Hugging Face"}
+    # transformers has no head for averaged tokens: there goes the backbone alone
+    options: dict[str, tuple[str, ...]] = {"timm": (), "hf": ("--no-head",)}
     commands.run_together(
-        [(f"export-{name}", ("export", run_dir, out / name, "--format", name)) for name in names],
+        [
+            (f"export-{name}", ("export", run_dir, out / name, "--format", name, *options[name]))
+            for name in names
+        ],
         at_once=at_once,
     )
     checks = {}

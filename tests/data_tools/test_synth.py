@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.synth import MAX_CLASSES, SHAPES, TEXTURES, class_names, draw_image, make_sample
+from data_tools.synth import (
+    MAX_CLASSES,
+    SHAPES,
+    TEXTURES,
+    class_names,
+    draw_image,
+    make_sample,
+    unseen_class_names,
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -56,16 +64,32 @@ def test_classes_differ_and_neither_shape_nor_texture_alone_tells_them(count: in
         assert len(set(shapes)) < count / 2
 
 
-def test_colours_do_not_tell_the_class() -> None:
-    """The mean colour of a class differs from another's by no more than chance allows."""
-    means = []
-    for c, name in enumerate(("striped_circle", "dotted_star", "grainy_ring")):
-        images = [draw_image(name, 16, np.random.Generator(np.random.Philox(key=[c, i]))) for i in range(120)]
-        means.append([np.asarray(image).mean(axis=(0, 1)) for image in images])
-    for a, b in ((0, 1), (0, 2), (1, 2)):
-        first, second = np.array(means[a]), np.array(means[b])
-        error = np.sqrt(first.var(axis=0) / len(first) + second.var(axis=0) / len(second))
-        assert np.all(np.abs(first.mean(axis=0) - second.mean(axis=0)) < 4 * error)
+@pytest.mark.parametrize(("count", "unlike"), [(24, 40), (40, 40), (2, 78), (5, 3)])
+def test_unlike_draws_classes_that_the_others_do_not_hold(count: int, unlike: int) -> None:
+    names = unseen_class_names(count, unlike=unlike)
+    assert len(set(names)) == count
+    assert not set(names) & set(class_names(unlike))
+    assert set(names) <= set(class_names(MAX_CLASSES))
+
+
+def test_the_mean_colour_of_an_image_says_little_of_its_class() -> None:
+    """Told by the nearest class mean of the mean colour, four images of five would still be taken for others."""
+    names = class_names(12)
+    colours = np.array(
+        [
+            [
+                np.asarray(draw_image(name, 16, np.random.Generator(np.random.Philox(key=[c, i])))).mean(
+                    (0, 1)
+                )
+                for i in range(60)
+            ]
+            for c, name in enumerate(names)
+        ]
+    )
+    means = colours[:, :30].mean(axis=1)
+    distances = np.linalg.norm(colours[:, 30:, None] - means, axis=-1)
+    right = distances.argmin(axis=-1) == np.arange(len(names))[:, None]
+    assert right.mean() < 1 / 5
 
 
 @pytest.mark.parametrize(
@@ -76,6 +100,8 @@ def test_colours_do_not_tell_the_class() -> None:
         (["--samples", 0], "--samples 0"),
         (["--image-size", 4], "--image-size 4"),
         (["--seed", -1], "--seed -1"),
+        (["--unlike", 1], "--unlike 1"),
+        (["--classes", 41, "--unlike", 40], "--classes 41"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_written(
