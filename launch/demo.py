@@ -173,20 +173,18 @@ def demonstrate(out: Path, commands: Commands) -> int:
 def make_data(commands: Commands, out: Path, *, many: Path, few: Path, cores: int) -> None:
     """`many` images to pretrain on, and `few` of classes that those lack; each packed, with validation apart."""
     images = out / "images"
-    size = ("--image-size", "64", "--format", "jpg")
     unlike = ("--seed", "1", "--unlike", str(PRETRAIN_CLASSES))
-    for name, samples, classes, others in (
-        ("many", PRETRAIN_SAMPLES, PRETRAIN_CLASSES, ()),
-        ("few", FINETUNE_SAMPLES, FINETUNE_CLASSES, unlike),
+    for name, samples, classes, side, others in (
+        ("many", PRETRAIN_SAMPLES, PRETRAIN_CLASSES, 48, ()),
+        ("few", FINETUNE_SAMPLES, FINETUNE_CLASSES, 64, unlike),
     ):
-        numbers = ("--samples", str(samples), "--classes", str(classes), *others)
-        commands.run(
-            f"synth-{name}", "data", "synth", images / name, *numbers, *size, "--processes", str(cores)
-        )
+        numbers = ("--samples", str(samples), "--classes", str(classes), "--image-size", str(side))
+        how = ("--format", "jpg", "--processes", str(cores))
+        commands.run(f"synth-{name}", "data", "synth", images / name, *numbers, *others, *how)
     commands.run_together(
         [
             ("pack-many", ("data", "pack", images / "many", many, "--val-fraction", "0.1")),
-            ("pack-few", ("data", "pack", images / "few", few, "--val-fraction", "0.5")),
+            ("pack-few", ("data", "pack", images / "few", few, "--val-fraction", "0.4")),
         ],
         at_once=cores,
     )
