@@ -21,8 +21,8 @@ from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
-from pretrain.data.order import Order
 from pretrain.data.reader import ChunkReader
+from pretrain.data.stream import Stream
 from pretrain.derived import (
     Split,
     build_order,
@@ -136,11 +136,11 @@ def _cache_dir(config: RunConfig) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What a run learns from: its datasets, the order of the first, the classes of the head."""
+    """What a run learns from: its datasets, the stream of the first, the classes of the head."""
 
     index: DatasetIndex
     val_index: DatasetIndex | None
-    order: Order
+    stream: Stream
     num_classes: int | None
 
 
@@ -161,8 +161,8 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     if val_index is not None:
         check_validation_labels(val_index, index, num_classes)
     lanes = from_main(world, lambda: stored_lanes(Path(config.run_dir))) or run_lanes(config, debug=debug)
-    order = build_order(config, index, lanes=lanes)
-    return Data(index=index, val_index=val_index, order=order, num_classes=num_classes)
+    stream = Stream(build_order(config, index, lanes=lanes))
+    return Data(index=index, val_index=val_index, stream=stream, num_classes=num_classes)
 
 
 def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
@@ -173,15 +173,13 @@ def build_train_loader(
     config: RunConfig, data: Data, *, world: World, split: Split, workers: int
 ) -> TrainLoader:
     return TrainLoader(
-        reader=build_reader(config, data.index),
-        order=data.order,
+        readers=[build_reader(config, data.index)],
+        stream=data.stream,
         transform=TrainTransform(
             image_size=config.model.image_size,
             augmentation=config.data.augmentation,
             crop_scale=config.data.crop_scale,
             crop_ratio=config.data.crop_ratio,
-            horizontal_flip=config.data.horizontal_flip,
-            color_jitter=config.data.color_jitter,
         ),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
@@ -262,4 +260,9 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
 
 
 def build_device_transform(config: RunConfig) -> DeviceTransform:
-    return DeviceTransform(mean=config.data.mean, std=config.data.std, color_jitter=config.data.color_jitter)
+    return DeviceTransform(
+        mean=config.data.mean,
+        std=config.data.std,
+        horizontal_flip=config.data.horizontal_flip,
+        color_jitter=config.data.color_jitter,
+    )

@@ -49,10 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", choices=("trained", "random"), default="trained")
     parser.add_argument("--seed", type=int, default=0, help="of --init random, and of the linear probe")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that decode images")
+    parser.add_argument(
+        "--workers", type=_not_negative, default=2, metavar="N", help="processes that decode images"
+    )
     parser.add_argument("--limit", type=_positive, metavar="N", help="use the first N of each dataset")
     parser.add_argument("--cache-dir", type=Path, metavar="DIR", help="keep chunks of remote datasets here")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a sentence")
+
+
+def _not_negative(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is negative")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     loader = EvalLoader(reader=build_reader(config, index), transform=transform_host, batch_size=count)
     transform = build_device_transform(config)
     batch = next(iter(loader))
-    images = transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
+    images = transform(batch["images"])
     masked, reconstructed = objective.reconstruct(images, batch["positions"])
 
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))

@@ -117,7 +117,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     identity: dict[str, Any] = {  # what every checkpoint of this run says of it
         "config": config.model_dump(mode="json"),
         "dataset": dataset_facts(data.index),
-        "order": data.order.fingerprint(),
+        "order": data.stream.fingerprint(),
     }
     if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
         if world.is_main:
@@ -161,7 +161,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             samples=samples,
             world_size=world.world_size,
             zero_stage=engine.zero_stage,
-            lanes=data.order.lanes,
+            lanes=data.stream.lanes,
             resumed=manifest is not None,
             init_ignored=bool(config.init_from) and resuming,
         )
@@ -193,7 +193,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             sums.add(count=local_count)
             for host_batch in micro_batches:
                 batch = to_device(host_batch, engine.device)
-                images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
+                images = device_transform(batch["images"], batch["draws"])
                 if undescribed:
                     print(describe_batch(images, batch), file=sys.stderr)
                     undescribed = False
@@ -289,7 +289,7 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
     for host_batch in loader:
         count = engine.module.count(host_batch)
         batch = to_device(host_batch, engine.device)
-        images = device_transform(batch["images"], flips=batch["flips"], jitter=batch["jitter"])
+        images = device_transform(batch["images"])
         loss_sum, metric_sums = engine.forward(images, batch)
         sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
     engine.module.train()

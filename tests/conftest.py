@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,12 @@ AWS_VARIABLES = (
     "PRETRAIN_S3_ADDRESSING_STYLE",
     "PRETRAIN_S3_CHECKSUMS",
 )
+
+
+def pytest_configure() -> None:
+    # Under nohup, or behind an `&`, these are ignored, and all that tests start would ignore them too.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

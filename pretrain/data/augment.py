@@ -1,6 +1,7 @@
 """Turn images into network inputs: the costly half on the host, the rest in batches on the device.
 
-Host: decode, crop, resize, to uint8 (3, S, S), with the draws for the rest. Device: flip, colour, normalise.
+Host: decode, crop, resize, to uint8 (3, S, S); and the random numbers for the rest, drawn from the sample's
+own stream, which travel with it. Device: flip, colour, normalise.
 Called by loader.py (host) and the training and evaluation loops (device).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +28,15 @@ Interpolation = Literal["bilinear", "bicubic"]
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 CENTER_FRACTION = 0.875  # 224 of 256, the usual evaluation crop
 _RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # antialiased
-_NO_JITTER = np.ones(3, np.float32)
+DEVICE_DRAWS = 4  # the first numbers of a sample's stream: flip, brightness, contrast, saturation
+_NO_DRAWS = np.zeros(0, np.float32)
 
 
 class HostSample(NamedTuple):
     """One image as the host leaves it."""
 
     pixels: npt.NDArray[np.uint8]  # (3, S, S)
-    flip: bool
-    jitter: npt.NDArray[np.float32]  # (3,) factors of brightness, contrast, saturation; 1 changes nothing
+    draws: npt.NDArray[np.float32]  # (device_draws,) in [0, 1), for the device's half; see DeviceTransform
 
 
 class Box(NamedTuple):
@@ -49,10 +50,9 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainTransform:
-    """Random crop, flip and colour of one training image, drawn from its position's stream.
+    """Random crop of one training image, drawn from its position's stream, and draws for the device's half.
 
-    crop_scale: area of the crop as a fraction of the image; crop_ratio: its width over its height;
-    horizontal_flip: probability; color_jitter: factors are drawn from [max(0, 1 - c), 1 + c].
+    crop_scale: area of the crop as a fraction of the image; crop_ratio: its width over its height.
     interpolation: bilinear as torchvision's default, a fifth faster from JPEG to crop than bicubic.
     """
 
@@ -60,29 +60,21 @@ class TrainTransform:
     augmentation: Augmentation = "random_resized_crop"
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    horizontal_flip: float = 0.5
-    color_jitter: float = 0.0
     interpolation: Interpolation = "bilinear"
+    device_draws: ClassVar[int] = DEVICE_DRAWS
 
     def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample:
         """`random` stands at the start of the sample's stream. DataError, with `name`, if undecodable."""
         # Everything is drawn at once: later draws do not move when an earlier choice needs more tries.
-        draws = random.uniform(4 + 4 * CROP_TRIES)
+        draws = random.uniform(DEVICE_DRAWS + 4 * CROP_TRIES)
         picture = Picture(data, name=name)
         if self.augmentation == "center_crop":
             box = center_box(picture.size, image_size=self.image_size)
         else:
-            tries = draws[4:].reshape(CROP_TRIES, 4)
+            tries = draws[DEVICE_DRAWS:].reshape(CROP_TRIES, 4)
             box = random_box(picture.size, scale=self.crop_scale, ratio=self.crop_ratio, draws=tries)
-        low = max(0.0, 1.0 - self.color_jitter)
-        jitter = low + (1.0 + self.color_jitter - low) * draws[1:4]
-        return HostSample(
-            pixels=crop_and_resize(
-                picture, box, image_size=self.image_size, interpolation=self.interpolation
-            ),
-            flip=bool(draws[0] < self.horizontal_flip),
-            jitter=jitter.astype(np.float32) if self.color_jitter else _NO_JITTER,
-        )
+        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
+        return HostSample(pixels=pixels, draws=draws[:DEVICE_DRAWS].astype(np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +83,7 @@ class EvalTransform:
 
     image_size: int
     interpolation: Interpolation = "bicubic"  # timm's for evaluating ViTs
+    device_draws: ClassVar[int] = 0
 
     def __call__(
         self, data: bytes | memoryview, *, name: str, random: KeyedRandom | None = None
@@ -99,7 +92,7 @@ class EvalTransform:
         picture = Picture(data, name=name)
         box = center_box(picture.size, image_size=self.image_size)
         pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
-        return HostSample(pixels=pixels, flip=False, jitter=_NO_JITTER)
+        return HostSample(pixels=pixels, draws=_NO_DRAWS)
 
 
 def random_box(
@@ -157,30 +150,37 @@ def crop_and_resize(
 class DeviceTransform:
     """Flip, brightness, contrast, saturation, normalise: a batch at a time, without a host sync.
 
-    mean, std: of each channel, in units of the full range; color_jitter: 0 leaves the colour steps out.
+    mean, std: of each channel, in units of the full range. horizontal_flip: probability. color_jitter:
+    factors are drawn from [max(0, 1 - c), 1 + c]; 0 leaves the colour steps out.
     """
 
-    def __init__(self, *, mean: Sequence[float], std: Sequence[float], color_jitter: float = 0.0) -> None:
-        self.color_jitter = color_jitter
+    def __init__(
+        self,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        horizontal_flip: float = 0.5,
+        color_jitter: float = 0.0,
+    ) -> None:
+        self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
         self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
 
-    def __call__(
-        self,
-        images_BCHW: torch.Tensor,
-        *,
-        flips: torch.Tensor,
-        jitter: torch.Tensor,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor:
-        """(B, 3, S, S) uint8, (B,) bool, (B, 3) float32, on one device -> (B, 3, S, S) of `dtype`."""
-        flipped = torch.where(flips[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
-        x = flipped.to(torch.float32) / 255  # float32: bf16 has fewer steps than a byte near 1
-        if self.color_jitter:
-            x = _jitter_color(x, jitter)
+    def __call__(self, images_BCHW: torch.Tensor, draws: torch.Tensor | None = None) -> torch.Tensor:
+        """uint8 (B, 3, S, S) and float32 (B, DEVICE_DRAWS), on one device -> float32 (B, 3, S, S).
+
+        Without draws, as in evaluation, the images are only normalised.
+        """
+        if draws is not None:
+            flips = draws[:, 0] < self.horizontal_flip
+            images_BCHW = torch.where(flips[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+        x = images_BCHW.to(torch.float32) / 255  # float32: bf16 has fewer steps than a byte near 1
+        if draws is not None and self.color_jitter:
+            low = max(0.0, 1.0 - self.color_jitter)
+            x = _jitter_color(x, low + (1.0 + self.color_jitter - low) * draws[:, 1:4])
         if self._mean.device != x.device:  # once: such a copy waits for the device
             self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
-        return ((x - self._mean) / self._std).to(dtype)
+        return (x - self._mean) / self._std
 
 
 def _jitter_color(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:

@@ -66,10 +66,6 @@ class DatasetIndex:
     def num_chunks(self) -> int:
         return len(self.chunk_shard)
 
-    @property
-    def max_chunk_samples(self) -> int:
-        return int(self.chunk_samples.max())
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleTable:

@@ -11,7 +11,7 @@ lanes, and so the same chunks, step after step, and a step is ready when all hav
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict
 
 import numpy as np
@@ -21,10 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from pretrain.data.augment import HostSample
 from pretrain.data.keyed import KeyedRandom
-from pretrain.data.order import PAD, Int64s, Order, locate_sample, sample_ends, slice_batch, validation_slice
+from pretrain.data.order import PAD, Int64s, locate_sample, sample_ends, slice_batch, validation_slice
 from pretrain.data.reader import ChunkReader, ChunkRef, ChunkStore
+from pretrain.data.stream import Places, Stream
 from pretrain.data.workers import WorkerGuard, become_worker, worker_context
 from pretrain.errors import PretrainError
+
+_DATASET = 1 << 40  # more than a dataset has chunks: a dataset's number and a chunk's in one word
 
 
 class Batch(TypedDict):
@@ -34,8 +37,7 @@ class Batch(TypedDict):
     labels: torch.Tensor  # int64 (B,), -1 where the dataset has none
     weights: torch.Tensor  # float32 (B,)
     positions: torch.Tensor  # int64 (B,)
-    flips: torch.Tensor  # bool (B,)
-    jitter: torch.Tensor  # float32 (B, 3)
+    draws: torch.Tensor  # float32 (B, device_draws), for the device's half of the augmentation
 
 
 class HostTransform(Protocol):
@@ -44,16 +46,22 @@ class HostTransform(Protocol):
     @property
     def image_size(self) -> int: ...
 
+    @property
+    def device_draws(self) -> int: ...
+
     def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample: ...
 
 
 class _Task(NamedTuple):
-    """Samples to prepare: sample i stands in row rows[i] of chunks[chunk_of[i]]; pads have position PAD."""
+    """Samples to prepare: sample i stands in row rows[i] of chunks[chunk_of[i]]; pads have position PAD.
+
+    Beside each chunk stands the number of the dataset that it belongs to.
+    """
 
     positions: Int64s  # [n]
     chunk_of: Int64s  # [n]
     rows: Int64s  # [n]
-    chunks: tuple[ChunkRef, ...]
+    chunks: tuple[tuple[int, ChunkRef], ...]
 
 
 class _Part(NamedTuple):
@@ -63,15 +71,14 @@ class _Part(NamedTuple):
 
     images: torch.Tensor  # uint8 (n, 3, S, S)
     labels: npt.NDArray[np.int64]  # (n,)
-    flips: npt.NDArray[np.bool_]  # (n,)
-    jitter: npt.NDArray[np.float32]  # (n, 3)
+    draws: npt.NDArray[np.float32]  # (n, device_draws)
 
 
 class _Preparer(Dataset[Any]):
     """Task in, part out. Lives in each worker."""
 
-    def __init__(self, *, store: ChunkStore, transform: HostTransform, seed: int) -> None:
-        self._store, self._transform = store, transform
+    def __init__(self, *, stores: Sequence[ChunkStore], transform: HostTransform, seed: int) -> None:
+        self._stores, self._transform = stores, transform
         self._random = KeyedRandom(seed)
 
     def __getitem__(self, task: _Task) -> _Part | PretrainError:
@@ -84,15 +91,16 @@ class _Preparer(Dataset[Any]):
     def _prepare(self, task: _Task) -> _Part:
         n, S = len(task.positions), self._transform.image_size
         images = np.zeros((n, 3, S, S), np.uint8)
-        labels, flips, jitter = np.zeros(n, np.int64), np.zeros(n, np.bool_), np.ones((n, 3), np.float32)
+        labels, draws = np.zeros(n, np.int64), np.zeros((n, self._transform.device_draws), np.float32)
         for i, position in enumerate(task.positions.tolist()):
             if position == PAD:
                 continue
-            raw = self._store.read(task.chunks[task.chunk_of[i]], int(task.rows[i]))
+            dataset, chunk = task.chunks[task.chunk_of[i]]
+            raw = self._stores[dataset].read(chunk, int(task.rows[i]))
             sample = self._transform(raw.image, name=raw.name, random=self._random.at(position))
-            images[i], flips[i], jitter[i] = sample.pixels, sample.flip, sample.jitter
+            images[i], draws[i] = sample.pixels, sample.draws
             labels[i] = raw.label
-        return _Part(torch.from_numpy(images), labels, flips, jitter)
+        return _Part(torch.from_numpy(images), labels, draws)
 
 
 class _Source:
@@ -101,17 +109,18 @@ class _Source:
     def __init__(
         self,
         *,
-        reader: ChunkReader,
+        readers: Sequence[ChunkReader],
         transform: HostTransform,
         seed: int,
         slices: Iterator[Int64s],
-        locate: Callable[[Int64s], tuple[Int64s, Int64s]],
+        locate: Callable[[Int64s], Places],
         workers: int,
         prefetch_steps: int,
     ) -> None:
-        self._reader, self._slices, self._locate = reader, slices, locate
+        self._readers, self._slices, self._locate = readers, slices, locate
         self._workers = workers
-        preparer = _Preparer(store=reader.store, transform=transform, seed=seed)
+        stores = [reader.store for reader in readers]
+        preparer = _Preparer(stores=stores, transform=transform, seed=seed)
         self._guard: WorkerGuard | None = None
         self._on_their_way: deque[Int64s] = deque()  # the positions of slices, oldest first
         if workers == 0:
@@ -162,21 +171,24 @@ class _Source:
     def close(self) -> None:
         if self._guard is not None:
             self._guard.stop()
-        self._reader.close()
+        for reader in self._readers:
+            reader.close()
 
     def _tasks(self) -> Iterator[_Task]:
         for positions in self._slices:
-            chunks, rows = np.zeros_like(positions), np.zeros_like(positions)
-            real = positions != PAD
-            chunks[real], rows[real] = self._locate(positions[real])
             self._on_their_way.append(positions)
-            columns = [np.array_split(column, self._cuts(positions)) for column in (positions, chunks, rows)]
-            for own_positions, own_chunks, own_rows in zip(*columns, strict=True):
-                numbers, chunk_of = np.unique(own_chunks[own_positions != PAD], return_inverse=True)
-                places = np.zeros_like(own_positions)
-                places[own_positions != PAD] = chunk_of
-                refs = tuple(self._reader.chunk(number) for number in numbers.tolist())
-                yield _Task(own_positions, places, own_rows, refs)
+            yield from self._cut_into_tasks(positions)
+
+    def _cut_into_tasks(self, positions: Int64s) -> Iterator[_Task]:
+        for own in np.array_split(positions, self._cuts(positions)):
+            real = own != PAD
+            places = self._locate(own[real])
+            chunk_of, rows = np.zeros_like(own), np.zeros_like(own)
+            rows[real] = places.rows
+            codes, chunk_of[real] = np.unique(places.datasets * _DATASET + places.chunks, return_inverse=True)
+            pairs = (divmod(code, _DATASET) for code in codes.tolist())
+            chunks = tuple((dataset, self._readers[dataset].chunk(number)) for dataset, number in pairs)
+            yield _Task(own, chunk_of, rows, chunks)
 
 
 class _Tasks:
@@ -192,7 +204,7 @@ class _Tasks:
 class TrainLoader:
     """The micro-batches of one rank.
 
-    reader, order: of one dataset. transform: `TrainTransform`. seed: of the run; augmentation draws from
+    readers: of the stream's datasets. transform: `TrainTransform`. seed: of the run; augmentation draws from
     (seed, position). micro_batch_size: even; None for the whole slice. workers: 0 works in this process,
     with the same results. prefetch_steps: steps that are prepared ahead. pin_memory: for copies to a GPU.
     """
@@ -200,8 +212,8 @@ class TrainLoader:
     def __init__(
         self,
         *,
-        reader: ChunkReader,
-        order: Order,
+        readers: Sequence[ChunkReader],
+        stream: Stream,
         transform: HostTransform,
         seed: int,
         global_batch_size: int,
@@ -216,8 +228,9 @@ class TrainLoader:
         assert micro_batch_size is None or micro_batch_size % 2 == 0, (
             f"an odd micro-batch: {micro_batch_size}"
         )
-        assert order.num_samples == reader.index.num_samples, "the order is of another dataset"
-        self._reader, self._order, self._transform, self._seed = reader, order, transform, seed
+        sizes = tuple(reader.index.num_samples for reader in readers)
+        assert stream.samples_by_dataset == sizes, "the stream is of other datasets"
+        self._readers, self._stream, self._transform, self._seed = readers, stream, transform, seed
         self._global_batch_size = global_batch_size
         self._rank, self._world_size = rank, world_size
         self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
@@ -233,11 +246,11 @@ class TrainLoader:
         padded. Raises what reading and decoding raise (`DataError` and others), also out of workers.
         """
         source = _Source(
-            reader=self._reader,
+            readers=self._readers,
             transform=self._transform,
             seed=self._seed,
             slices=self._slices(start),
-            locate=self._order.locate,
+            locate=self._stream.locate,
             workers=self._workers,
             prefetch_steps=self._prefetch_steps,
         )
@@ -260,7 +273,7 @@ class TrainLoader:
     def _slices(self, start: int) -> Iterator[Int64s]:
         padded_size = self.micro_batches * self.micro_batch_size
         while True:
-            batch = self._order.batch(start, self._global_batch_size)
+            batch = self._stream.batch(start, self._global_batch_size)
             own = slice_batch(batch, rank=self._rank, world_size=self._world_size)
             yield _pad(own, padded_size)
             start += self._global_batch_size
@@ -295,13 +308,18 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         ends = sample_ends(self._reader.index.chunk_samples)
+
+        def locate(samples: Int64s) -> Places:
+            chunks, rows = locate_sample(ends, samples)
+            return Places(np.zeros_like(chunks), chunks, rows)
+
         cuts = [self._own[i * self.batch_size :][: self.batch_size] for i in range(len(self))]
         source = _Source(
-            reader=self._reader,
+            readers=[self._reader],
             transform=self._transform,
             seed=0,  # nothing is drawn
             slices=(_pad(cut, self.batch_size) for cut in cuts),
-            locate=lambda samples: locate_sample(ends, samples),
+            locate=locate,
             workers=self._workers,
             prefetch_steps=self._prefetch_steps,
         )
@@ -326,8 +344,7 @@ def _join(parts: list[_Part], positions: Int64s) -> Batch:
         labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
         weights=torch.from_numpy((positions != PAD).astype(np.float32)),
         positions=torch.from_numpy(positions),
-        flips=torch.from_numpy(np.concatenate([part.flips for part in parts])),
-        jitter=torch.from_numpy(np.concatenate([part.jitter for part in parts])),
+        draws=torch.from_numpy(np.concatenate([part.draws for part in parts])),
     )
 
 

@@ -15,7 +15,7 @@ lane are enough to serve it. Small data (N <= L·K·C): a plain permutation of t
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -162,6 +162,25 @@ class Order:
                 chunks[here] = table.shuffled[slots]
         return chunks, rows
 
+    def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
+        """(chunk, row) of the other samples of the position's block, from the next one on, wrapping round.
+
+        For small data the block is the whole permutation. This is the order in which a sample that cannot
+        be used is replaced: a function of the position, like all else here.
+        """
+        epoch, offset = divmod(position, self.num_samples)
+        if self.small:
+            start, first, count = 0, offset, self.num_samples
+        else:
+            row, lane = divmod(offset, self.lanes)
+            start, end = self._block_rows(lane, self._block_of(row, lane))
+            first, count = row - start, end - start
+        for i in range(1, count):
+            other = (first + i) % count
+            place = other if self.small else (start + other) * self.lanes + lane
+            chunks, rows = self.locate([epoch * self.num_samples + place])
+            yield int(chunks[0]), int(rows[0])
+
     def batch(self, start: int, size: int) -> Int64s:
         """int64[size]: the positions [start, start + size), arranged so that neighbours 2i and 2i+1 come
         from lanes half the lanes apart (the pairs that mixing uses) and a contiguous slice has few lanes.
@@ -186,18 +205,27 @@ class Order:
     def _virtual(self, epoch: int, offsets: Int64s) -> Int64s:
         """Places in the epoch's virtual list, in lane mode, of offsets into the epoch."""
         rows, lanes = np.divmod(offsets, self.lanes)
-        blocks = (rows + self._stagger(lanes)) // self.block_rows
+        blocks = self._block_of(rows, lanes)
         places = np.empty_like(offsets)
         by_block = np.lexsort((blocks, lanes))
         changes = np.flatnonzero(np.diff(lanes[by_block]) | np.diff(blocks[by_block])) + 1
         for group in np.split(by_block, changes):
             lane, block = int(lanes[group[0]]), int(blocks[group[0]])
-            lane_start, lane_rows = self._lane(lane)
-            block_start = max(0, block * self.block_rows - self._stagger(lane))
-            block_end = min((block + 1) * self.block_rows - self._stagger(lane), lane_rows)
+            lane_start, _ = self._lane(lane)
+            block_start, block_end = self._block_rows(lane, block)
             shuffled = self._block(epoch, lane, block, block_end - block_start)
             places[group] = lane_start + block_start + shuffled[rows[group] - block_start]
         return places
+
+    def _block_of(self, rows: Any, lanes: Any) -> Any:
+        """The number of the block, in its lane, that a row belongs to."""
+        return (rows + self._stagger(lanes)) // self.block_rows
+
+    def _block_rows(self, lane: int, block: int) -> tuple[int, int]:
+        """(first row, end) of a block in its lane."""
+        _, lane_rows = self._lane(lane)
+        start = max(0, block * self.block_rows - self._stagger(lane))
+        return start, min((block + 1) * self.block_rows - self._stagger(lane), lane_rows)
 
     def _stagger(self, lanes: Any) -> Any:
         """Rows by which a lane's first block is shorter, so that lanes open new chunks one after another."""

@@ -110,6 +110,4 @@ def textures(count: int, image_size: int) -> Tensor:
 
 
 def _normalise(pixels: Tensor, spec: BackboneSpec) -> Tensor:
-    transform = DeviceTransform(mean=spec.mean, std=spec.std)
-    count = len(pixels)
-    return transform(pixels, flips=torch.zeros(count, dtype=torch.bool), jitter=torch.ones(count, 3))
+    return DeviceTransform(mean=spec.mean, std=spec.std)(pixels)

@@ -17,9 +17,7 @@ from pretrain.models.vit import VisionTransformer
 class PixelTransform(Protocol):
     """uint8 images to normalised floats on the device they are on: data/augment.py's DeviceTransform."""
 
-    def __call__(
-        self, images_BCHW: Tensor, *, flips: Tensor, jitter: Tensor, dtype: torch.dtype
-    ) -> Tensor: ...
+    def __call__(self, images_BCHW: Tensor) -> Tensor: ...
 
 
 @torch.no_grad()
@@ -28,13 +26,12 @@ def extract_features(
     batches: Iterable[Mapping[str, Any]],
     device_transform: PixelTransform,
     device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor]:
     """Pooled features float32 (N, D) and labels int64 (N,), on the host, in the loader's order.
 
-    The backbone must be on `device`; it runs in evaluation mode, its products in `dtype`, and is put
-    back into the mode it was in. Samples of weight 0 are left out. batches: host dictionaries of images
-    uint8 (B, 3, S, S), labels, weights, flips and jitter.
+    The backbone must be on `device`; it runs in evaluation mode, and is put back into the mode it
+    was in. Samples of weight 0 are left out. batches: host dictionaries of images
+    uint8 (B, 3, S, S), labels and weights.
     """
     device = torch.device(device)
     features, labels = [torch.zeros(0, backbone.embed_dim)], [torch.zeros(0, dtype=torch.int64)]
@@ -42,12 +39,7 @@ def extract_features(
     backbone.eval()
     try:
         for batch in batches:
-            images, flips, jitter = (
-                batch[name].to(device, non_blocking=True) for name in ("images", "flips", "jitter")
-            )
-            pixels = device_transform(images, flips=flips, jitter=jitter, dtype=torch.float32)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                features_BD = backbone(pixels)
+            features_BD = backbone(device_transform(batch["images"].to(device, non_blocking=True)))
             real_B = batch["weights"] > 0
             features.append(features_BD.to("cpu", torch.float32)[real_B])
             labels.append(batch["labels"][real_B])

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny_shards import jpeg
 
 from pretrain.data.augment import (
+    DEVICE_DRAWS,
     DeviceTransform,
     EvalTransform,
     Interpolation,
@@ -117,33 +118,44 @@ def test_reduced_decoding_of_jpegs_changes_crops_by_a_few_levels_at_most() -> No
 
 
 def test_augmentation_is_a_function_of_seed_and_position() -> None:
-    transform = TrainTransform(image_size=16, color_jitter=0.4)
+    transform = TrainTransform(image_size=16)
     data = jpeg(0, size=(60, 50))
 
     def sample(seed: int, position: int) -> bytes:
         got = transform(data, name="a", random=KeyedRandom(seed).at(position))
-        return got.pixels.tobytes() + bytes([got.flip]) + got.jitter.tobytes()
+        return got.pixels.tobytes() + got.draws.tobytes()
 
     assert sample(0, 5) == sample(0, 5)
     assert len({sample(seed, position) for seed in range(3) for position in range(30)}) == 90
 
 
+def test_draws_for_the_device_are_the_first_of_the_samples_stream() -> None:
+    data, random = png(noise(4, 4)), KeyedRandom(5)
+    for g in (0, 7, 2**40):
+        sample = TrainTransform(image_size=4)(data, name="a", random=random.at(g))
+        assert np.array_equal(sample.draws, KeyedRandom(5).at(g).uniform(DEVICE_DRAWS).astype(np.float32))
+
+
 def test_flips_come_as_often_as_asked_and_jitter_within_its_range() -> None:
-    data = png(noise(4, 4))
-    random = KeyedRandom(5)
+    draws = torch.rand(800, DEVICE_DRAWS, generator=torch.Generator().manual_seed(1))
+    images = torch.zeros(800, 3, 2, 2, dtype=torch.uint8)
+    images[:, :, :, 0] = 100
 
-    def samples(**options: float) -> list:
-        transform = TrainTransform(image_size=4, **options)  # type: ignore[arg-type]
-        return [transform(data, name="a", random=random.at(g)) for g in range(800)]
+    def transformed(**options: float) -> torch.Tensor:
+        return DeviceTransform(mean=(0.0,) * 3, std=(1.0,) * 3, **options)(images, draws) * 255
 
-    assert not any(sample.flip for sample in samples(horizontal_flip=0.0))
-    assert all(sample.flip for sample in samples(horizontal_flip=1.0))
-    assert 0.65 < np.mean([sample.flip for sample in samples(horizontal_flip=0.7)]) < 0.75
-    jitter = np.stack([sample.jitter for sample in samples(color_jitter=0.4)])
-    assert jitter.min() >= 0.6
-    assert jitter.max() <= 1.4
-    assert np.abs(jitter.mean(0) - 1).max() < 0.03
-    assert {tuple(sample.jitter) for sample in samples()} == {(1.0, 1.0, 1.0)}
+    def flipped(probability: float) -> float:
+        return float((transformed(horizontal_flip=probability)[:, 0, 0, 0] == 0).float().mean())
+
+    assert flipped(0.0) == 0
+    assert flipped(1.0) == 1
+    assert 0.65 < flipped(0.7) < 0.75
+    images[:] = 100  # of plain grey, contrast and saturation leave what brightness makes
+    brightness = transformed(horizontal_flip=0.0, color_jitter=0.4).mean(dim=(1, 2, 3)) / 100
+    assert 0.6 <= brightness.min() < 0.62
+    assert 1.38 < brightness.max() <= 1.4 + 1e-4
+    assert abs(float(brightness.mean()) - 1) < 0.03
+    assert torch.equal(transformed(), images.float() / 255 * 255)
 
 
 def test_evaluation_leaves_an_image_of_the_right_size_as_it_is() -> None:
@@ -171,19 +183,17 @@ def test_small_images_are_enlarged_whole_at_evaluation() -> None:
 
 def test_center_crop_augmentation_takes_the_evaluation_crop() -> None:
     data = jpeg(2, size=(90, 70))
-    train = TrainTransform(
-        image_size=32, augmentation="center_crop", horizontal_flip=1.0, interpolation="bicubic"
-    )
+    train = TrainTransform(image_size=32, augmentation="center_crop", interpolation="bicubic")
     got = train(data, name="a", random=KeyedRandom(0).at(0))
     assert np.array_equal(got.pixels, EvalTransform(image_size=32)(data, name="a").pixels)
-    assert got.flip
 
 
 def test_the_device_flips_jitters_and_normalises_each_sample_by_its_own_draws() -> None:
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     images = torch.from_numpy(np.stack([noise(6, 6, seed).transpose(2, 0, 1) for seed in range(4)]))
     flips = torch.tensor([True, False, True, False])
-    jitter = torch.tensor([[1, 1, 1], [0.7, 1.3, 0.5], [1.4, 0.6, 1.2], [1, 1, 0]], dtype=torch.float32)
+    jitter = torch.tensor([[1, 1, 1], [0.7, 1.3, 0.6], [1.4, 0.6, 1.2], [1, 1, 0.6]], dtype=torch.float32)
+    draws = torch.cat([torch.where(flips, 0.1, 0.9)[:, None], (jitter - 0.6) / 0.8], dim=1)
 
     def reference(image: np.ndarray, flip: bool, factors: list[float]) -> np.ndarray:
         x = image.astype(np.float64) / 255
@@ -196,11 +206,12 @@ def test_the_device_flips_jitters_and_normalises_each_sample_by_its_own_draws() 
         return (x - np.array(mean)[:, None, None]) / np.array(std)[:, None, None]
 
     transform = DeviceTransform(mean=mean, std=std, color_jitter=0.4)
-    got = transform(images, flips=flips, jitter=jitter)
+    got = transform(images, draws)
     wanted = np.stack([reference(images[i].numpy(), bool(flips[i]), jitter[i].tolist()) for i in range(4)])
     assert got.dtype == torch.float32
     assert np.abs(got.numpy() - wanted).max() < 1e-5
-    plain = DeviceTransform(mean=mean, std=std)(images, flips=flips, jitter=jitter, dtype=torch.bfloat16)
-    assert plain.dtype == torch.bfloat16
+    flipped = DeviceTransform(mean=mean, std=std)(images, draws)
     wanted = np.stack([reference(images[i].numpy(), bool(flips[i]), [1, 1, 1]) for i in range(4)])
-    assert np.abs(plain.float().numpy() - wanted).max() < 0.02
+    assert np.abs(flipped.numpy() - wanted).max() < 1e-5
+    wanted = np.stack([reference(image.numpy(), False, [1, 1, 1]) for image in images])
+    assert np.abs(transform(images).numpy() - wanted).max() < 1e-5

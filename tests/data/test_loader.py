@@ -23,6 +23,7 @@ from pretrain.data.index import DatasetIndex, open_samples
 from pretrain.data.loader import Batch, EvalLoader, TrainLoader
 from pretrain.data.order import Order, locate_sample, sample_ends
 from pretrain.data.reader import ChunkReader
+from pretrain.data.stream import Stream
 from pretrain.errors import DataError, PretrainError
 
 B = 8
@@ -41,11 +42,11 @@ def make_order(index: DatasetIndex) -> Order:
 
 
 def make_loader(index: DatasetIndex, *, rank: int = 0, world_size: int = 1, **options: object) -> TrainLoader:
-    transform = TrainTransform(image_size=12, color_jitter=0.3)
+    transform = TrainTransform(image_size=12)
     settings = {"global_batch_size": B, "micro_batch_size": None, "workers": 0, **options}
     return TrainLoader(
-        reader=ChunkReader(index),
-        order=make_order(index),
+        readers=[ChunkReader(index)],
+        stream=Stream(make_order(index)),
         transform=transform,
         seed=SEED,
         rank=rank,
@@ -65,7 +66,7 @@ def contents(batch: Batch) -> Iterator[tuple[int, str]]:
     """(position, digest of everything else) of the samples that count."""
     for i in range(len(batch["weights"])):
         if batch["weights"][i]:
-            parts = [batch[name][i].numpy().tobytes() for name in ("images", "labels", "flips", "jitter")]
+            parts = [batch[name][i].numpy().tobytes() for name in ("images", "labels", "draws")]
             yield int(batch["positions"][i]), hashlib.sha256(b"".join(parts)).hexdigest()
         else:
             assert batch["positions"][i] == -1
@@ -148,8 +149,7 @@ def test_batches_have_the_stated_types(index: DatasetIndex) -> None:
         "labels": torch.int64,
         "weights": torch.float32,
         "positions": torch.int64,
-        "flips": torch.bool,
-        "jitter": torch.float32,
+        "draws": torch.float32,
     }
     assert {name: tensor.dtype for name, tensor in batch.items()} == wanted  # type: ignore[attr-defined]
 
@@ -191,8 +191,7 @@ def test_evaluation_sees_every_sample_once_and_equally_many_batches_on_all_ranks
         chunk, row = locate_sample(ends, np.array([number]))
         raw = reader.read(int(chunk[0]), int(row[0]))
         pixels = transform(raw.image, name="a").pixels.tobytes()
-        others = np.int64(raw.label).tobytes() + b"\0" + np.ones(3, np.float32).tobytes()
-        assert digests[number] == hashlib.sha256(pixels + others).hexdigest()
+        assert digests[number] == hashlib.sha256(pixels + np.int64(raw.label).tobytes()).hexdigest()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -263,8 +262,8 @@ def is_running(pid: int) -> bool:
 @pytest.mark.parametrize("end", ["kill", "exit"])
 def test_no_worker_outlives_its_parent(index: DatasetIndex, tmp_path: Path, end: str) -> None:
     settings = {
-        "reader": ChunkReader(index),
-        "order": make_order(index),
+        "readers": [ChunkReader(index)],
+        "stream": Stream(make_order(index)),
         "transform": TrainTransform(image_size=12),
         "seed": 0,
         "global_batch_size": B,

@@ -311,3 +311,32 @@ def test_validation_slices_cover_the_data_once_and_are_equally_long(
     assert whole[whole != PAD].tolist() == list(range(num_samples))
     real = [int((part != PAD).sum()) for part in slices]
     assert max(real) - min(real) <= 1
+
+
+@pytest.mark.parametrize("order", [LANE_MODE, SMALL_DATA], ids=["lanes", "small"])
+def test_a_positions_substitutes_are_the_rest_of_its_block_and_start_with_the_next_sample(
+    order: Order,
+) -> None:
+    for position in (0, 5, order.num_samples - 1, order.num_samples, 2 * order.num_samples + 77):
+        own = [int(value[0]) for value in order.locate([position])]
+        others = list(order.substitutes(position))
+        assert len({*others, tuple(own)}) == len(others) + 1, "each once, and not the sample itself"
+        if order.small:
+            assert len(others) == order.num_samples - 1
+            following = (
+                position + 1 if (position + 1) % order.num_samples else position + 1 - order.num_samples
+            )
+        else:
+            lane = position % order.num_samples % order.lanes
+            assert len(others) < order.block_rows
+            following = position + order.lanes
+            if following // order.num_samples != position // order.num_samples:
+                continue
+            epoch_start = position // order.num_samples * order.num_samples
+            same_block = order._block_of((following - epoch_start) // order.lanes, lane) == order._block_of(
+                (position - epoch_start) // order.lanes, lane
+            )
+            if not same_block:
+                continue
+        chunks, rows = order.locate([following])
+        assert others[0] == (int(chunks[0]), int(rows[0]))

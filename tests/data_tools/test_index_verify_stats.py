@@ -75,7 +75,7 @@ def test_chunks_are_cut_at_about_eight_megabytes(tmp_path: Path, pretrain) -> No
     assert pretrain("data", "index", tmp_path / "d") == 0
     index = open_index(str(tmp_path / "d"))
     assert index.chunk_samples[:3].tolist() == [16, 16, 16]  # of 1 MB each: no fewer than 16
-    assert index.max_chunk_samples == 1024
+    assert index.chunk_samples.max() == 1024
     assert index.chunk_samples.sum() == 3000
 
 
