@@ -113,11 +113,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
-    last_step = total_steps(config, data.index.num_samples)
+    last_step = total_steps(config, data.stream)
     identity: dict[str, Any] = {  # what every checkpoint of this run says of it
         "config": config.model_dump(mode="json"),
-        "dataset": dataset_facts(data.index),
+        "dataset": dataset_facts(data.indexes),
         "order": data.stream.fingerprint(),
+        "segments": data.segments,
     }
     if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
         if world.is_main:
@@ -167,6 +168,10 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         )
 
         # The data: endless steps of micro-batches from position `samples` on.
+        global_batch_size = config.train.global_batch_size
+        said = data.said(total_samples=last_step * global_batch_size) if data.is_mixed else []
+        facts_of_data = {"global_batch_size": global_batch_size, "segments": data.segments}
+        reporter.event("data", note="\n".join(said) or None, step=step, samples=samples, **facts_of_data)
         workers = 0 if debug else config.data.workers
         train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
@@ -213,7 +218,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             reporter.step(
                 step=step,
                 samples=samples,
-                epoch=samples / data.index.num_samples,
+                epoch=data.stream.epochs(samples),
                 loss=loss,
                 lr=lr,
                 grad_norm=float(grad_norm),

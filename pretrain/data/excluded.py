@@ -61,6 +61,14 @@ class ExcludingOrder:
     def lanes(self) -> int:
         return self.order.lanes
 
+    @property
+    def small(self) -> bool:
+        return self.order.small
+
+    @property
+    def window_samples(self) -> int:
+        return self.order.window_samples
+
     def epoch(self, positions: npt.ArrayLike) -> Int64s:
         return self.order.epoch(positions)
 

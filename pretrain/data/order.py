@@ -148,6 +148,11 @@ class Order:
         self.small = self.num_samples <= lanes * self.block_rows
         self._forget()
 
+    @property
+    def window_samples(self) -> int:
+        """Samples of the blocks that all lanes have open: what is in flight over all ranks."""
+        return self.num_samples if self.small else min(self.num_samples, self.lanes * self.block_rows)
+
     def _forget(self) -> None:
         # Each lane stands in one block, or in two while a batch crosses from one to the next; a third for
         # the epoch that begins in the same batch.

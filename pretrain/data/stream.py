@@ -14,6 +14,7 @@ Like order.py this is arithmetic, without I/O or state.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -231,7 +232,7 @@ class Stream:
         """
         cuts = [start, *(cut for cut in self._starts.tolist() if start < cut < start + size), start + size]
         parts = []
-        for first, end in zip(cuts, cuts[1:], strict=False):
+        for first, end in itertools.pairwise(cuts):
             segment = self.segments[int(self.segment_of(first))]
             parts.append(segment.start + segment.batch(first - segment.start, end - first))
         return np.concatenate(parts)

@@ -110,7 +110,7 @@ def test_some_shares_of_lanes(weights: list[float], lanes: int, shares: tuple[in
 
 
 def test_more_datasets_than_lanes_are_refused() -> None:
-    with pytest.raises(UsageError, match="5 datasets cannot share 4 lanes.*global_batch_size"):
+    with pytest.raises(UsageError, match=r"5 datasets cannot share 4 lanes.*global_batch_size"):
         share_lanes([1] * 5, lanes=4)
 
 
