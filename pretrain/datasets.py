@@ -22,6 +22,8 @@ from pretrain.derived import check_class_agreement, run_lanes, s3_settings
 from pretrain.errors import CheckpointError, ConfigError, DataError, UsageError
 from pretrain.storage import is_remote
 
+CONFIG_NAME = "config.yaml"
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
@@ -36,6 +38,20 @@ class RunData:
     def datasets_of(self, number: int) -> list[DatasetIndex]:
         """The datasets of a segment, as the segment numbers its sources."""
         return [self.indexes[dataset] for dataset in self.stream.segments[number].datasets]
+
+    def cut_short(self, number: int, *, until: int) -> list[dict[str, Any]]:
+        """Of each dataset of a segment that ends at `until`: {url, epoch, seen, of}, how many samples of its
+        last epoch were seen; 0 where the segment ends with an epoch.
+        """
+        segment = self.stream.segments[number]
+        consumed = max(0, until - segment.start)
+        cuts = []
+        for index, order, epochs in zip(
+            self.datasets_of(number), segment.orders, segment.epochs_by_source(consumed), strict=True
+        ):
+            epoch, seen = divmod(round(epochs * order.num_samples), order.num_samples)
+            cuts.append({"url": index.url, "epoch": epoch, "seen": seen, "of": order.num_samples})
+        return cuts
 
     @property
     def is_mixed(self) -> bool:
@@ -156,6 +172,7 @@ class ExistingRun:
     run_dir: Path
     config: RunConfig
     manifest: Manifest | None  # of the newest readable checkpoint
+    urls: Mapping[str, str]  # where the shards of data.train are, as the checkpoint has it
     data: RunData
 
 
@@ -164,12 +181,7 @@ def open_run(run_dir: Path) -> ExistingRun:
 
     Raises UsageError when that is no run's folder, and what `open_run_data` raises.
     """
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UsageError(
-            f"{run_dir}: is not the folder of a run, it has no config.yaml; give the run_dir of a run that "
-            "has been started"
-        )
+    path = require_run(run_dir)
     config = parse_config(read_recipe(path), source=str(path))
     config = config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
     manifest = newest_manifest(run_dir)
@@ -185,8 +197,24 @@ def open_run(run_dir: Path) -> ExistingRun:
         run_dir=run_dir,
         config=config,
         manifest=manifest,
+        urls=urls,
         data=open_run_data(config, lanes=lanes, urls=urls),
     )
+
+
+def is_run(path: Path) -> bool:
+    """Is this the folder of a run that has been started?"""
+    return (path / CONFIG_NAME).is_file()
+
+
+def require_run(run_dir: Path) -> Path:
+    """Its config.yaml. Raises UsageError when `run_dir` is no run's folder."""
+    if not is_run(run_dir):
+        raise UsageError(
+            f"{run_dir}: is not the folder of a run, it has no {CONFIG_NAME}; give the run_dir of a run that "
+            "has been started"
+        )
+    return run_dir / CONFIG_NAME
 
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
