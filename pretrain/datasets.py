@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest, stored_lanes
-from pretrain.checkpoint.segments import Change, Share, read_changes, read_numbers
+from pretrain.checkpoint.segments import SEGMENTS_NAME, Change, Share, read_changes, read_numbers
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -20,6 +20,7 @@ from pretrain.data.index import DatasetIndex, open_index
 from pretrain.data.stream import Segment, Source, Stream
 from pretrain.derived import check_class_agreement, run_lanes, s3_settings
 from pretrain.errors import CheckpointError, ConfigError, DataError, UsageError
+from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.storage import is_remote
 
 CONFIG_NAME = "config.yaml"
@@ -103,12 +104,19 @@ def open_run_data(
         return len(indexes) - 1
 
     def changed(share: Share) -> Source:
-        number = number_of(share.url)
+        try:
+            number = number_of(share.url)
+        except UsageError as error:
+            raise UsageError(
+                f"{error} (the run is or was trained on it since its data was changed; what was consumed follows "
+                f"from its index, so bring that back, also where the shards are gone for good; where they have "
+                f"moved, say so in {run_dir / SEGMENTS_NAME})"
+            ) from error
         if indexes[number].identity != share.identity:
             raise DataError(
                 f"{share.url}: its index is {indexes[number].identity[:12]}, the run's data was changed to "
                 f"{share.identity[:12]}; bring those shards back, or, where they have moved, say so in "
-                f"{run_dir / 'segments.json'}"
+                f"{run_dir / SEGMENTS_NAME}"
             )
         excluded = None if share.excluded is None else read_numbers(run_dir, share.excluded)
         return Source(
@@ -185,7 +193,7 @@ def open_run(run_dir: Path) -> ExistingRun:
     config = parse_config(read_recipe(path), source=str(path))
     config = config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
     manifest = newest_manifest(run_dir)
-    lanes = stored_lanes(run_dir) or run_lanes(config)
+    lanes = stored_lanes(run_dir) or _journalled_lanes(run_dir) or run_lanes(config)
     urls = {}
     if manifest is not None and manifest.segments:
         stored = manifest.segments[0]["datasets"]  # absolute, and where an image folder's shards are
@@ -200,6 +208,15 @@ def open_run(run_dir: Path) -> ExistingRun:
         urls=urls,
         data=open_run_data(config, lanes=lanes, urls=urls),
     )
+
+
+def _journalled_lanes(run_dir: Path) -> int | None:
+    """What a run without a checkpoint has begun with; a debug run takes few lanes."""
+    try:
+        starts = [r for r in read_journal(run_dir / JOURNAL_NAME) if r["event"] == "start"]
+    except FileNotFoundError:
+        return None
+    return int(starts[-1]["lanes"]) if starts else None
 
 
 def is_run(path: Path) -> bool:

@@ -29,22 +29,28 @@ BATCH = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=_count, default=10**9, metavar="N", help="samples (default 1e9)")
+    parser.add_argument(
+        "--samples", type=whole_number, default=10**9, metavar="N", help="samples (default 1e9)"
+    )
     parser.add_argument(
         "--chunk-samples",
-        type=_count,
+        type=whole_number,
         default=71,
         metavar="C",
         help="samples a chunk (default 71: 110 kB each)",
     )
-    parser.add_argument("--lanes", type=_count, default=MAX_LANES, metavar="L", help="lanes (default 256)")
-    parser.add_argument("--excluded", type=_count, default=0, metavar="N", help="samples that are excluded")
+    parser.add_argument(
+        "--lanes", type=whole_number, default=MAX_LANES, metavar="L", help="lanes (default 256)"
+    )
+    parser.add_argument(
+        "--excluded", type=whole_number, default=0, metavar="N", help="samples that are excluded"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
-def _count(text: str) -> int:
-    value = float(text)
-    if value != int(value):
+def whole_number(text: str) -> int:
+    value = float(text)  # 1e9 is how one writes it
+    if not value.is_integer():  # nor is inf or nan
         raise ValueError(text)
     return int(value)
 

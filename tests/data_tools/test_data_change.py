@@ -389,6 +389,19 @@ def test_the_order_of_a_run_is_listed_with_its_segments(
     assert "--global-batch-size is needed" in capsys.readouterr().err
 
 
+def test_a_run_without_a_checkpoint_is_listed_by_the_lanes_that_it_began_with(
+    tmp_path: Path, datasets: dict[str, str]
+) -> None:
+    run = Run(tmp_path / "run", datasets["a"])
+    assert run.opened().data.stream.lanes == 8
+    journal = Journal(run.folder / "journal.jsonl", attempt=1)
+    journal.append("start", step=0, samples=0, lanes=2)
+    journal.close()
+    assert run.opened().data.stream.lanes == 2
+    run.train(0, 3, saved=2)
+    assert run.opened().manifest.order["lanes"] == run.opened().data.stream.lanes == 2
+
+
 def test_neither_command_imports_torch(start_run: Callable[[], Run], tmp_path: Path) -> None:
     run = start_run()
     listed = keys_file(tmp_path / "keys.txt", ["s00001"])
