@@ -1,7 +1,7 @@
 """When were these samples seen in this run? Called by `pretrain order RUN --audit keys.txt`.
 
 Goes from samples to positions, not over the positions: a pass over each dataset's keys, then for every
-epoch that was begun its table (a second at 10**9 samples) and some tens of microseconds a key.
+epoch that was begun its table (a second or two at 10**9 samples) and some 0.1 ms a key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, SampleTable, open_samples
 from pretrain.data.keys import find_keys
 from pretrain.data.order import Int64s, locate_sample, sample_ends
-from pretrain.datasets import ExistingRun
+from pretrain.datasets import ExistingRun, GoneDataset
 from pretrain.derived import s3_settings
 from pretrain.errors import DataError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
@@ -92,7 +92,8 @@ class Audit:
     def __init__(self, run: ExistingRun, keys: Sequence[bytes]) -> None:
         self.run, self.keys, self.history = run, keys, history_of(run)
         self._stream = run.data.stream
-        self._ends = [sample_ends(index.chunk_samples) for index in run.data.indexes]
+        everything: list[DatasetIndex | GoneDataset] = [*run.data.indexes, *run.data.gone]
+        self._ends = [sample_ends(dataset.chunk_samples) for dataset in everything]
         self._tables: list[SampleTable] = [
             open_samples(index, s3=s3_settings(run.config)) for index in run.data.indexes
         ]
@@ -103,7 +104,8 @@ class Audit:
 
         Events of a key: `seen` (at its own position), `seen_as_substitute` (for another one, `for`),
         `excluded` and `replaced` (at its own position another one, `by`, was shown), `never_seen`, and
-        `unknown` for a key that no dataset of the run has.
+        `unknown` for a key that no dataset of the run has. A dataset that is not there any more as it was
+        has a line `gone`: which keys its samples had cannot be told.
         """
         history = self.history
         last_step = history.step_of(history.reached - 1) if history.reached else 0
@@ -115,13 +117,15 @@ class Audit:
             "committed_samples": history.committed,
         }
         yield from (self._segment_line(number) for number in range(len(self._stream.segments)))
+        for dataset in self.run.data.gone:
+            yield {"event": "gone", "dataset": dataset.url, "samples": dataset.num_samples}
         found: list[list[dict[str, Any]]] = [[] for _ in self.keys]
         known: set[int] = set()
-        for dataset, index in enumerate(self.run.data.indexes):
-            samples, which = find_keys(self._tables[dataset], self.keys)
+        for number, index in enumerate(self.run.data.indexes):
+            samples, which = find_keys(self._tables[number], self.keys)
             known.update(which.tolist())
             if len(samples):
-                self._trace(dataset, index, samples, which, found)
+                self._trace(number, index, samples, which, found)
         self._substitutes_in_ledger(found)
         for number, key in enumerate(self.keys):
             name = key.decode("utf-8", "surrogateescape")
@@ -218,10 +222,12 @@ class Audit:
             return {"event": "seen_as_substitute", "for": self._tables[dataset].key(excluded)}
         return {"event": "seen"}
 
-    def _key_at(self, g: int) -> str:
+    def _key_at(self, g: int) -> str | None:
         """The key of what stands at a position, before anything that does not decode is replaced."""
         places = self._stream.locate([g])
         dataset, chunk, row = (int(column[0]) for column in places)
+        if dataset >= len(self._tables):
+            return None
         start = int(self._ends[dataset][chunk - 1]) if chunk else 0
         return self._tables[dataset].key(start + row)
 

@@ -6,6 +6,7 @@ excluded sample would stand another one of its neighbourhood stands in, by rule.
 
   pretrain data-change runs/a --add s3://bucket/more=0.5         (a weight relative to the others'; 1 if left out)
   pretrain data-change runs/a --set shards/train=3 --remove shards/old
+  pretrain data-change runs/a --renew shards/train               (after `pretrain data redact` rewrote it)
   pretrain data-change runs/a --exclude keys.txt --dry-run       (one key a line; earlier exclusions stay)
 
 `pretrain order RUN --audit keys.txt` shows what was seen, when, and what was excluded.
@@ -37,7 +38,15 @@ from pretrain.checkpoint.segments import (
 from pretrain.data.index import DatasetIndex, open_index, open_samples
 from pretrain.data.keys import find_keys
 from pretrain.data.order import Int64s
-from pretrain.datasets import ExistingRun, RunData, lasting_url, open_run, open_run_data, require_run
+from pretrain.datasets import (
+    ExistingRun,
+    GoneDataset,
+    RunData,
+    lasting_url,
+    open_run,
+    open_run_data,
+    require_run,
+)
 from pretrain.derived import s3_settings, total_steps
 from pretrain.errors import UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
@@ -59,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL=WEIGHT",
         help="give a dataset of the run this weight",
     )
+    parser.add_argument(
+        "--renew",
+        action="append",
+        default=[],
+        metavar="URL",
+        help="take a dataset of the run as it is now, when it was rewritten (redacted, extended) where it is",
+    )
     parser.add_argument("--remove", action="append", default=[], metavar="URL", help="no longer train on it")
     parser.add_argument(
         "--exclude", metavar="FILE", type=Path, help="keys that are not to be shown, one a line"
@@ -70,8 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if not (args.add or args.set or args.remove or args.exclude):
-        raise UsageError("nothing to change: give --add, --set, --remove or --exclude")
+    if not (args.add or args.set or args.renew or args.remove or args.exclude):
+        raise UsageError("nothing to change: give --add, --set, --renew, --remove or --exclude")
     asked_keys = None if args.exclude is None else read_key_list(args.exclude)
     require_run(args.run_dir)
     with ExitStack() as stack, wrong_if_unreachable():
@@ -88,8 +104,10 @@ def run(args: argparse.Namespace) -> int:
         datasets = _changed_datasets(existing, changes, args)
         change = Change(start=start, attempt=attempt, time=time.time(), datasets=tuple(datasets))
         data = open_run_data(
-            existing.config, lanes=existing.data.stream.lanes, urls=existing.urls, changes=[*changes, change]
+            existing.config, lanes=existing.data.stream.lanes, changes=[*changes, change], **existing.first
         )
+        _refuse_gone(data)
+        _refuse_other_classes(existing, data)
         excluded = _exclusions(existing, changes, data, asked_keys, ignore_unknown=args.ignore_unknown)
         _say(existing, data, excluded, start=start)
         if args.dry_run:
@@ -98,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         change = _with_exclusions(args.run_dir, change, number=len(changes) + 1, excluded=excluded)
         # Read back as the run will read it, before it counts.
         open_run_data(
-            existing.config, lanes=existing.data.stream.lanes, urls=existing.urls, changes=[*changes, change]
+            existing.config, lanes=existing.data.stream.lanes, changes=[*changes, change], **existing.first
         )
         write_changes(args.run_dir, [*changes, change])
         journal = Journal(args.run_dir / JOURNAL_NAME, attempt=attempt)
@@ -137,6 +155,12 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
         url, weight = _url_and_weight(text, default=None)
         number = _number_of(shares, url, option="--set")
         shares[number] = replace(shares[number], weight=weight)
+    for url in args.renew:
+        number = _number_of(shares, url, option="--renew")
+        index = open_index(url, s3=s3_settings(existing.config))
+        if index.identity == shares[number].identity:
+            raise UsageError(f"--renew {url}: its index is the one that the run is trained on; leave it out")
+        shares[number] = _share(index, shares[number].weight)
     for url in args.remove:
         del shares[_number_of(shares, url, option="--remove")]
     for text in args.add:
@@ -154,7 +178,7 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
     return shares
 
 
-def _share(index: DatasetIndex, weight: float) -> Share:
+def _share(index: DatasetIndex | GoneDataset, weight: float) -> Share:
     return Share(
         url=lasting_url(index.url), identity=index.identity, num_samples=index.num_samples, weight=weight
     )
@@ -182,6 +206,30 @@ def _number_of(shares: list[Share], url: str, *, option: str) -> int:
     )
 
 
+def _refuse_gone(data: RunData) -> None:
+    """Everything that is to be trained on must be there as the run knows it."""
+    for dataset in data.datasets_of(-1):
+        if isinstance(dataset, GoneDataset):
+            raise UsageError(
+                f"{dataset.url}: is not there as the run knows it (index {dataset.identity[:12]}); if it was "
+                f"rewritten on purpose, give --renew {dataset.url}, else --remove it, or bring it back"
+            )
+
+
+def _refuse_other_classes(existing: ExistingRun, data: RunData) -> None:
+    """The head has learned what its numbers mean; a dataset that takes a gone one's place must mean the same."""
+    if existing.config.objective.name != "classification" or existing.manifest is None:
+        return
+    learned, index = existing.manifest.dataset, data.indexes[0]  # the others agree with it
+    names = learned.get("class_names"), index.class_names
+    same_names = None in names or list(names[0] or ()) == list(names[1] or ())
+    if not same_names or learned.get("num_classes", index.num_classes) != index.num_classes:
+        raise UsageError(
+            f"{index.url}: has {index.num_classes} classes ({_some(index.class_names or ())}), the run has learned "
+            f"{learned.get('num_classes')} ({_some(names[0] or ())}); index it with the same --class-names"
+        )
+
+
 Exclusions = tuple[list[bytes], Mapping[int, Int64s]]  # all keys, and by place in the segment the samples
 
 
@@ -200,7 +248,8 @@ def _exclusions(
         return [], {}
     found: set[int] = set()
     numbers: dict[int, Int64s] = {}
-    for i, index in enumerate(data.datasets_of(-1)):
+    indexes = [data.indexes[dataset] for dataset in data.stream.segments[-1].datasets]
+    for i, index in enumerate(indexes):
         print(
             f"looking for {len(keys):,} keys among the {index.num_samples:,} samples of {index.url}",
             file=sys.stderr,

@@ -33,7 +33,7 @@ from data_tools.start import wrong_if_unreachable
 from pretrain.data.index import DatasetIndex, open_index, open_samples
 from pretrain.data.order import PAD, Order, lanes_for, sample_ends, slice_batch
 from pretrain.data.stream import Stream
-from pretrain.datasets import is_run, open_run
+from pretrain.datasets import GoneDataset, is_run, open_run
 from pretrain.derived import s3_settings
 from pretrain.errors import UsageError
 from pretrain.storage import S3Settings
@@ -96,6 +96,7 @@ def _lines_of_run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     return list_order(
         existing.data.stream,
         existing.data.indexes,
+        gone=existing.data.gone,
         start=args.start,
         count=B if args.count is None else args.count,
         global_batch_size=B,
@@ -137,6 +138,7 @@ def list_order(
     stream: Stream,
     indexes: Sequence[DatasetIndex],
     *,
+    gone: Sequence[GoneDataset] = (),
     start: int,
     count: int,
     global_batch_size: int,
@@ -145,7 +147,7 @@ def list_order(
     s3: S3Settings,
 ) -> Iterator[dict[str, Any]]:
     """What stands at each of the positions [start, start + count), as {g, epoch, batch, rank, shard, key};
-    `of_run` adds {segment, dataset}.
+    `of_run` adds {segment, dataset}. Of datasets that are gone shard and key are None.
     """
     tables = [open_samples(index, s3=s3) for index in indexes]
     ends = [sample_ends(index.chunk_samples) for index in indexes]
@@ -162,14 +164,19 @@ def list_order(
         epochs, segments = stream.epoch(positions), stream.segment_of(positions)
         for i, g in enumerate(positions.tolist()):
             dataset, chunk, row = (int(column[i]) for column in places)
-            index = indexes[dataset]
-            before = int(ends[dataset][chunk - 1]) if chunk else 0
+            there = dataset < len(indexes)
+            url = indexes[dataset].url if there else gone[dataset - len(indexes)].url
+            before = int(ends[dataset][chunk - 1]) if there and chunk else 0
             line = {
                 "g": g,
                 "epoch": int(epochs[i]),
                 "batch": batch_number,
                 "rank": int(ranks[g - batch_number * B]),
-                "shard": index.shard_names[int(index.chunk_shard[chunk])],
-                "key": tables[dataset].key(before + row),
+                "shard": shard_of(indexes[dataset], chunk) if there else None,
+                "key": tables[dataset].key(before + row) if there else None,
             }
-            yield {**line, "segment": int(segments[i]), "dataset": index.url} if of_run else line
+            yield {**line, "segment": int(segments[i]), "dataset": url} if of_run else line
+
+
+def shard_of(index: DatasetIndex, chunk: int) -> str:
+    return index.shard_names[int(index.chunk_shard[chunk])]

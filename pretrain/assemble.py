@@ -22,7 +22,7 @@ from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.reader import ChunkReader
-from pretrain.datasets import RunData, open_run_data
+from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
     check_validation_labels,
@@ -148,15 +148,26 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     do not fit the recipe.
     """
     val_url, s3 = config.data.val, s3_settings(config)
-    lanes = from_main(world, lambda: stored_lanes(Path(config.run_dir))) or run_lanes(config, debug=debug)
+    run_dir = Path(config.run_dir)
+    lanes = from_main(world, lambda: stored_lanes(run_dir)) or run_lanes(config, debug=debug)
+    manifest = newest_manifest(run_dir)
     urls = from_main(world, lambda: pack_images(config), patiently=True)
-    opened = together(lambda: open_run_data(config, lanes=lanes, urls=urls))
+    opened = together(
+        lambda: open_run_data(
+            config,
+            lanes=lanes,
+            urls=urls,
+            consumed=manifest.samples if manifest else 0,
+            **first_datasets(config, manifest),
+        )
+    )
     num_classes = num_classes_for(config, opened.indexes[0])
     val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)
     return Data(
         indexes=opened.indexes,
+        gone=opened.gone,
         val_index=val_index,
         stream=opened.stream,
         segments=opened.segments,

@@ -11,8 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest, stored_lanes
-from pretrain.checkpoint.segments import SEGMENTS_NAME, Change, Share, read_changes, read_numbers
+from pretrain.checkpoint.segments import (
+    SEGMENTS_NAME,
+    Change,
+    Share,
+    kept_chunk_sizes,
+    read_changes,
+    read_numbers,
+)
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -27,18 +37,43 @@ CONFIG_NAME = "config.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
+class GoneDataset:
+    """One that was consumed and is not there any more as it was: its order is known, its samples are not."""
+
+    url: str
+    identity: str
+    num_samples: int
+    chunk_samples: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunData:
     """What a run consumes.
 
-    indexes: of all datasets, numbered as in the stream. segments: what manifests say of the stream."""
+    indexes: of the datasets that are there, numbered as in the stream; gone: those numbered after them.
+    segments: what manifests say of the stream.
+    """
 
     indexes: tuple[DatasetIndex, ...]
+    gone: tuple[GoneDataset, ...]
     stream: Stream
     segments: list[dict[str, Any]]
 
-    def datasets_of(self, number: int) -> list[DatasetIndex]:
+    def datasets_of(self, number: int) -> list[DatasetIndex | GoneDataset]:
         """The datasets of a segment, as the segment numbers its sources."""
-        return [self.indexes[dataset] for dataset in self.stream.segments[number].datasets]
+        both: list[DatasetIndex | GoneDataset] = [*self.indexes, *self.gone]
+        return [both[dataset] for dataset in self.stream.segments[number].datasets]
+
+    def require_from(self, position: int) -> None:
+        """Raises DataError when what is to be consumed from `position` on is not all there."""
+        for number in range(int(self.stream.segment_of(position)), len(self.segments)):
+            for dataset in self.datasets_of(number):
+                if isinstance(dataset, GoneDataset):
+                    raise DataError(
+                        f"{dataset.url}: is not what it was (index {dataset.identity[:12]}), and the run is to go on "
+                        f"from sample {position}, before its data was changed; bring it, or the newer checkpoint, "
+                        "back from a copy"
+                    )
 
     def cut_short(self, number: int, *, until: int) -> list[dict[str, Any]]:
         """Of each dataset of a segment that ends at `until`: {url, epoch, seen, of}, how many samples of its
@@ -57,7 +92,7 @@ class RunData:
     @property
     def is_mixed(self) -> bool:
         """Is there more to say of it than one dataset's url?"""
-        return len(self.segments) > 1 or len(self.indexes) > 1
+        return len(self.segments) > 1 or len(self.datasets_of(0)) > 1
 
     def said(self, *, total_samples: int) -> list[str]:
         """A line a dataset of each segment: its lanes, its share, its epochs over a run of so many samples."""
@@ -84,86 +119,123 @@ def open_run_data(
     lanes: int,
     urls: Mapping[str, str] | None = None,
     changes: Sequence[Change] | None = None,
+    first_identities: Sequence[str] = (),
+    consumed: int | None = None,
 ) -> RunData:
     """Open the indexes and build the stream of the recipe's data.train and the changes in its run_dir.
 
     urls: where the shards of a url of data.train really are (an image folder's, packed). changes: instead
-    of the run_dir's. Raises UsageError when a dataset has no index, ConfigError when datasets do not go
-    together, DataError when one is not what the change says, CheckpointError for a damaged list.
+    of the run_dir's. first_identities: what data.train was when the run began. A dataset that is not there
+    as it was may be gone in segments that end up to `consumed`; None, to look and not to train: in any.
+
+    Raises UsageError when a dataset has no index, ConfigError when datasets do not go together, DataError
+    when one is not what the change says, CheckpointError for a damaged list.
     """
-    run_dir, s3 = Path(config.run_dir), s3_settings(config)
+    run_dir = Path(config.run_dir)
     changes = read_changes(run_dir) if changes is None else changes
-    indexes: list[DatasetIndex] = []
-
-    def number_of(url: str) -> int:
-        index = open_index(url, s3=s3)
-        for number, known in enumerate(indexes):
-            if known.identity == index.identity:
-                return number
-        indexes.append(index)
-        return len(indexes) - 1
-
-    def changed(share: Share) -> Source:
-        try:
-            number = number_of(share.url)
-        except UsageError as error:
-            raise UsageError(
-                f"{error} (the run is or was trained on it since its data was changed; what was consumed follows "
-                f"from its index, so bring that back, also where the shards are gone for good; where they have "
-                f"moved, say so in {run_dir / SEGMENTS_NAME})"
-            ) from error
-        if indexes[number].identity != share.identity:
-            raise DataError(
-                f"{share.url}: its index is {indexes[number].identity[:12]}, the run's data was changed to "
-                f"{share.identity[:12]}; bring those shards back, or, where they have moved, say so in "
-                f"{run_dir / SEGMENTS_NAME}"
-            )
-        excluded = None if share.excluded is None else read_numbers(run_dir, share.excluded)
-        return Source(
-            dataset=number,
-            chunk_samples=indexes[number].chunk_samples,
-            weight=share.weight,
-            excluded=excluded,
-        )
-
-    first: list[Source] = []
-    for source in config.data.sources:
-        number = number_of((urls or {}).get(source.url, source.url))
-        if number in [known.dataset for known in first]:
+    ends = [*(change.start for change in changes), None]
+    datasets = _Datasets(config, consumed=consumed)
+    known = list(first_identities) if len(first_identities) == len(config.data.sources) else []
+    first: list[Share] = []
+    for i, source in enumerate(config.data.sources):
+        url = (urls or {}).get(source.url, source.url)
+        dataset = datasets.open(url, identity=known[i] if known else None, end=ends[0])
+        same = [share.url for share in first if share.identity == dataset.identity]
+        if same:
             raise ConfigError(
-                f"data.train: {source.url} holds the same samples as {indexes[number].url}; name one of the two, "
+                f"data.train: {source.url} holds the same samples as {same[0]}; name one of the two, "
                 "with the sum of the weights"
             )
         first.append(
-            Source(dataset=number, chunk_samples=indexes[number].chunk_samples, weight=source.weight)
+            Share(url=url, identity=dataset.identity, num_samples=dataset.num_samples, weight=source.weight)
         )
-    segments = [Segment(first, seed=config.seed, lanes=lanes)]
-    for i, change in enumerate(changes, start=1):
-        sources = [changed(share) for share in change.datasets]
-        segments.append(Segment(sources, seed=config.seed, lanes=lanes, start=change.start, number=i))
+    for change, end in zip(changes, ends[1:], strict=True):
+        for share in change.datasets:
+            opened = datasets.open(share.url, identity=share.identity, end=end)
+            if opened.identity != share.identity:
+                raise DataError(
+                    f"{share.url}: its index is {opened.identity[:12]}, the run's data was changed to "
+                    f"{share.identity[:12]}; bring those shards back; where they have moved, say so in "
+                    f"{run_dir / SEGMENTS_NAME}; where they were rewritten on purpose, "
+                    f"`pretrain data-change {run_dir} --renew {share.url}`"
+                )
+    indexes, gone = datasets.all()
     check_class_agreement(config, indexes)
-    described = [_described(segments[0], indexes, [source.weight for source in first], {})]
-    for segment, change in zip(segments[1:], changes, strict=True):
-        digests = {i: share.excluded.sha256 for i, share in enumerate(change.datasets) if share.excluded}
-        described.append(_described(segment, indexes, [share.weight for share in change.datasets], digests))
-    return RunData(indexes=tuple(indexes), stream=Stream(segments), segments=described)
+    numbered: list[DatasetIndex | GoneDataset] = [*indexes, *gone]
+    numbers = {dataset.identity: number for number, dataset in enumerate(numbered)}
+    sizes = [dataset.chunk_samples for dataset in numbered]
+    segments, described = [], []
+    for number, shares in enumerate([tuple(first), *(change.datasets for change in changes)]):
+        sources = [
+            Source(
+                dataset=numbers[share.identity],
+                chunk_samples=sizes[numbers[share.identity]],
+                weight=share.weight,
+                excluded=None if share.excluded is None else read_numbers(run_dir, share.excluded),
+            )
+            for share in shares
+        ]
+        start = changes[number - 1].start if number else 0
+        segment = Segment(sources, seed=config.seed, lanes=lanes, start=start, number=number)
+        segments.append(segment)
+        described.append(_described(segment, shares))
+    stream = Stream(segments, num_datasets=len(indexes))
+    return RunData(indexes=indexes, gone=gone, stream=stream, segments=described)
 
 
-def _described(
-    segment: Segment, indexes: Sequence[DatasetIndex], weights: Sequence[float], digests: Mapping[int, str]
-) -> dict[str, Any]:
+class _Datasets:
+    """The datasets of a run, opened once each."""
+
+    def __init__(self, config: RunConfig, *, consumed: int | None) -> None:
+        self._run_dir, self._s3, self._consumed = Path(config.run_dir), s3_settings(config), consumed
+        self._found: dict[str, DatasetIndex | GoneDataset] = {}  # by identity
+
+    def open(self, url: str, *, identity: str | None, end: int | None) -> DatasetIndex | GoneDataset:
+        """What is at `url`; if that is not `identity`, and it is not needed past `end`, what is known of it."""
+        try:
+            dataset: DatasetIndex | GoneDataset = open_index(url, s3=self._s3)
+        except UsageError:
+            gone = self._gone(url, identity, end)
+            if gone is None:
+                raise
+            dataset = gone
+        else:
+            if identity not in (None, dataset.identity):
+                dataset = self._gone(url, identity, end) or dataset
+        if not isinstance(self._found.get(dataset.identity), DatasetIndex):  # else it has moved, and is there
+            self._found[dataset.identity] = dataset
+        return self._found[dataset.identity]
+
+    def all(self) -> tuple[tuple[DatasetIndex, ...], tuple[GoneDataset, ...]]:
+        found = self._found.values()
+        return (
+            tuple(dataset for dataset in found if isinstance(dataset, DatasetIndex)),
+            tuple(dataset for dataset in found if isinstance(dataset, GoneDataset)),
+        )
+
+    def _gone(self, url: str, identity: str | None, end: int | None) -> GoneDataset | None:
+        if identity is None or (self._consumed is not None and (end is None or end > self._consumed)):
+            return None
+        sizes = kept_chunk_sizes(self._run_dir, identity)
+        if sizes is None:
+            return None
+        samples = int(sizes.sum(dtype=np.int64))
+        return GoneDataset(url=url, identity=identity, num_samples=samples, chunk_samples=sizes)
+
+
+def _described(segment: Segment, shares: Sequence[Share]) -> dict[str, Any]:
     return {
         "start": segment.start,
         "datasets": [
             {
-                "url": lasting_url(indexes[dataset].url),
-                "identity": indexes[dataset].identity,
-                "num_samples": indexes[dataset].num_samples,
-                "weight": weights[i],
-                "lanes": segment.lanes_by_source[i],
-                "excluded": digests.get(i),
+                "url": lasting_url(share.url),
+                "identity": share.identity,
+                "num_samples": share.num_samples,
+                "weight": share.weight,
+                "lanes": lanes,
+                "excluded": None if share.excluded is None else share.excluded.sha256,
             }
-            for i, dataset in enumerate(segment.datasets)
+            for share, lanes in zip(shares, segment.lanes_by_source, strict=True)
         ],
     }
 
@@ -180,7 +252,7 @@ class ExistingRun:
     run_dir: Path
     config: RunConfig
     manifest: Manifest | None  # of the newest readable checkpoint
-    urls: Mapping[str, str]  # where the shards of data.train are, as the checkpoint has it
+    first: Mapping[str, Any]  # `open_run_data`'s arguments that say what data.train was, and where
     data: RunData
 
 
@@ -194,20 +266,28 @@ def open_run(run_dir: Path) -> ExistingRun:
     config = config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
     manifest = newest_manifest(run_dir)
     lanes = stored_lanes(run_dir) or _journalled_lanes(run_dir) or run_lanes(config)
-    urls = {}
-    if manifest is not None and manifest.segments:
-        stored = manifest.segments[0]["datasets"]  # absolute, and where an image folder's shards are
-        if len(stored) == len(config.data.sources):
-            urls = {
-                source.url: share["url"] for source, share in zip(config.data.sources, stored, strict=True)
-            }
+    first = first_datasets(config, manifest, look_there=True)
     return ExistingRun(
         run_dir=run_dir,
         config=config,
         manifest=manifest,
-        urls=urls,
-        data=open_run_data(config, lanes=lanes, urls=urls),
+        first=first,
+        data=open_run_data(config, lanes=lanes, **first),
     )
+
+
+def first_datasets(
+    config: RunConfig, manifest: Manifest | None, *, look_there: bool = False
+) -> dict[str, Any]:
+    """What a run's data.train was when it began, for `open_run_data`; `look_there`: also where it was."""
+    stored = manifest.segments[0]["datasets"] if manifest is not None and manifest.segments else []
+    if len(stored) != len(config.data.sources):
+        return {}
+    first: dict[str, Any] = {"first_identities": [share["identity"] for share in stored]}
+    if look_there:  # absolute, and for an image folder where its shards are
+        pairs = zip(config.data.sources, stored, strict=True)
+        first["urls"] = {source.url: share["url"] for source, share in pairs}
+    return first
 
 
 def _journalled_lanes(run_dir: Path) -> int | None:

@@ -133,7 +133,7 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
 
 def check_class_agreement(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
     """Raises ConfigError when label numbers do not mean the same in all datasets of a run that uses them."""
-    if config.objective.name != "classification":
+    if config.objective.name != "classification" or not indexes:
         return
     first = next((index for index in indexes if index.class_names is not None), indexes[0])
     for other in indexes:

@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.load import as_yaml, load_config, zero_stage
 from pretrain.config.schema import RunConfig
-from pretrain.datasets import RunData, open_run_data
+from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     backbone_spec,
     is_image_source,
@@ -122,7 +122,8 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
             known = {"steps": config.train.steps, "epochs": config.train.epochs}.get(name)
             yield name, f"{known}" if known is not None else "unknown without the index"
     else:
-        indexes, segment = data.datasets_of(-1), data.stream.segments[-1]
+        segment = data.stream.segments[-1]
+        indexes = [data.indexes[dataset] for dataset in segment.datasets]
         steps = total_steps(config, data.stream)
         samples = steps * config.train.global_batch_size
         num_samples, num_bytes = segment.num_samples, sum(int(index.chunk_bytes.sum()) for index in indexes)
@@ -152,7 +153,10 @@ def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]
                 f"{source.url} holds images, which are packed into data.cache_dir when the run starts",
             )
     try:
-        return open_run_data(config, lanes=lanes), ""
+        manifest = newest_manifest(Path(config.run_dir))
+        consumed = manifest.samples if manifest else 0
+        first = first_datasets(config, manifest)
+        return open_run_data(config, lanes=lanes, consumed=consumed, **first), ""
     except ConfigError:
         raise
     except PretrainError as error:

@@ -29,6 +29,7 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
+    Data,
     build_device_transform,
     build_engine,
     build_eval_loader,
@@ -45,6 +46,7 @@ from pretrain.checkpoint.run_directory import (
     write_whole,
 )
 from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.segments import keep_chunk_sizes
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
@@ -157,6 +159,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+        together(lambda: data.require_from(samples))
+        from_main(world, lambda: keep_order_of(data, run_dir))
         reporter.start(
             step=step,
             samples=samples,
@@ -256,6 +260,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
+
+
+def keep_order_of(data: Data, run_dir: Path) -> None:
+    """So that what was consumed can be told when a dataset is no longer what it was."""
+    for index in data.indexes:
+        keep_chunk_sizes(run_dir, index.identity, index.chunk_samples)
 
 
 def learning_rate(config: RunConfig, step: int, last_step: int) -> float:

@@ -99,6 +99,13 @@ def _segment_differences(manifest: Manifest, now: Sequence[Mapping[str, Any]]) -
                 )
         elif _what_matters(before[number]) != _what_matters(now[number]):
             found.append(f"  {name}: {_said(before[number])} in the checkpoint, {_said(now[number])} now")
+            urls = [
+                [share["url"] for share in segment["datasets"]] for segment in (before[number], now[number])
+            ]
+            if urls[0] == urls[1]:
+                found.append(
+                    "    (if it was rewritten there on purpose: pretrain data-change RUN --renew URL)"
+                )
     return found
 
 

@@ -6,6 +6,8 @@ A run's first segment is its recipe's data.train. Each change begins another, fr
     RUN/segments.json                     the changes, oldest first
     RUN/segments/0001-keys.txt            the keys that are excluded from change 1 on, a line each
     RUN/segments/0001-IDENTITY.npy        the numbers of the samples with those keys, for one dataset
+    RUN/segments/chunks-IDENTITY-….npy    samples a chunk of every dataset the run has consumed: the order follows
+                                          from them, so that a dataset may change or go when the run is past it
 
 Every checkpoint's manifest repeats the segments, with digests: `compatibility.py` refuses what does not fit.
 Only a dataset's url may be edited by hand, when it has moved; the rest is checked.
@@ -101,14 +103,41 @@ def read_keys(run_dir: Path, file: ListFile) -> list[bytes]:
 
 
 def write_numbers(run_dir: Path, name: str, numbers: npt.NDArray[np.int64]) -> ListFile:
-    buffer = io.BytesIO()
-    np.save(buffer, numbers.astype("<i8"), allow_pickle=False)
-    return _write_list(run_dir, name, buffer.getvalue(), count=len(numbers))
+    return _write_list(run_dir, name, _npy(numbers.astype("<i8")), count=len(numbers))
 
 
 def read_numbers(run_dir: Path, file: ListFile) -> npt.NDArray[np.int64]:
     """Raises CheckpointError when the list is not what it was."""
     return np.load(io.BytesIO(_read_list(run_dir, file)), allow_pickle=False).astype(np.int64)
+
+
+def keep_chunk_sizes(run_dir: Path, identity: str, chunk_samples: npt.NDArray[Any]) -> None:
+    """Remember how many samples the chunks of a dataset hold, unless that is known. Raises PretrainError."""
+    if not _chunk_files(run_dir, identity):
+        data = _npy(chunk_samples.astype("<i4"))
+        digest = hashlib.sha256(data).hexdigest()
+        name = f"chunks-{identity[:16]}-{digest[:16]}.npy"
+        _write_list(run_dir, name, data, count=len(chunk_samples))
+
+
+def kept_chunk_sizes(run_dir: Path, identity: str) -> npt.NDArray[np.int32] | None:
+    """None where they were not kept. Raises CheckpointError when the file is damaged."""
+    for path in _chunk_files(run_dir, identity):
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+            raise CheckpointError(f"{path}: is damaged, its digest is not the one in its name; bring it back")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    return None
+
+
+def _chunk_files(run_dir: Path, identity: str) -> list[Path]:
+    return sorted((Path(run_dir) / FILES).glob(f"chunks-{identity[:16]}-*.npy"))
+
+
+def _npy(values: npt.NDArray[Any]) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def _change(record: dict[str, Any]) -> Change:

@@ -250,7 +250,7 @@ class Order:
     def positions_of(self, chunks: npt.ArrayLike, rows: npt.ArrayLike, *, epoch: int) -> Int64s:
         """int64[n]: where the samples (chunk, row) stand in an epoch, the inverse of `locate`.
 
-        Costs the epoch's table, its inverse, and some 20 µs a sample.
+        Costs the epoch's table, its inverse, and some 0.1 ms a sample, to shuffle its block.
         """
         chunks, rows = np.asarray(chunks, np.int64), np.asarray(rows, np.int64)
         table = self._epoch_table(epoch)

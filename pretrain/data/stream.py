@@ -157,14 +157,18 @@ class Segment:
 
 
 class Stream:
-    """The positions of a run over its segments, or over one dataset's order alone."""
+    """The positions of a run over its segments, or over one dataset's order alone.
 
-    def __init__(self, segments: Order | Sequence[Segment]) -> None:
+    num_datasets: how many datasets can be read, all by default; those with higher numbers are gone.
+    """
+
+    def __init__(self, segments: Order | Sequence[Segment], *, num_datasets: int | None = None) -> None:
         if isinstance(segments, Order):
             segments = [_alone(segments)]
         assert segments, "a stream has a segment"
         assert segments[0].start == 0, "the first segment starts at 0"
         self.segments = tuple(segments)
+        self._num_datasets = num_datasets
         self.lanes = segments[0].lanes
         assert all(segment.lanes == self.lanes for segment in segments), "a run keeps its lanes"
         self._starts = np.array([segment.start for segment in segments], np.int64)
@@ -172,13 +176,14 @@ class Stream:
 
     @property
     def samples_by_dataset(self) -> tuple[int, ...]:
-        """How many samples each dataset holds, in the order of `Place.dataset`."""
+        """How many samples each dataset that can be read holds, in the order of `Place.dataset`."""
         sizes = {
             dataset: order.num_samples
             for segment in self.segments
             for dataset, order in zip(segment.datasets, segment.orders, strict=True)
         }
-        return tuple(sizes[dataset] for dataset in range(len(sizes)))
+        count = len(sizes) if self._num_datasets is None else self._num_datasets
+        return tuple(sizes[dataset] for dataset in range(count))
 
     def fingerprint(self) -> dict[str, Any]:
         """What, beside the segments' datasets, decides the stream. Stored with a run; a change is refused."""
