@@ -187,6 +187,8 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -204,6 +206,8 @@ def build_eval_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 

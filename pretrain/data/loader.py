@@ -17,12 +17,12 @@ import torch
 
 from pretrain.data.ledger import Replacement
 from pretrain.data.order import PAD, Int64s, locate_sample, sample_ends, slice_batch, validation_slice
-from pretrain.data.prepare import HostTransform, Origin
+from pretrain.data.prepare import HostTransform, Origin, storage_counters
 from pretrain.data.reader import ChunkReader
 from pretrain.data.source import Source, Whole, add_counters
 from pretrain.data.stream import Places, Stream
 
-DEFAULT_PREFETCH_BYTES = 256 << 20
+DEFAULT_PREFETCH_BYTES = 64 << 20
 DEFAULT_WORKER_TIMEOUT_SECONDS = 60.0
 
 
@@ -41,8 +41,8 @@ class TrainLoader:
 
     readers: of the stream's datasets. transform: `TrainTransform`. seed: of the run; augmentation draws from
     (seed, position). micro_batch_size: even; None for the whole slice. workers: 0 works in this process,
-    with the same results. prefetch_steps: steps that are prepared ahead; prefetch_bytes: of chunks that are
-    fetched beyond them. worker_timeout_seconds: after which a silent worker counts as lost. pin_memory: for
+    with the same results. prefetch_steps: steps that are prepared ahead; prefetch_bytes: of chunks that
+    each worker fetches beyond them. worker_timeout_seconds: after which a silent worker counts as lost. pin_memory: for
     copies to a GPU.
     """
 
@@ -79,6 +79,7 @@ class TrainLoader:
         self.micro_batches = -(-slice_size // self.micro_batch_size)
         self._sources: list[Source] = []
         self._counted: dict[str, float] = {}  # by sources that are closed
+        self._gained_before: dict[str, float] = {}
         self._replaced: list[Replacement] = []
 
     def steps(self, start: int) -> Iterator[list[Batch]]:
@@ -119,11 +120,19 @@ class TrainLoader:
         """The samples of the step that came last from `steps` which stand for others, on this rank."""
         return self._replaced
 
-    def counters(self) -> dict[str, float]:
-        """What this rank's reading came to so far, by name: see `pretrain.storage.counters`; and
-        `worker_restarts`.
+    def gained(self) -> dict[str, float]:
+        """What `counters` gained since the last call, for the step at hand, and its `samples_replaced`; every
+        rank has the same names.
         """
-        total = dict(self._counted)
+        now = self.counters()
+        gained = {name: value - self._gained_before.get(name, 0.0) for name, value in now.items()}
+        self._gained_before = now
+        return {"samples_replaced": float(len(self._replaced)), **gained}
+
+    def counters(self) -> dict[str, float]:
+        """What this rank's reading came to so far: `worker_restarts`, and what `storage_counters` names."""
+        total = {"worker_restarts": 0.0, **dict.fromkeys(storage_counters(), 0.0)}
+        add_counters(total, self._counted)
         for source in self._sources:
             add_counters(total, source.counters())
         return total

@@ -152,12 +152,15 @@ class CounterDeltas:
 
 
 def storage_counters() -> dict[str, float]:
-    """The process's storage counters so far, by name."""
+    """The process's storage counters so far, by name; always the same names."""
     try:
         counters = importlib.import_module("pretrain.storage.counters")
     except ImportError:
         return {}
-    return dict(counters.snapshot())
+    return {
+        name if name.startswith("cache") else f"storage_{name}": value
+        for name, value in counters.snapshot().items()
+    }
 
 
 def _clear(out: Arrays, i: int) -> None:

@@ -61,7 +61,7 @@ class Source:
 
     substitutes: what may stand at a position whose sample does not decode; None leaves its place empty.
     slice_size: the most positions of a slice. workers: 0 works in this process, with the same results.
-    prefetch_steps: slices that are prepared ahead; prefetch_bytes: of chunks that are fetched beyond.
+    prefetch_steps: slices that are prepared ahead; prefetch_bytes: of chunks that each worker fetches beyond.
     """
 
     def __init__(
@@ -84,8 +84,6 @@ class Source:
         self._pin_memory = pin_memory
         preparer = Preparer(stores=[reader.store for reader in readers], transform=transform, seed=seed)
         self._layout = Arrays.layout(transform)
-        if not any(hasattr(reader.store, "prefetch") for reader in readers):
-            prefetch_bytes = 0
         self._depth = prefetch_steps if workers else 1
         self._crew: _Crew = (
             WorkerPool(

@@ -19,6 +19,7 @@ from pretrain.data.index import open_samples
 from pretrain.data.order import PAD, Int64s
 from pretrain.data.reader import ChunkReader, ChunkRef
 from pretrain.data.stream import Places
+from pretrain.storage import is_remote
 
 AS_STORED = -2  # in place of a label: the one that stands beside the image
 
@@ -47,14 +48,17 @@ class Plan(NamedTuple):
 
     positions: Int64s
     tasks: list[Task]
-    new_bytes: int  # of chunks that no plan shortly before this one needs
+    new: list[list[tuple[int, ChunkRef]]]  # for each task, its chunks that no plan shortly before it needs
+
+    def new_bytes(self) -> int:
+        return sum(chunk.num_bytes for chunks in self.new for _, chunk in chunks)
 
 
 class Planner:
     """The plans of a stream of slices, in order, with a look ahead.
 
-    workers: how many there are, at least 1. prefetch_bytes: chunks are announced to workers as long as
-    those announced, and not yet due, weigh less; 0 announces nothing.
+    workers: how many there are, at least 1. prefetch_bytes: plans are made ahead until the chunks that are
+    announced and not yet due weigh so much for each worker; 0 announces nothing.
     """
 
     def __init__(
@@ -67,10 +71,11 @@ class Planner:
         prefetch_bytes: int,
     ) -> None:
         self._readers, self._slices, self._locate = readers, slices, locate
-        self._workers, self._prefetch_bytes = workers, prefetch_bytes
+        self._workers = workers
+        remote = any(is_remote(reader.index.url) for reader in readers)  # else the system reads ahead
+        self._bytes_ahead = workers * prefetch_bytes if remote else 0
         self._labels = [LabelsOfIndex(reader) for reader in readers]
         self._last_needed: list[OrderedDict[int, int]] = [OrderedDict() for _ in range(workers)]
-        self._soon: list[list[tuple[int, ChunkRef]]] = [[] for _ in range(workers)]
         self._planned = 0
 
     def __iter__(self) -> Iterator[Plan]:
@@ -78,21 +83,21 @@ class Planner:
         bytes_ahead, more = 0, True
         while True:
             while more and (
-                not ahead or (bytes_ahead < self._prefetch_bytes and len(ahead) <= _MAX_STEPS_AHEAD)
+                not ahead or (bytes_ahead < self._bytes_ahead and len(ahead) <= _MAX_STEPS_AHEAD)
             ):
                 positions = next(self._slices, None)
                 if positions is None:
                     more = False
                     continue
                 ahead.append(self._plan(positions))
-                bytes_ahead += ahead[-1].new_bytes
+                bytes_ahead += ahead[-1].new_bytes()
             if not ahead:
                 return
             plan = ahead.popleft()
-            bytes_ahead -= plan.new_bytes
-            tasks = [task._replace(soon=tuple(self._soon[w])) for w, task in enumerate(plan.tasks)]
-            for announced in self._soon[: len(tasks)]:
-                announced.clear()
+            bytes_ahead -= plan.new_bytes()
+            # Named again until they are due: a store that had no room for one then may have it now.
+            soon = [[one for later in (plan, *ahead) for one in later.new[w]] for w in range(len(plan.tasks))]
+            tasks = [task._replace(soon=tuple(own)) for task, own in zip(plan.tasks, soon, strict=True)]
             yield plan._replace(tasks=tasks)
 
     def label(self, dataset: int, chunk: int, row: int) -> int:
@@ -101,28 +106,25 @@ class Planner:
         return AS_STORED if labels is None else int(labels[0])
 
     def _plan(self, positions: Int64s) -> Plan:
-        tasks, new_bytes = [], 0
+        plan = Plan(positions, [], [])
         self._planned += 1
         cuts = np.array_split(positions, max(1, min(self._workers, len(positions))))
         for worker, own in enumerate(cuts):
             task, codes = self._task(own)
-            tasks.append(task)
-            if self._prefetch_bytes:
-                new_bytes += self._announce(worker, codes, task)
-        return Plan(positions, tasks, new_bytes)
+            plan.tasks.append(task)
+            plan.new.append(self._new_to(worker, codes, task) if self._bytes_ahead else [])
+        return plan
 
-    def _announce(self, worker: int, codes: list[int], task: Task) -> int:
-        """Note what is new to that worker; returns its bytes."""
-        last_needed, new_bytes = self._last_needed[worker], 0
-        for code, (dataset, chunk) in zip(codes, task.chunks, strict=True):
+    def _new_to(self, worker: int, codes: list[int], task: Task) -> list[tuple[int, ChunkRef]]:
+        last_needed, new = self._last_needed[worker], []
+        for code, chunk in zip(codes, task.chunks, strict=True):
             if code not in last_needed:
-                self._soon[worker].append((dataset, chunk))
-                new_bytes += chunk.num_bytes
+                new.append(chunk)
             last_needed[code] = self._planned
             last_needed.move_to_end(code)
         while last_needed and next(iter(last_needed.values())) < self._planned - _FORGET_STEPS:
             last_needed.popitem(last=False)
-        return new_bytes
+        return new
 
     def _task(self, own: Int64s) -> tuple[Task, list[int]]:
         real = own != PAD
