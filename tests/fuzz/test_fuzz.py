@@ -25,11 +25,15 @@ def inputs(name: str, seed: int) -> list[bytes]:
     return made
 
 
+def run_all(name: str) -> None:
+    for data in inputs(name, seed=11):
+        TARGETS[name].run(data)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", TARGETS)
 def test_only_the_projects_own_errors_come_out_and_oracles_agree(name: str) -> None:
-    for data in inputs(name, seed=11):
-        TARGETS[name].run(data)
+    run_all(name)
 
 
 @pytest.mark.parametrize("name", ["frame", "cut_chunks"])
@@ -39,12 +43,10 @@ def test_a_reader_that_forgets_a_sample_is_found(name: str, monkeypatch: pytest.
     whole = targets.frame
     monkeypatch.setattr(targets, "frame", lambda data, *, where: whole(data, where=where)[:-1])
     with pytest.raises(AssertionError):
-        for data in inputs(name, seed=11):
-            TARGETS[name].run(data)
+        run_all(name)
 
 
 def test_a_decoder_that_lets_another_error_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fuzz.targets.REFUSED", (KeyError,))
     with pytest.raises(DataError):
-        for data in inputs("image", seed=11):
-            TARGETS["image"].run(data)
+        run_all("image")
