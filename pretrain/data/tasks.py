@@ -79,7 +79,7 @@ class Planner:
         self._planned = 0
 
     def __iter__(self) -> Iterator[Plan]:
-        ahead: deque[Plan] = deque()
+        ahead: deque[Plan] = deque()  # the first is due, the others are ahead of it
         bytes_ahead, more = 0, True
         while True:
             while more and (
@@ -90,11 +90,11 @@ class Planner:
                     more = False
                     continue
                 ahead.append(self._plan(positions))
-                bytes_ahead += ahead[-1].new_bytes()
+                bytes_ahead += ahead[-1].new_bytes() if len(ahead) > 1 else 0
             if not ahead:
                 return
             plan = ahead.popleft()
-            bytes_ahead -= plan.new_bytes()
+            bytes_ahead -= ahead[0].new_bytes() if ahead else 0
             # Named again until they are due: a store that had no room for one then may have it now.
             soon = [[one for later in (plan, *ahead) for one in later.new[w]] for w in range(len(plan.tasks))]
             tasks = [task._replace(soon=tuple(own)) for task, own in zip(plan.tasks, soon, strict=True)]
