@@ -203,6 +203,8 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -220,6 +222,8 @@ def build_eval_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 

@@ -132,7 +132,12 @@ class DataConfig(Section):
     train: Annotated[str | tuple[TrainSource, ...], WrapValidator(_train_sources)]
     val: str | None = None
     workers: NonNegativeInt = 4
+    worker_timeout_seconds: PositiveFloat = (
+        60.0  # of decoding one image, or of no sign of life: then it is lost
+    )
     cache_dir: str | None = None
+    prefetch_bytes: NonNegativeInt = 64 << 20  # fetched ahead of its use, each loader process
+    max_replaced_fraction: Fraction = 0.001  # of images that do not decode; above it the run stops
     augmentation: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
     crop_scale: Pair = (0.08, 1.0)
     crop_ratio: Pair = (0.75, 1.3333333333333333)

@@ -272,7 +272,7 @@ class ChunkReader:
         s3: S3Settings = S3Settings(),  # noqa: B008 - frozen
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
     ) -> None:
-        self.index = index
+        self.index, self.s3 = index, s3
         self.store = ChunkStore(
             url=index.url, identity=index.identity, cache_dir=cache_dir, s3=s3, memory_bytes=memory_bytes
         )
