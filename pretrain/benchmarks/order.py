@@ -114,7 +114,7 @@ def measure(*, samples: int, chunk_samples: int, lanes: int, excluded: int = 0) 
         "microseconds_a_single_position_anywhere": statistics.median(anywhere) * 1e6,
         "batch_across_an_epochs_end_seconds": crossing,
         "gigabytes_with_one_epochs_table": after_one / 1e9,
-        "gigabytes_at_most": (_most_resident_bytes() - bare) / 1e9,
+        "gigabytes_at_most": (_peak_bytes() - bare) / 1e9,
     }
 
 
@@ -126,21 +126,22 @@ def single_seconds(order: Order | ExcludingOrder, position: int) -> float:
     return _seconds(lambda: order.locate([position]))
 
 
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024
+
+
 def _resident_bytes() -> int:
     status = Path("/proc/self/statm")
     if not status.exists():  # elsewhere: the most so far
-        return _most_resident_bytes()
+        return _peak_bytes()
     return int(status.read_text().split()[1]) * resource.getpagesize()
 
 
-def _most_resident_bytes() -> int:
+def _peak_bytes() -> int:
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage's figure may be that of the process which started this one
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        if "VmHWM" in lines:
-            return int(lines["VmHWM"].split()[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
+    # Not ru_maxrss: it keeps what the process was before it became this program, that is its parent's size.
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _seconds(work: Callable[[], Any]) -> float:

@@ -199,15 +199,25 @@ class Order:
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
         """(chunk, row) of the other samples of the position's block, from the next one on, wrapping round.
 
-        For small data the block is the whole permutation. This is the order in which a sample that cannot
-        be used is replaced: a function of the position, like all else here.
+        For small data the block is the whole permutation. The first and the last block of a lane may be as
+        short as one row: after less than half a block, the blocks that follow are gone through as well. This
+        is the order in which a sample that cannot be used is replaced: a function of the position, like all
+        else here.
         """
         epochs, lanes, numbers, indices = self.blocks_of([position])
-        places = self.block_positions(Block(int(epochs[0]), int(lanes[0]), int(numbers[0])))
-        for i in range(1, len(places)):
-            other = (int(indices[0]) + i) % len(places)
-            chunks, rows = self.locate(places[other : other + 1])
-            yield int(chunks[0]), int(rows[0])
+        own = block = Block(int(epochs[0]), int(lanes[0]), int(numbers[0]))
+        places = self.block_positions(own)
+        others = np.roll(places, -int(indices[0]))[1:]
+        tried = 0
+        while True:
+            for other in others.tolist():
+                chunks, rows = self.locate([other])
+                yield int(chunks[0]), int(rows[0])
+            tried += len(others)
+            block = self.next_block(block)
+            if tried >= self.block_rows // 2 or block == own:
+                return
+            others = self.block_positions(block)
 
     def blocks_of(self, positions: npt.ArrayLike) -> tuple[Int64s, Int64s, Int64s, Int64s]:
         """(epoch, lane, number of the block in its lane, place in the block) of positions, int64[n] each."""

@@ -106,7 +106,7 @@ def test_what_was_consumed_is_as_it_was_and_what_comes_may_be_new(
             320,
             [FIRST],
             [segment(0, share("a", 8), share("b", 8))],
-            "a with index a-identity-o on 8 lanes \\+ b",
+            r"a with index a-identity-o on 8 lanes \+ b",
         ),
         (800, [FIRST, MIXED], [FIRST], "segment 1: from sample 640: .* missing now; the run's segments.json"),
         (640, [FIRST, MIXED], [FIRST], "missing now"),
