@@ -142,6 +142,8 @@ def member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) -
                 raise ValueError(f"extension of {own_size} bytes")
             if end > len(buffer):
                 raise NeedMoreError(end, f"the tar ends inside the extension header at byte {base + at}")
+            if buffer[at + BLOCK + own_size : end].strip(b"\0"):
+                raise ValueError("an extension that goes on after its stated size")
             found_name, found_size = _extension(kind, bytes(buffer[at + BLOCK : at + BLOCK + own_size]))
         except ValueError as error:
             raise DataError(f"{where}: {damaged(base + at, str(error))}") from error

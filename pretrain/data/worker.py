@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
@@ -48,9 +49,14 @@ class Failed(NamedTuple):
     traceback: str
 
 
-def work(tasks: Connection, urgent: Connection, arena: Arena, preparer: Preparer) -> None:
+def work(
+    tasks: Connection, urgent: Connection, arena: Arena, environment: dict[str, str], pickled_preparer: bytes
+) -> None:
     """Until the trainer is gone or ends this process."""
     become_worker()
+    os.environ.clear()
+    os.environ.update(environment)
+    preparer: Preparer = pickle.loads(pickled_preparer)  # from the trainer, never from a file
     pulse = arena.pulse
     threading.Thread(target=_beat, args=(pulse,), daemon=True).start()
     slots = [arena.slot(number) for number in range(arena.room.slots)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import queue
 import select
 import signal
@@ -213,9 +214,10 @@ class _Worker:
         self.owed: deque[Assigned] = deque()  # oldest first
         self.inbox: deque[Any] = deque()  # messages that came and were not asked for yet
         self._given = 0
-        self.process = context.Process(
-            target=work, args=(their_tasks, their_urgent, self.arena, preparer), daemon=True
-        )
+        # The environment as it is now: the fork server has the one that it was started in. And pickled, for
+        # what is in it may look at the environment as soon as it is there.
+        args = (their_tasks, their_urgent, self.arena, dict(os.environ), pickle.dumps(preparer))
+        self.process = context.Process(target=work, args=args, daemon=True)
         self.process.start()
         for sent in (their_tasks, their_urgent):
             sent.close()  # so that the pipes end with the worker

@@ -65,6 +65,10 @@ class Misbehaving:
         # Catastrophic backtracking: minutes and more in C, without ever letting go of the interpreter's lock.
         re.match(r"(a+)+$", "a" * 60 + "b")
 
+    def wants_a_variable(self) -> None:
+        assert os.environ["WANTED_BY_A_TEST"] == str(self.marks), "the trainer's environment is another"
+        assert "NOT_WANTED_BY_A_TEST" not in os.environ
+
     def sleeps(self) -> None:
         time.sleep(1000)
 

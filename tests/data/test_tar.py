@@ -36,10 +36,21 @@ def with_size(tar: bytes, size: int) -> bytes:
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "a record cut off before its key": lambda tar: with_size(tar, 5),
+    "a size that ends after the first record": lambda tar: with_size(tar, 134 - 30),
     "a record of another length": lambda tar: tar.replace(b"path=", b"pat=h", 1).replace(b"134 ", b"135 ", 1),
     "a NUL in a name": lambda tar: tar.replace(b"dddd.jpg", b"dd\0d.jpg", 1),
     "no number before a record": lambda tar: tar.replace(b"134 path", b"1x4 path", 1),
 }
+
+
+def test_a_long_name_that_goes_on_after_its_stated_size_is_an_error() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(NAME), io.BytesIO())
+    whole = file.getvalue()
+    assert [sample.key for sample in frame(whole, where="x")] == [NAME[:-4]]
+    with pytest.raises(DataError, match="goes on after its stated size"):
+        frame(with_size(whole, 60), where="x")
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

@@ -277,6 +277,21 @@ def test_workers_go_on_without_the_fork_server_and_are_replaced_by_a_new_ones(
         assert not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text()
 
 
+def test_workers_have_the_trainers_environment_and_not_that_of_their_server(
+    index: DatasetIndex, reference: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOT_WANTED_BY_A_TEST", "1")
+    loader = make_loader(index)
+    take(loader.steps(0), 1)
+    loader.close()
+    monkeypatch.delenv("NOT_WANTED_BY_A_TEST")
+    monkeypatch.setenv("WANTED_BY_A_TEST", str(tmp_path))
+    transform = Misbehaving(key="s00033", what="wants_a_variable", marks=tmp_path)
+    loader = make_loader(index, transform=transform)
+    assert take(loader.steps(0), STEPS) == reference
+    loader.close()
+
+
 def test_a_bug_in_a_transform_shows_its_own_traceback(index: DatasetIndex, tmp_path: Path) -> None:
     transform = Misbehaving(key="s00033", what="no_such_method", marks=tmp_path)
     loader = make_loader(index, transform=transform)
