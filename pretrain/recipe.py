@@ -15,6 +15,8 @@ from pretrain.data.index import DatasetIndex, open_index
 from pretrain.derived import (
     backbone_spec,
     build_order,
+    cache_bytes,
+    cache_dir,
     is_image_source,
     num_classes_for,
     run_lanes,
@@ -29,6 +31,7 @@ from pretrain.metrics.flops import (
     vit_parameters,
     vit_training_flops,
 )
+from pretrain.storage import is_remote
 
 MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
 
@@ -137,6 +140,9 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         mean_bytes = float(index.chunk_bytes.sum()) / index.num_samples
         in_flight = index.num_samples if order.small else min(index.num_samples, lanes * order.block_rows)
         yield "window in flight", f"{in_flight * mean_bytes / 1e6:,.1f} MB over all ranks"
+    if is_remote(config.data.train):
+        bound = cache_bytes(config)
+        yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
     yield "export formats", ", ".join(_exportable(config))
 
 

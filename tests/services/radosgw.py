@@ -174,10 +174,23 @@ class Radosgw:
         self._run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", osd_id)
         self._spawn("ceph-osd", "-f", "-i", "0")
         self._port = _free_port(self.host)  # chosen late, so that nobody takes it meanwhile
+        self._start_gateway(deadline)
+        self._create_user("pretrain", Keys(self.access_key, self.secret_key))
+
+    def _start_gateway(self, deadline: float) -> None:
         frontend = f"beast endpoint={self.host}:{self._port}"
         self._spawn("radosgw", "-f", "-n", "client.rgw", "--rgw-zone", "default", "--rgw-frontends", frontend)
         self._wait_until_it_answers(deadline)
-        self._create_user("pretrain", Keys(self.access_key, self.secret_key))
+
+    def kill_gateway(self) -> None:
+        """End radosgw as a crash would. What it stored is in the OSD, and stays."""
+        gateway = self._processes.pop()
+        gateway.kill()
+        gateway.wait()
+
+    def restart_gateway(self, timeout_seconds: float = 60.0) -> None:
+        """Start it again after `kill_gateway`, on the same port."""
+        self._start_gateway(time.monotonic() + timeout_seconds)
 
     def client(self) -> Any:
         """A boto3 client of the first user, for what a test sets up behind the back of what it tests."""
