@@ -26,6 +26,7 @@ MAX_DEFAULT_BYTES = 64 << 30
 _WAIT_SECONDS = 120.0  # for another's fetch of the same chunk; then it is fetched once more
 _POLL_SECONDS = (0.001, 0.05)
 _TOUCH_SECONDS = 10.0  # how exactly "unused for longest" is known
+_EVICTION_SECONDS = 0.05  # more than it takes to empty a file, or to see that it is finished
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -62,13 +63,19 @@ class HeldChunk:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return None
+            # It is being evicted, or one who waited for it looks at it for a moment.
+            with locked(self._descriptor, seconds=_EVICTION_SECONDS, shared=True) as ours:
+                return self._pread(offset, length) if ours else None
         try:
-            data = os.pread(self._descriptor, length, offset)
-            if time.monotonic() - self._touched > _TOUCH_SECONDS:
-                self._touch()
+            return self._pread(offset, length)
         finally:
             fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _pread(self, offset: int, length: int) -> bytes | None:
+        assert self._descriptor is not None, "memory is not read from a disk"
+        data = os.pread(self._descriptor, length, offset)
+        if time.monotonic() - self._touched > _TOUCH_SECONDS:
+            self._touch()
         return data if len(data) == length else None
 
     def _touch(self) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import struct
 import threading
@@ -301,6 +302,7 @@ def _allocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
+@functools.cache
 def _boot() -> bytes:
     """What names this run of the system: after a power cut the account may be older than the files."""
     try:

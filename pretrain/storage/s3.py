@@ -134,6 +134,7 @@ class S3Storage:
                 with contextlib.closing(answer["Body"]) as body:
                     for piece in pieces(
                         body,
+                        length=int(answer["ContentLength"]),
                         most_bytes=_BLOCK_BYTES,
                         least_bytes=_PROGRESS_BYTES,
                         seconds=self._settings.read_timeout_seconds,

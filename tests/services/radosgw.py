@@ -73,6 +73,7 @@ osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = {store_bytes}
 osd memory target = 1073741824
+osd client watch timeout = 8
 [client.rgw]
 rgw run sync thread = false
 rgw enable usage log = false
