@@ -12,6 +12,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _THREADS = 4
+_IDLE_SECONDS = 5.0  # then a thread ends, and with it what it holds of a reader that nobody has any more
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,10 @@ class Prefetcher(Generic[Item, Value]):
         while True:
             with self._changed:
                 self._idle_threads += 1
-                self._changed.wait_for(lambda: self._waiting or self._closed)
+                self._changed.wait_for(lambda: self._waiting or self._closed, timeout=_IDLE_SECONDS)
                 self._idle_threads -= 1
-                if self._closed:
+                if self._closed or not self._waiting:
+                    self._threads -= 1
                     return
                 number, job = self._waiting.popitem(last=False)
                 self._under_way[number] = job
