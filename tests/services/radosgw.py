@@ -179,7 +179,8 @@ class Radosgw:
         self._create_user("pretrain", Keys(self.access_key, self.secret_key))
 
     def _start_gateway(self, deadline: float) -> None:
-        frontend = f"beast endpoint={self.host}:{self._port}"
+        # Without tcp_nodelay a small answer waits 40 ms for the acknowledgement of its own header.
+        frontend = f"beast endpoint={self.host}:{self._port} tcp_nodelay=1"
         self._spawn("radosgw", "-f", "-n", "client.rgw", "--rgw-zone", "default", "--rgw-frontends", frontend)
         self._wait_until_it_answers(deadline)
 
