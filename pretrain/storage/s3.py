@@ -31,7 +31,7 @@ T = TypeVar("T")
 Blocks = list[bytes]
 Parts = list[dict[str, Any]]
 
-_BLOCK_BYTES = 256 << 10  # what a broken connection loses at most
+_BLOCK_BYTES = 1 << 20  # read from a connection at once, if so much has come in
 _PROGRESS_BYTES = 64 << 10  # less than this in an attempt is a store that drips, not one that serves
 _MOST_PARTS = 10_000  # S3's limit for a multipart upload
 _UPLOAD_THREADS = 4
@@ -140,7 +140,6 @@ class S3Storage:
                         seconds=self._settings.read_timeout_seconds,
                     ):
                         position += len(piece)
-                        counters.add(read_bytes=len(piece))
                         yield piece
                 # botocore raises for a body shorter than its Content-Length; the ranges are ours to check.
                 if position != end:
@@ -165,6 +164,8 @@ class S3Storage:
                 if not self._may_try_again(error, retries):
                     raise self._to_typed_error(error, url, retries) from None
                 counters.add(retried_bytes=0 if end is None else end - position)
+            finally:
+                counters.add(read_bytes=position - attempt_started_at)
 
     def _get(self, name: str, position: int, end: int | None, etag: str | None) -> dict[str, Any]:
         wanted: dict[str, str] = {}
