@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ from pretrain.storage import (
 
 # A worker of the only rank visits all lanes: 256 lanes · 5 chunks of 1024 samples, at about 50 bytes each.
 MAX_FRAMED_SAMPLES = 2_000_000
-MAX_OPEN_FILES = 128
+MAX_OPEN_FILES = 2048  # and a quarter of what the system allows this process at most
 DEFAULT_MEMORY_BYTES = 512 << 20  # of remote chunks a process keeps when no cache folder holds them
 DEFAULT_PREFETCH_BYTES = 64 << 20  # a process: eight chunks of the usual size
 CACHE_FOLDER = "chunks"  # below data.cache_dir, which holds other things too
@@ -74,10 +75,13 @@ class _FrameTable:
     lengths: npt.NDArray[np.int64]  # [n]
     labels: npt.NDArray[np.int32]  # [n]
     suffixes: bytes  # [n] places in IMAGE_SUFFIXES
-    keys: bytes  # UTF-8, ended by NUL, which no tar member's name holds
+    keys: bytes  # UTF-8, one after another
+    key_ends: npt.NDArray[np.uint32]  # [n], bytes from the beginning of `keys`
+    shard_url: str
 
     def key(self, row: int) -> str:
-        return self.keys.split(b"\0", row + 1)[row].decode("utf-8", "surrogateescape")
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
 
 
 class _Bounded(OrderedDict[Any, Any]):
@@ -149,8 +153,10 @@ class ChunkStore:
             """Memory needs no closing."""
 
         self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=lambda table: len(table.labels), discard=nothing)
-        self._shards = _Bounded(MAX_OPEN_FILES, weigh=lambda descriptor: 1, discard=os.close)
-        self._files = _Bounded(MAX_OPEN_FILES, weigh=lambda held: 1, discard=HeldChunk.close)
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
+        self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
+        self._files = _Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
         self._memory = _Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -192,7 +198,7 @@ class ChunkStore:
             suffix=suffix,
             image=self._image(chunk, offset, length),
             label=int(table.labels[row]),
-            name=f"{join_url(self._url, chunk.shard)}: {key}.{suffix} at byte {chunk.offset + offset}",
+            name=f"{table.shard_url}: {key}.{suffix} at byte {chunk.offset + offset}",
         )
 
     def close(self) -> None:
@@ -215,12 +221,15 @@ class ChunkStore:
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         images = [image_of(sample) or ("", 0, 0) for sample in frames]
+        keys = [sample.key.encode("utf-8", "surrogateescape") for sample in frames]
         return _FrameTable(
             offsets=np.array([offset for _, offset, _ in images], np.int64),
             lengths=np.array([length for _, _, length in images], np.int64),
             labels=np.array(labels, np.int32),
             suffixes=bytes(IMAGE_SUFFIXES.index(suffix) for suffix, _, _ in images),
-            keys=b"".join(sample.key.encode("utf-8", "surrogateescape") + b"\0" for sample in frames),
+            keys=b"".join(keys),
+            key_ends=np.cumsum([len(key) for key in keys], dtype=np.uint32),
+            shard_url=join_url(self._url, chunk.shard),
         )
 
     def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:

@@ -14,6 +14,7 @@ import argparse
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -193,6 +194,18 @@ class Radosgw:
     def restart_gateway(self, timeout_seconds: float = 60.0) -> None:
         """Start it again after `kill_gateway`, on the same port."""
         self._start_gateway(time.monotonic() + timeout_seconds)
+
+    def gets(self, bucket: str) -> list[int]:
+        """The bytes of each GET of an object in the bucket that the server has answered, by its own log."""
+        line = re.compile(rf'beast: .* "GET /{bucket}/[^" ?]+ HTTP/1.1" 20[06] (\d+) ')
+        before = -1
+        while True:  # the log is written a moment later
+            text = (self.folder / "client.rgw.log").read_text(errors="replace")
+            found = [int(match[1]) for match in line.finditer(text)]
+            if len(found) == before:
+                return found
+            before = len(found)
+            time.sleep(0.5)
 
     def client(self) -> Any:
         """A boto3 client of the first user, for what a test sets up behind the back of what it tests."""
