@@ -129,7 +129,7 @@ class ChunkStore:
         cache_bytes: int | None = None,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
     ) -> None:
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "url": url,
             "identity": identity,
             "cache_dir": cache_dir,
@@ -145,9 +145,7 @@ class ChunkStore:
         self._cache_dir = cache_dir if self._remote else None
         self._cache_bytes = cache_bytes
         self._cache: ChunkCache | None = None  # made when first needed: making it touches the disk
-        self._prefetcher = Prefetcher[ChunkRef, HeldChunk](
-            self._obtain, keep=_must_be_kept, max_bytes=prefetch_bytes
-        )
+        self._prefetcher = self._make_prefetcher()
 
         def nothing(value: object) -> None:
             """Memory needs no closing."""
@@ -165,10 +163,18 @@ class ChunkStore:
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__init__(**settings)  # type: ignore[misc]
 
+    def _make_prefetcher(self) -> Prefetcher[ChunkRef, HeldChunk]:
+        max_bytes: int = self._settings["prefetch_bytes"]
+        return Prefetcher(self._obtain, keep=_must_be_kept, max_bytes=max_bytes)
+
     def prepare(self) -> None:
         """Look at the cache folder before the first chunk is needed. Raises UsageError if it cannot be one."""
         if self._cache_dir is not None:
             self._open_cache()
+
+    def cached_bytes(self) -> int:
+        """What the node's cache holds now, of all datasets; 0 where there is none. Costs one small read."""
+        return 0 if self._cache_dir is None else self._open_cache().used_bytes()
 
     def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
         """Begin to fetch chunks that are needed soon, most urgent first. Returns at once, raises nothing.
@@ -202,8 +208,9 @@ class ChunkStore:
         )
 
     def close(self) -> None:
-        """Close files, stop prefetching. The store can be used again, without prefetching."""
+        """Close files, stop prefetching. The store can be used again."""
         self._prefetcher.close()
+        self._prefetcher = self._make_prefetcher()
         for held in (self._shards, self._files, self._memory):
             for key in list(held):
                 held.drop(key)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -55,6 +56,7 @@ class S3Storage:
         self._answered = settings.known_to_answer  # has the endpoint ever said anything?
         # Of a process, by its id: a client from before a fork would share the parent's sockets.
         self._connection_of: tuple[int, Any, RetryBudget] | None = None
+        self._making: dict[int, threading.Lock] = {}  # by process: a fork may copy a lock that is held
 
     def __reduce__(self) -> tuple[Callable[..., S3Storage], tuple[str, S3Settings]]:
         return _reopen, (self.url, self._settings)
@@ -318,17 +320,21 @@ class S3Storage:
         return self._connection()[1]
 
     def _connection(self) -> tuple[int, Any, RetryBudget]:
-        held = self._connection_of
-        if held is None or held[0] != os.getpid():
-            # Two threads may both come here; the client that loses is dropped unused.
-            settings = self._settings
-            client = make_client(settings, self.url)
-            budget = node_budget(
-                client.meta.endpoint_url,
-                burst=settings.retry_burst,
-                per_second=settings.retries_per_second,
-            )
-            held = self._connection_of = (os.getpid(), client, budget)
+        held, process = self._connection_of, os.getpid()
+        if held is not None and held[0] == process:
+            return held
+        # A client takes a good part of a second to make: threads that start together make one.
+        with self._making.setdefault(process, threading.Lock()):
+            held = self._connection_of
+            if held is None or held[0] != process:
+                settings = self._settings
+                client = make_client(settings, self.url)
+                budget = node_budget(
+                    client.meta.endpoint_url,
+                    burst=settings.retry_burst,
+                    per_second=settings.retries_per_second,
+                )
+                held = self._connection_of = (process, client, budget)
         return held
 
     def _key(self, name: str) -> str:

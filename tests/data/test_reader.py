@@ -203,6 +203,16 @@ class TestBucket:
         assert spent["read_bytes"] == int(bucket_index.chunk_bytes.sum())
         reader.store.prefetch(chunks)
         assert counters.since(before)["requests"] == bucket_index.num_chunks
+        assert reader.store.cached_bytes() >= (spent["read_bytes"] if cached else 0)
+        reader.close()
+        again = ChunkReader(bucket_index)
+        for store in (again.store, again.store):  # a closed one can be used again, prefetching included
+            before = counters.snapshot()
+            store.prefetch(chunks)
+            assert len(read_all(again)) == 45
+            assert counters.since(before)["requests"] == bucket_index.num_chunks
+            again.close()
+            again.store._tables.clear()  # else only images would be read
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_a_prefetch_that_fails_says_nothing_until_the_chunk_is_read(
