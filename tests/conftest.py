@@ -44,7 +44,9 @@ def s3_server() -> Iterator[Radosgw]:
 
 
 @pytest.fixture
-def s3_environment(s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Radosgw:
+def s3_environment(
+    s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Radosgw:
     """The server, with the environment pointing boto3 at it as its first user."""
     for variable in AWS_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -53,6 +55,8 @@ def s3_environment(s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Rados
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # A node of its own: no retry budget, and no credentials, that another test shares.
+    monkeypatch.setenv("PRETRAIN_NODE_DIR", str(tmp_path_factory.mktemp("node")))
     return s3_server
 
 
