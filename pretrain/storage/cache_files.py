@@ -266,7 +266,7 @@ class _Account:
         self.set(self.booked + amount)
 
     def set(self, amount: int) -> None:
-        self.booked = amount
+        self.booked = max(0, amount)
         self._write(unfinished=True)
 
     def end(self) -> None:
