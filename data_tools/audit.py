@@ -6,10 +6,8 @@ epoch that was begun its table (a second or two at 10**9 samples) and some 0.1 m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,11 @@ import numpy as np
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, SampleTable, open_samples
 from pretrain.data.keys import find_keys
+from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
 from pretrain.datasets import ExistingRun, GoneDataset
 from pretrain.derived import s3_settings
-from pretrain.errors import DataError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
-
-LEDGER = "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,28 +60,6 @@ def history_of(run: ExistingRun) -> History:
     return History(reached=max(reached, committed), committed=committed, pieces=tuple(pieces))
 
 
-def read_ledger(run_dir: Path) -> dict[int, dict[str, Any]]:
-    """What the ledgers say of each position at which a sample did not decode; {} where there are none.
-
-    Raises DataError for a damaged line, unless it is a file's last: a killed process leaves it torn.
-    """
-    entries = {}
-    for path in sorted((run_dir / LEDGER).glob("*.jsonl")):
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            try:
-                entry = json.loads(line) if line.strip() else None
-            except ValueError:
-                if number == len(lines):
-                    break
-                raise DataError(
-                    f"{path}: line {number} is damaged ({line[:40]!r}…); remove that line to read the rest"
-                ) from None
-            if entry is not None:
-                entries[int(entry["g"])] = entry
-    return entries
-
-
 class Audit:
     """What happened to `keys` in `run`, as JSON-able lines; see `lines`."""
 
@@ -97,7 +71,7 @@ class Audit:
         self._tables: list[SampleTable] = [
             open_samples(index, s3=s3_settings(run.config)) for index in run.data.indexes
         ]
-        self._ledger = {g: e for g, e in read_ledger(run.run_dir).items() if g < self.history.reached}
+        self._ledger = {e["g"]: e for e in read_ledger(run.run_dir) if e["g"] < self.history.reached}
 
     def lines(self) -> Iterator[dict[str, Any]]:
         """First of the run and of each of its segments, then of each key in turn what is known, by position.
