@@ -18,6 +18,7 @@ from torch import nn
 from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
+from pretrain.data.decode import resolve_decoder
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
@@ -180,6 +181,7 @@ def build_train_loader(
             augmentation=config.data.augmentation,
             crop_scale=config.data.crop_scale,
             crop_ratio=config.data.crop_ratio,
+            decoder=resolve_decoder(config.data.decoder),
         ),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
@@ -199,7 +201,9 @@ def build_eval_loader(
         return None
     return EvalLoader(
         reader=build_reader(config, data.val_index),
-        transform=EvalTransform(image_size=config.model.image_size),
+        transform=EvalTransform(
+            image_size=config.model.image_size, decoder=resolve_decoder(config.data.decoder)
+        ),
         batch_size=split.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,

@@ -17,17 +17,14 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
-from pretrain.data.decode import Picture
+from pretrain.data.decode import Box, Decoder, Interpolation, Picture
 from pretrain.data.keyed import KeyedRandom
 
 Augmentation = Literal["random_resized_crop", "center_crop"]
-Interpolation = Literal["bilinear", "bicubic"]
 
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 CENTER_FRACTION = 0.875  # 224 of 256, the usual evaluation crop
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # antialiased
 DEVICE_DRAWS = 4  # the first numbers of a sample's stream: flip, brightness, contrast, saturation
 _NO_DRAWS = np.zeros(0, np.float32)
 
@@ -37,15 +34,6 @@ class HostSample(NamedTuple):
 
     pixels: npt.NDArray[np.uint8]  # (3, S, S)
     draws: npt.NDArray[np.float32]  # (device_draws,) in [0, 1), for the device's half; see DeviceTransform
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels from its upper left corner."""
-
-    left: float
-    top: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +49,20 @@ class TrainTransform:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
+    decoder: Decoder = "auto"
     device_draws: ClassVar[int] = DEVICE_DRAWS
 
     def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample:
         """`random` stands at the start of the sample's stream. DataError, with `name`, if undecodable."""
         # Everything is drawn at once: later draws do not move when an earlier choice needs more tries.
         draws = random.uniform(DEVICE_DRAWS + 4 * CROP_TRIES)
-        picture = Picture(data, name=name)
+        picture = Picture(data, name=name, decoder=self.decoder)
         if self.augmentation == "center_crop":
             box = center_box(picture.size, image_size=self.image_size)
         else:
             tries = draws[DEVICE_DRAWS:].reshape(CROP_TRIES, 4)
             box = random_box(picture.size, scale=self.crop_scale, ratio=self.crop_ratio, draws=tries)
-        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
+        pixels = picture.resized(box, side=self.image_size, interpolation=self.interpolation)
         return HostSample(pixels=pixels, draws=draws[:DEVICE_DRAWS].astype(np.float32))
 
 
@@ -83,15 +72,16 @@ class EvalTransform:
 
     image_size: int
     interpolation: Interpolation = "bicubic"  # timm's for evaluating ViTs
+    decoder: Decoder = "auto"
     device_draws: ClassVar[int] = 0
 
     def __call__(
         self, data: bytes | memoryview, *, name: str, random: KeyedRandom | None = None
     ) -> HostSample:
         """DataError, with `name`, if undecodable."""
-        picture = Picture(data, name=name)
+        picture = Picture(data, name=name, decoder=self.decoder)
         box = center_box(picture.size, image_size=self.image_size)
-        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
+        pixels = picture.resized(box, side=self.image_size, interpolation=self.interpolation)
         return HostSample(pixels=pixels, draws=_NO_DRAWS)
 
 
@@ -128,23 +118,6 @@ def center_box(size: tuple[int, int], *, image_size: int) -> Box:
     shorter = min(size)
     side = shorter * CENTER_FRACTION if shorter > image_size else float(shorter)
     return Box((size[0] - side) / 2, (size[1] - side) / 2, side, side)
-
-
-def crop_and_resize(
-    picture: Picture, box: Box, *, image_size: int, interpolation: Interpolation
-) -> npt.NDArray[np.uint8]:
-    """uint8 (3, S, S): the box of the picture, antialiased; decoded no larger than that needs."""
-    W, H = picture.size
-    needed = math.ceil(W * image_size / box.width), math.ceil(H * image_size / box.height)
-    image = picture.pixels(at_least=needed)
-    x, y = image.width / W, image.height / H
-    left, top = box.left * x, box.top * y
-    right = min(left + box.width * x, image.width)  # min: rounding may step over the edge by 1e-13
-    bottom = min(top + box.height * y, image.height)
-    resized = image.resize(
-        (image_size, image_size), _RESAMPLING[interpolation], box=(left, top, right, bottom)
-    )
-    return np.asarray(resized).transpose(2, 0, 1)
 
 
 class DeviceTransform:

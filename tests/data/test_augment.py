@@ -13,13 +13,11 @@ from pretrain.data.augment import (
     DEVICE_DRAWS,
     DeviceTransform,
     EvalTransform,
-    Interpolation,
     TrainTransform,
     center_box,
-    crop_and_resize,
     random_box,
 )
-from pretrain.data.decode import Picture
+from pretrain.data.decode import Interpolation, Picture
 from pretrain.data.keyed import KeyedRandom
 
 SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -97,7 +95,7 @@ def test_a_resized_crop_is_pillows_antialiased_one(interpolation: Interpolation)
     box = random_box(
         (120, 90), scale=(0.3, 0.6), ratio=RATIO, draws=KeyedRandom(0).at(0).uniform(40).reshape(10, 4)
     )
-    got = crop_and_resize(Picture(png(pixels), name="a"), box, image_size=32, interpolation=interpolation)
+    got = Picture(png(pixels), name="a").resized(box, side=32, interpolation=interpolation)
     cut = Image.fromarray(pixels).crop(
         (int(box.left), int(box.top), int(box.left + box.width), int(box.top + box.height))
     )
