@@ -22,6 +22,8 @@ from pretrain.data.decode import resolve_decoder
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.mixup import Mixing
+from pretrain.data.rand_augment import RandAugment
 from pretrain.data.reader import ChunkReader
 from pretrain.data.stream import Stream
 from pretrain.derived import (
@@ -182,6 +184,8 @@ def build_train_loader(
             crop_scale=config.data.crop_scale,
             crop_ratio=config.data.crop_ratio,
             decoder=resolve_decoder(config.data.decoder),
+            rand_augment=_rand_augment(config),
+            erasing=config.data.erasing,
         ),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
@@ -191,6 +195,11 @@ def build_train_loader(
         workers=workers,
         pin_memory=world.device.type == "cuda",
     )
+
+
+def _rand_augment(config: RunConfig) -> RandAugment | None:
+    asked = config.data.rand_augment
+    return RandAugment(ops=asked.ops, magnitude=asked.magnitude) if asked else None
 
 
 def build_eval_loader(
@@ -269,4 +278,12 @@ def build_device_transform(config: RunConfig) -> DeviceTransform:
         std=config.data.std,
         horizontal_flip=config.data.horizontal_flip,
         color_jitter=config.data.color_jitter,
+        three_augment=config.data.three_augment,
+        erases=config.data.erasing > 0,
     )
+
+
+def build_mixing(config: RunConfig) -> Mixing | None:
+    if not (config.data.mixup or config.data.cutmix):
+        return None
+    return Mixing(seed=config.seed, mixup=config.data.mixup, cutmix=config.data.cutmix)
