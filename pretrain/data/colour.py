@@ -72,6 +72,7 @@ def erase(x: torch.Tensor, boxes: torch.Tensor, seeds: torch.Tensor) -> torch.Te
     columns = (place >= left[:, None]) & (place < (left + width)[:, None])
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     words = (seeds.to(torch.float64) * 2**24).to(torch.int64)
-    uniform = keyed_uniform(words[:, 0] * 2**24 + words[:, 1], ERASING, 2 * C * S * S).reshape(2, B, C, S, S)
-    noise = (-2.0 * torch.log1p(-uniform[0])).sqrt() * torch.cos(2 * math.pi * uniform[1])  # Box and Muller
+    uniform = keyed_uniform(words[:, 0] * 2**24 + words[:, 1], ERASING, 2 * C * S * S).reshape(B, 2, C, S, S)
+    # Box and Muller
+    noise = (-2.0 * torch.log1p(-uniform[:, 0])).sqrt() * torch.cos(2 * math.pi * uniform[:, 1])
     return torch.where(inside, noise.to(x.dtype), x)
