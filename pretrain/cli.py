@@ -44,10 +44,17 @@ COMMANDS: dict[str, Command] = {
     "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
     "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
     "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "benchmark data": Command(
+        "pretrain.benchmarks.data", "images a second by stage, and next to other loaders"
+    ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
 }
-GROUPS = {"data": "make, index, check and look at shards", "launch": "start a run's processes"}
+GROUPS = {
+    "data": "make, index, check and look at shards",
+    "benchmark": "measure the parts next to the tools one would use instead",
+    "launch": "start a run's processes",
+}
 
 
 def _print_table(title: str, rows: dict[str, str]) -> None:

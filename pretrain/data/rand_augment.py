@@ -2,7 +2,8 @@
 
 The sixteen operations and their strengths are those of the paper's code (tensorflow/tpu, efficientnet's
 autoaugment.py), which AugReg (arXiv:2106.10270) used: strengths are tenths, and above 10 go on in the same
-line. Lengths are fractions of the side, where that code has pixels of a side of 224.
+line; pixels are moved without interpolation, as there. Lengths are fractions of the side, where that code has
+pixels of a side of 224.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class _Call:
 
 def _affine(call: _Call, matrix: tuple[float, float, float, float, float, float]) -> Image.Image:
     return call.image.transform(
-        call.image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=FILL
+        call.image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.NEAREST, fillcolor=FILL
     )
 
 
@@ -43,7 +44,7 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance], call: _Call)
 
 def _rotate(call: _Call) -> Image.Image:
     degrees = call.sign * call.strength * 30
-    return call.image.rotate(degrees, resample=Image.Resampling.BILINEAR, fillcolor=FILL)
+    return call.image.rotate(degrees, resample=Image.Resampling.NEAREST, fillcolor=FILL)
 
 
 def _posterize(call: _Call) -> Image.Image:

@@ -21,7 +21,7 @@ def picture(side: int = 56) -> Image.Image:
     return small.resize((side, side), Image.Resampling.BICUBIC)
 
 
-GEOMETRY = {"fillcolor": FILL, "resample": Image.Resampling.BILINEAR}
+GEOMETRY = {"fillcolor": FILL, "resample": Image.Resampling.NEAREST}
 # Our operation: timm's function and its argument at (strength, sign), by efficientnet's autoaugment.py.
 TIMM: dict[str, tuple[str, Callable[[float, int], tuple[object, ...]], dict[str, object]]] = {
     "auto_contrast": ("auto_contrast", lambda s, g: (), {}),
