@@ -113,7 +113,7 @@ def litdata(spec: dict[str, Any]) -> Iterator[int]:
 
     prepare = Prepare(spec["size"])
 
-    class Images(StreamingDataset):  # type: ignore[misc]
+    class Images(StreamingDataset):
         def __getitem__(self, index: Any) -> tuple[np.ndarray, int]:
             return prepare(super().__getitem__(index))
 
@@ -126,12 +126,28 @@ def litdata(spec: dict[str, Any]) -> Iterator[int]:
             yield len(images)
 
 
+def _declare_torchvision_operators() -> torch.library.Library:
+    """streaming imports torchvision, whose binary is for one build of torch; it needs none of it here."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        import torchvision  # noqa: F401
+    except ImportError:
+        pass
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for module in [name for name in sys.modules if name.startswith("torchvision")]:
+        del sys.modules[module]
+    return library
+
+
 def streaming(spec: dict[str, Any]) -> Iterator[int]:
+    _library = _declare_torchvision_operators()
     from streaming import StreamingDataset
 
     prepare = Prepare(spec["size"])
 
-    class Images(StreamingDataset):  # type: ignore[misc]
+    class Images(StreamingDataset):
         def __getitem__(self, at: Any) -> tuple[np.ndarray, int]:
             return prepare(super().__getitem__(at))
 
@@ -155,6 +171,7 @@ def convert_to_litdata(samples: list[tuple[bytes, int]], folder: str) -> None:
 
 
 def convert_to_streaming(samples: list[tuple[bytes, int]], folder: str) -> None:
+    _library = _declare_torchvision_operators()
     from streaming import MDSWriter
 
     with MDSWriter(out=folder, columns={"image": "bytes", "cls": "int"}, size_limit=8 << 20) as writer:
