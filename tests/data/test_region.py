@@ -97,12 +97,9 @@ def test_a_crop_of_the_images_own_size_is_the_decoded_pixels() -> None:
         assert crop(data, Box(left, top, 48, 48), "region") == wanted.tobytes()
 
 
-def test_photographs_as_they_come_have_the_pixels_that_pillow_gives() -> None:
-    folder = Path(os.environ.get("PRETRAIN_REAL_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not (folder / "photos-300.tar").is_file():
-        pytest.skip(f"no photographs in {folder}; set PRETRAIN_REAL_DATA")
+def test_photographs_as_they_come_have_the_pixels_that_pillow_gives(real_data: Path) -> None:
     random = KeyedRandom(1)
-    with tarfile.open(folder / "photos-300.tar") as tar:
+    with tarfile.open(real_data / "photos-300.tar") as tar:
         for position, member in enumerate(tar):
             file = tar.extractfile(member)
             assert file is not None
