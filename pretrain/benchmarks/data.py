@@ -43,7 +43,7 @@ from pretrain.data.index import DatasetIndex, open_index
 from pretrain.data.keyed import KeyedRandom
 from pretrain.data.reader import ChunkReader
 from pretrain.errors import PretrainError, UsageError
-from pretrain.storage import S3Settings, is_remote, join_url, open_storage, split_url
+from pretrain.storage import S3Settings, is_remote, join_url, open_storage
 
 _SIGNED_SECONDS = 6 * 3600
 
@@ -259,7 +259,7 @@ def _shard_urls(index: DatasetIndex, *, pipe: bool) -> Iterator[str]:
     if is_remote(index.url):
         from pretrain.storage.s3_client import make_client
 
-        bucket, prefix = split_url(index.url)
+        bucket, _, prefix = index.url.removeprefix("s3://").strip("/").partition("/")
         client = make_client(S3Settings(), index.url)
         for shard in index.shard_names:
             key = f"{prefix}/{shard}" if prefix else shard
