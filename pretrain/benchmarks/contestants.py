@@ -90,10 +90,11 @@ def pretrain(spec: dict[str, Any]) -> Iterator[int]:
         workers=workers_of(spec["processes"]),
     )
     for (batch,) in loader.steps(0):
-        flips = (batch["draws"][:, 0] < 0.5)[
-            :, None, None, None
-        ]  # DeviceTransform's; the others flip on the host
-        torch.where(flips, batch["images"].flip(-1), batch["images"])
+        images = batch["images"].numpy()
+        for i in np.flatnonzero(
+            batch["draws"][:, 0].numpy() < 0.5
+        ):  # as DeviceTransform; the others flip here, too
+            images[i] = images[i, :, :, ::-1]
         yield BATCH
 
 
