@@ -18,9 +18,12 @@ from torch import nn
 from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
+from pretrain.data.decode import resolve_decoder
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.mixup import Mixing
+from pretrain.data.rand_augment import RandAugment
 from pretrain.data.reader import ChunkReader
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
@@ -197,6 +200,9 @@ def build_train_loader(
             augmentation=config.data.augmentation,
             crop_scale=config.data.crop_scale,
             crop_ratio=config.data.crop_ratio,
+            decoder=resolve_decoder(config.data.decoder),
+            rand_augment=_rand_augment(config),
+            erasing=config.data.erasing,
         ),
         seed=config.seed,
         global_batch_size=config.train.global_batch_size,
@@ -210,6 +216,11 @@ def build_train_loader(
     )
 
 
+def _rand_augment(config: RunConfig) -> RandAugment | None:
+    asked = config.data.rand_augment
+    return RandAugment(ops=asked.ops, magnitude=asked.magnitude) if asked else None
+
+
 def build_eval_loader(
     config: RunConfig, data: Data, *, world: World, split: Split, workers: int
 ) -> EvalLoader | None:
@@ -218,7 +229,9 @@ def build_eval_loader(
         return None
     return EvalLoader(
         reader=build_reader(config, data.val_index),
-        transform=EvalTransform(image_size=config.model.image_size),
+        transform=EvalTransform(
+            image_size=config.model.image_size, decoder=resolve_decoder(config.data.decoder)
+        ),
         batch_size=split.micro_batch_size,
         rank=world.rank,
         world_size=world.world_size,
@@ -286,4 +299,12 @@ def build_device_transform(config: RunConfig) -> DeviceTransform:
         std=config.data.std,
         horizontal_flip=config.data.horizontal_flip,
         color_jitter=config.data.color_jitter,
+        three_augment=config.data.three_augment,
+        erases=config.data.erasing > 0,
     )
+
+
+def build_mixing(config: RunConfig) -> Mixing | None:
+    if not (config.data.mixup or config.data.cutmix):
+        return None
+    return Mixing(seed=config.seed, mixup=config.data.mixup, cutmix=config.data.cutmix)

@@ -47,6 +47,9 @@ COMMANDS: dict[str, Command] = {
     "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
     "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
     "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "benchmark data": Command(
+        "pretrain.benchmarks.data", "images a second by stage, and next to other loaders"
+    ),
     "benchmark order": Command("pretrain.benchmarks.order", "what an epoch's order costs, up to 1e9 samples"),
     "benchmark shuffle": Command(
         "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"

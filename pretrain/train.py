@@ -33,6 +33,7 @@ from pretrain.assemble import (
     build_device_transform,
     build_engine,
     build_eval_loader,
+    build_mixing,
     build_objective,
     build_reporter,
     build_train_loader,
@@ -182,7 +183,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
         eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
-        device_transform = build_device_transform(config)
+        device_transform, mixing = build_device_transform(config), build_mixing(config)
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
         batches = train_loader.steps(samples)
@@ -208,6 +209,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             for host_batch in micro_batches:
                 batch = to_device(host_batch, engine.device)
                 images = device_transform(batch["images"], batch["draws"])
+                if mixing is not None:
+                    images, batch = mixing(images, batch)
                 if undescribed:
                     print(describe_batch(images, batch), file=sys.stderr)
                     undescribed = False

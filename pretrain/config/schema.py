@@ -88,6 +88,13 @@ class ObjectiveConfig(Section):
         return self
 
 
+class RandAugmentConfig(Section):
+    """arXiv:1909.13719, with the strengths of its own code; AugReg writes (2, 15)."""
+
+    ops: PositiveInt = 2
+    magnitude: Annotated[float, Field(gt=0.0, le=30.0)] = 10.0
+
+
 class TrainSource(Section):
     """One dataset of a mixture; `weight` is its share of every batch, relative to the others'."""
 
@@ -139,11 +146,17 @@ class DataConfig(Section):
     cache_bytes: PositiveInt | None = None  # the most they may take; 64 GiB or half of the free disk
     prefetch_bytes: NonNegativeInt = 64 << 20  # fetched ahead of its use, each loader process
     max_replaced_fraction: Fraction = 0.001  # of images that do not decode; above it the run stops
+    decoder: Literal["auto", "region", "pillow"] = "auto"  # the same pixels; region takes about half the time
     augmentation: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
     crop_scale: Pair = (0.08, 1.0)
     crop_ratio: Pair = (0.75, 1.3333333333333333)
     horizontal_flip: Fraction = 0.5  # probability
     color_jitter: NonNegativeFloat = 0.0
+    rand_augment: RandAugmentConfig | None = None
+    three_augment: bool = False  # grey, solarised or blurred: DeiT-III, arXiv:2204.07118
+    erasing: Fraction = 0.0  # probability of a box of noise; timm's reprob
+    mixup: NonNegativeFloat = 0.0  # alpha; pairs of neighbours in a batch are mixed
+    cutmix: NonNegativeFloat = 0.0  # alpha; with mixup too, each takes half of the pairs
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
 
@@ -160,6 +173,9 @@ class DataConfig(Section):
                 raise ValueError(
                     f"data.{name}=[{low}, {high}] is not a range of positive numbers up to {highest}"
                 )
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < 0.01:  # of such a Beta next to nothing lies between 0 and 1
+                raise ValueError(f"data.{name}={getattr(self, name)} must be 0 (off), or 0.01 at least")
         if min(self.std) <= 0:
             raise ValueError(f"data.std={list(self.std)} must be positive, images are divided by it")
         return self
@@ -260,6 +276,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
         if self.objective.name == "mae":
+            for name in ("mixup", "cutmix"):
+                if getattr(self.data, name):
+                    raise ValueError(
+                        f"data.{name} mixes labels, and objective.name=mae has none; leave it out"
+                    )
             patches = (self.model.image_size // self.model.patch_size) ** 2
             visible = int(patches * (1 - self.objective.mask_ratio) + 1e-6)
             if not 0 < visible < patches:

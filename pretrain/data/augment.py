@@ -1,7 +1,7 @@
 """Turn images into network inputs: the costly half on the host, the rest in batches on the device.
 
-Host: decode, crop, resize, to uint8 (3, S, S); and the random numbers for the rest, drawn from the sample's
-own stream, which travel with it. Device: flip, colour, normalise.
+Host: decode, crop, resize, RandAugment, to uint8 (3, S, S); and the random numbers for the rest, drawn from the
+sample's own stream, which travel with it. Device: flip, 3-Augment, colour, normalise, erase; mixup.py comes after.
 Called by loader.py (host) and the training and evaluation loops (device).
 """
 
@@ -17,18 +17,31 @@ from typing import ClassVar, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
-from pretrain.data.decode import Picture
+from pretrain.data.colour import erase, jitter_color, three_augment
+from pretrain.data.decode import Box, Decoder, Interpolation, Picture
 from pretrain.data.keyed import KeyedRandom
+from pretrain.data.rand_augment import RandAugment
 
 Augmentation = Literal["random_resized_crop", "center_crop"]
-Interpolation = Literal["bilinear", "bicubic"]
 
 CROP_TRIES = 10  # torchvision.transforms.RandomResizedCrop
 CENTER_FRACTION = 0.875  # 224 of 256, the usual evaluation crop
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}  # antialiased
-DEVICE_DRAWS = 4  # the first numbers of a sample's stream: flip, brightness, contrast, saturation
+ERASE_TRIES = 10  # timm.data.random_erasing.RandomErasing, and the next two
+ERASE_AREA = (0.02, 1 / 3)  # of the image
+ERASE_RATIO = (0.3, 1 / 0.3)  # height over width
+
+# A sample's stream, in its order. What comes later moves nothing that comes earlier.
+_FIRST = slice(0, 4)  # flip, brightness, contrast, saturation
+_CROP = slice(4, 4 + 4 * CROP_TRIES)
+_THREE = slice(_CROP.stop, _CROP.stop + 2)  # which, and the blur's strength
+_ERASE = slice(_THREE.stop, _THREE.stop + 1 + 4 * ERASE_TRIES)  # whether, and where
+_NOISE = slice(_ERASE.stop, _ERASE.stop + 2)  # the erased box's own seed
+_RAND_AUGMENT = _NOISE.stop
+
+# What of it the device gets: the first four, 3-Augment's two, the box to erase (top, left, height, width as
+# fractions of the side; a height of 0: none), and the noise's two.
+DEVICE_DRAWS = 12
 _NO_DRAWS = np.zeros(0, np.float32)
 
 
@@ -36,16 +49,7 @@ class HostSample(NamedTuple):
     """One image as the host leaves it."""
 
     pixels: npt.NDArray[np.uint8]  # (3, S, S)
-    draws: npt.NDArray[np.float32]  # (device_draws,) in [0, 1), for the device's half; see DeviceTransform
-
-
-class Box(NamedTuple):
-    """A part of an image, in pixels from its upper left corner."""
-
-    left: float
-    top: float
-    width: float
-    height: float
+    draws: npt.NDArray[np.float32]  # (device_draws,) in [0, 1], for the device's half; see DEVICE_DRAWS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +58,7 @@ class TrainTransform:
 
     crop_scale: area of the crop as a fraction of the image; crop_ratio: its width over its height.
     interpolation: bilinear as torchvision's default, a fifth faster from JPEG to crop than bicubic.
+    erasing: probability that the device erases a box of it.
     """
 
     image_size: int
@@ -61,20 +66,29 @@ class TrainTransform:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
+    decoder: Decoder = "auto"
+    rand_augment: RandAugment | None = None
+    erasing: float = 0.0
     device_draws: ClassVar[int] = DEVICE_DRAWS
 
     def __call__(self, data: bytes | memoryview, *, name: str, random: KeyedRandom) -> HostSample:
         """`random` stands at the start of the sample's stream. DataError, with `name`, if undecodable."""
         # Everything is drawn at once: later draws do not move when an earlier choice needs more tries.
-        draws = random.uniform(DEVICE_DRAWS + 4 * CROP_TRIES)
-        picture = Picture(data, name=name)
+        rand_augment = self.rand_augment
+        draws = random.uniform(_RAND_AUGMENT + (rand_augment.draws if rand_augment else 0))
+        picture = Picture(data, name=name, decoder=self.decoder)
         if self.augmentation == "center_crop":
             box = center_box(picture.size, image_size=self.image_size)
         else:
-            tries = draws[DEVICE_DRAWS:].reshape(CROP_TRIES, 4)
+            tries = draws[_CROP].reshape(CROP_TRIES, 4)
             box = random_box(picture.size, scale=self.crop_scale, ratio=self.crop_ratio, draws=tries)
-        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
-        return HostSample(pixels=pixels, draws=draws[:DEVICE_DRAWS].astype(np.float32))
+        planar = rand_augment is None
+        pixels = picture.resized(box, side=self.image_size, interpolation=self.interpolation, planar=planar)
+        if rand_augment is not None:
+            pixels = rand_augment(pixels, draws[_RAND_AUGMENT:]).transpose(2, 0, 1)
+        erased = erase_box(self.image_size, probability=self.erasing, draws=draws[_ERASE])
+        parts = draws[_FIRST], draws[_THREE], np.array(erased) / self.image_size, draws[_NOISE]
+        return HostSample(pixels=pixels, draws=np.concatenate(parts).astype(np.float32))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +97,16 @@ class EvalTransform:
 
     image_size: int
     interpolation: Interpolation = "bicubic"  # timm's for evaluating ViTs
+    decoder: Decoder = "auto"
     device_draws: ClassVar[int] = 0
 
     def __call__(
         self, data: bytes | memoryview, *, name: str, random: KeyedRandom | None = None
     ) -> HostSample:
         """DataError, with `name`, if undecodable."""
-        picture = Picture(data, name=name)
+        picture = Picture(data, name=name, decoder=self.decoder)
         box = center_box(picture.size, image_size=self.image_size)
-        pixels = crop_and_resize(picture, box, image_size=self.image_size, interpolation=self.interpolation)
+        pixels = picture.resized(box, side=self.image_size, interpolation=self.interpolation)
         return HostSample(pixels=pixels, draws=_NO_DRAWS)
 
 
@@ -123,6 +138,23 @@ def random_box(
     return Box((W - width) // 2, (H - height) // 2, width, height)
 
 
+def erase_box(side: int, *, probability: float, draws: npt.NDArray[np.float64]) -> tuple[int, int, int, int]:
+    """timm's RandomErasing: top, left, height, width of what is erased, in pixels; all 0 for nothing.
+
+    draws: float64[1 + 4 * ERASE_TRIES] in [0, 1).
+    """
+    if draws[0] >= probability:
+        return 0, 0, 0, 0
+    log_low, log_high = math.log(ERASE_RATIO[0]), math.log(ERASE_RATIO[1])
+    for area_draw, ratio_draw, top_draw, left_draw in draws[1:].reshape(ERASE_TRIES, 4).tolist():
+        area = side * side * (ERASE_AREA[0] + (ERASE_AREA[1] - ERASE_AREA[0]) * area_draw)
+        ratio = math.exp(log_low + (log_high - log_low) * ratio_draw)
+        height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if height < side and width < side:
+            return int(top_draw * (side - height + 1)), int(left_draw * (side - width + 1)), height, width
+    return 0, 0, 0, 0
+
+
 def center_box(size: tuple[int, int], *, image_size: int) -> Box:
     """The centre square: 0.875 of the shorter side where that is above image_size, else all of it."""
     shorter = min(size)
@@ -130,28 +162,12 @@ def center_box(size: tuple[int, int], *, image_size: int) -> Box:
     return Box((size[0] - side) / 2, (size[1] - side) / 2, side, side)
 
 
-def crop_and_resize(
-    picture: Picture, box: Box, *, image_size: int, interpolation: Interpolation
-) -> npt.NDArray[np.uint8]:
-    """uint8 (3, S, S): the box of the picture, antialiased; decoded no larger than that needs."""
-    W, H = picture.size
-    needed = math.ceil(W * image_size / box.width), math.ceil(H * image_size / box.height)
-    image = picture.pixels(at_least=needed)
-    x, y = image.width / W, image.height / H
-    left, top = box.left * x, box.top * y
-    right = min(left + box.width * x, image.width)  # min: rounding may step over the edge by 1e-13
-    bottom = min(top + box.height * y, image.height)
-    resized = image.resize(
-        (image_size, image_size), _RESAMPLING[interpolation], box=(left, top, right, bottom)
-    )
-    return np.asarray(resized).transpose(2, 0, 1)
-
-
 class DeviceTransform:
-    """Flip, brightness, contrast, saturation, normalise: a batch at a time, without a host sync.
+    """Flip, 3-Augment, brightness, contrast, saturation, normalise, erase: a batch at a time, without a host sync.
 
     mean, std: of each channel, in units of the full range. horizontal_flip: probability. color_jitter:
-    factors are drawn from [max(0, 1 - c), 1 + c]; 0 leaves the colour steps out.
+    factors are drawn from [max(0, 1 - c), 1 + c]; 0 leaves the colour steps out. erases: whether the
+    draws may hold boxes to erase.
     """
 
     def __init__(
@@ -161,8 +177,11 @@ class DeviceTransform:
         std: Sequence[float],
         horizontal_flip: float = 0.5,
         color_jitter: float = 0.0,
+        three_augment: bool = False,
+        erases: bool = False,
     ) -> None:
         self.horizontal_flip, self.color_jitter = horizontal_flip, color_jitter
+        self.three_augment, self.erases = three_augment, erases
         self._mean = torch.tensor(mean, dtype=torch.float32)[:, None, None]
         self._std = torch.tensor(std, dtype=torch.float32)[:, None, None]
 
@@ -175,23 +194,14 @@ class DeviceTransform:
             flips = draws[:, 0] < self.horizontal_flip
             images_BCHW = torch.where(flips[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
         x = images_BCHW.to(torch.float32) / 255  # float32: bf16 has fewer steps than a byte near 1
+        if draws is not None and self.three_augment:
+            x = three_augment(x, draws[:, 4], draws[:, 5])
         if draws is not None and self.color_jitter:
             low = max(0.0, 1.0 - self.color_jitter)
-            x = _jitter_color(x, low + (1.0 + self.color_jitter - low) * draws[:, 1:4])
+            x = jitter_color(x, low + (1.0 + self.color_jitter - low) * draws[:, 1:4])
         if self._mean.device != x.device:  # once: such a copy waits for the device
             self._mean, self._std = self._mean.to(x.device), self._std.to(x.device)
-        return (x - self._mean) / self._std
-
-
-def _jitter_color(x: torch.Tensor, jitter: torch.Tensor) -> torch.Tensor:
-    """torchvision's adjust_brightness, adjust_contrast and adjust_saturation, in this order."""
-    brightness, contrast, saturation = jitter[:, :, None, None, None].unbind(1)
-    x = (x * brightness).clamp(0, 1)
-    x = torch.lerp(_grey(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 1)
-    return torch.lerp(_grey(x), x, saturation).clamp(0, 1)
-
-
-def _grey(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1, S, S) luma, ITU-R BT.601 as torchvision's rgb_to_grayscale."""
-    red, green, blue = x.unbind(1)
-    return (0.2989 * red + 0.587 * green + 0.114 * blue).unsqueeze(1)
+        x = (x - self._mean) / self._std
+        if draws is not None and self.erases:
+            x = erase(x, draws[:, 6:10], draws[:, 10:12])
+        return x

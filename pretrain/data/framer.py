@@ -1,4 +1,4 @@
-"""Find the samples in a piece of a tar file. Called by reader.py and the data tools.
+"""Find the samples in a piece of a tar file. Called by frame_table.py and the data tools.
 
 A chunk is a run of whole tar members: `frame` lists the samples in it as offsets, so that nothing is
 copied or extracted. `cut_chunks` reads a whole shard as a stream and cuts it into such chunks.

@@ -14,14 +14,11 @@ import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
-from pretrain.data.framer import IMAGE_SUFFIXES, frame, image_of, label_of
+from pretrain.data.frame_table import FrameTable, frame_table
+from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import DatasetIndex
 from pretrain.data.prefetch import Job, Prefetcher
 from pretrain.errors import DataError, PretrainError, StorageError
@@ -65,23 +62,6 @@ class RawSample(NamedTuple):
     image: bytes | memoryview
     label: int  # -1: none
     name: str  # shard, key and offset, for messages
-
-
-@dataclass(frozen=True, kw_only=True)
-class _FrameTable:
-    """Where a chunk's n images are, in few bytes: a process may hold a million of them."""
-
-    offsets: npt.NDArray[np.int64]  # [n], bytes from the chunk's start
-    lengths: npt.NDArray[np.int64]  # [n]
-    labels: npt.NDArray[np.int32]  # [n]
-    suffixes: bytes  # [n] places in IMAGE_SUFFIXES
-    keys: bytes  # UTF-8, one after another
-    key_ends: npt.NDArray[np.uint32]  # [n], bytes from the beginning of `keys`
-    shard_url: str
-
-    def key(self, row: int) -> str:
-        start = int(self.key_ends[row - 1]) if row else 0
-        return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
 
 
 class _Bounded(OrderedDict[Any, Any]):
@@ -150,7 +130,7 @@ class ChunkStore:
         def nothing(value: object) -> None:
             """Memory needs no closing."""
 
-        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=lambda table: len(table.labels), discard=nothing)
+        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=len, discard=nothing)
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
         self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
@@ -194,7 +174,7 @@ class ChunkStore:
             DataError: the chunk's bytes differ from what the index says of them (remote: also when
                 fetched again), or the shard is gone. StorageError: the store gives nothing.
         """
-        table: _FrameTable = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
+        table: FrameTable = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
         offset, length = int(table.offsets[row]), int(table.lengths[row])
         key, suffix = table.key(row), IMAGE_SUFFIXES[table.suffixes[row]]
         return RawSample(
@@ -204,7 +184,7 @@ class ChunkStore:
             suffix=suffix,
             image=self._image(chunk, offset, length),
             label=int(table.labels[row]),
-            name=f"{table.shard_url}: {key}.{suffix} at byte {chunk.offset + offset}",
+            name=f"{join_url(self._url, chunk.shard)}: {key}.{suffix} at byte {chunk.offset + offset}",
         )
 
     def close(self) -> None:
@@ -215,29 +195,14 @@ class ChunkStore:
             for key in list(held):
                 held.drop(key)
 
-    def _open(self, chunk: ChunkRef) -> _FrameTable:
-        data = self._checked(chunk)
+    def _open(self, chunk: ChunkRef) -> FrameTable:
         where = self._where(chunk)
-        frames = frame(data, where=where)
-        if len(frames) != chunk.num_samples:
+        table = frame_table(self._checked(chunk), where=where)
+        if len(table) != chunk.num_samples:
             raise DataError(
-                f"{where}: {len(frames)} samples, the index says {chunk.num_samples}; {self._verify_hint()}"
+                f"{where}: {len(table)} samples, the index says {chunk.num_samples}; {self._verify_hint()}"
             )
-        try:
-            labels = [label_of(data, sample) for sample in frames]
-        except DataError as error:
-            raise DataError(f"{where}: {error}") from error
-        images = [image_of(sample) or ("", 0, 0) for sample in frames]
-        keys = [sample.key.encode("utf-8", "surrogateescape") for sample in frames]
-        return _FrameTable(
-            offsets=np.array([offset for _, offset, _ in images], np.int64),
-            lengths=np.array([length for _, _, length in images], np.int64),
-            labels=np.array(labels, np.int32),
-            suffixes=bytes(IMAGE_SUFFIXES.index(suffix) for suffix, _, _ in images),
-            keys=b"".join(keys),
-            key_ends=np.cumsum([len(key) for key in keys], dtype=np.uint32),
-            shard_url=join_url(self._url, chunk.shard),
-        )
+        return table
 
     def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
         if not self._remote:

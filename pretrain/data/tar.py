@@ -9,8 +9,10 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pretrain.errors import DataError
 
@@ -206,6 +208,56 @@ def plain_headers(buffer: bytes) -> dict[int, tuple[bytes, int, int]]:
     names = np.ascontiguousarray(rows[plain, :100]).view("S100")[:, 0].tolist()
     values = zip(names, sizes[plain].tolist(), ends[plain].tolist(), strict=True)
     return dict(zip(marked[plain].tolist(), values, strict=True))
+
+
+class PlainMembers(NamedTuple):
+    """The m members of a tar that holds plain files only."""
+
+    names: npt.NDArray[np.uint8]  # [m, longest name + 1], NUL behind each name
+    data: npt.NDArray[np.int64]  # [m], where the file is, bytes from the buffer's start
+    sizes: npt.NDArray[np.int64]  # [m], in bytes
+
+
+def plain_members(buffer: bytes) -> PlainMembers | None:
+    """All members, if every one is a plain file with a sound header and the end is sound too; else None.
+
+    Such a header has a matching checksum, an octal size and a name that fits its field and that nothing
+    follows there. A tar that is None here is not therefore damaged: `member_at` tells.
+    """
+    starts: list[int] = []
+    at, end = 0, len(buffer)
+    try:
+        while at < end:
+            size = int(buffer[at + 124 : at + 135], 8)
+            if size < 0:
+                return None
+            starts.append(at)
+            at += BLOCK + (size + BLOCK - 1 & -BLOCK)
+    except ValueError:
+        pass  # the end mark, or what only member_at understands
+    if at > end or not starts or (at < end and (end - at < BLOCK or buffer.count(0, at) != end - at)):
+        return None
+    places = np.array(starts)
+    blocks = np.frombuffer(buffer, np.uint8, count=end // BLOCK * BLOCK).reshape(-1, BLOCK)
+    rows = blocks[places // BLOCK]
+    number = rows[:, 124:154].astype(np.int64) - ord("0")  # size field, times, checksum field
+    size_digits, sum_digits = number[:, :11], number[:, 24:30]
+    sums = rows.sum(axis=1, dtype=np.uint32) - rows[:, 148:156].sum(axis=1, dtype=np.uint32)
+    actual = sums.astype(np.int64) + 8 * ord(" ")  # the checksum's own field counts as blanks
+    longest = int(rows[:, :100].any(axis=0).nonzero()[0].max(initial=0)) + 1
+    names = rows[:, : longest + 1]
+    if (
+        longest >= 100
+        or not np.array_equal(sum_digits @ (8 ** np.arange(5, -1, -1)), actual)
+        or size_digits.min() < 0
+        or size_digits.max() > 7
+        or (rows[:, 156] != PLAIN_FILE).any()
+        or (rows[:, 257:262] != np.frombuffer(b"ustar", np.uint8)).any()
+        or rows[:, 345].any()
+        or ((names[:, :-1] == 0) & (names[:, 1:] != 0)).any()
+    ):
+        return None
+    return PlainMembers(names, places + BLOCK, size_digits @ (8 ** np.arange(10, -1, -1)))
 
 
 class TarStream:

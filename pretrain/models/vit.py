@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.keyed_random import DROP_PATH, keyed_uniform
+from pretrain.keyed_random import DROP_PATH, keyed_uniform
 from pretrain.models.layers import (
     Block,
     PatchEmbed,

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import DataError
+from pretrain.keyed_random import sample_keys
 from pretrain.models.heads import LinearHead
-from pretrain.models.keyed_random import sample_keys
 from pretrain.models.vit import VisionTransformer
 
 
@@ -62,17 +62,29 @@ class Classification(nn.Module):
         """The loss sum (float32 scalar) and metric sums {"top1": weight of correct samples}.
 
         images: normalised floats (B, 3, S, S). batch, on the images' device: labels int64 (B,), weights
-        float32 (B,), positions int64 (B,). Labels are trusted here: see check_labels.
+        float32 (B,), positions int64 (B,); of mixed images (data/mixup.py) also other_labels int64 (B,) and
+        own_share float32 (B,), and right is then the label with the larger share. Labels are trusted here:
+        see check_labels.
         """
         weights_B = batch["weights"].to(torch.float32)
         real_B = weights_B > 0
         labels_B = torch.where(real_B, batch["labels"], 0)  # a pad's label is -1
+        others_B, share_B = batch.get("other_labels"), batch.get("own_share")
         keys_B = sample_keys(self.seed, batch["positions"])
         # float32: a bf16 softmax loses small probabilities
         logits_BK = self.head(self.backbone(images_BCHW, keys_B)).to(torch.float32)
-        loss_B = F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=self.label_smoothing)
+        loss_B = self._cross_entropy(logits_BK, labels_B)
+        likelier_B = labels_B
+        if others_B is not None and share_B is not None:
+            # Cross-entropy is linear in its target, so that of a mixture is the mixture of its parts'.
+            others_B = torch.where(real_B, others_B, 0).clamp(min=0)  # -1 beside a pad, where its share is 0
+            loss_B = share_B * loss_B + (1.0 - share_B) * self._cross_entropy(logits_BK, others_B)
+            likelier_B = torch.where(share_B >= 0.5, labels_B, others_B)
         with torch.no_grad():
-            correct_B = (logits_BK.argmax(dim=1) == labels_B).to(torch.float32)
+            correct_B = (logits_BK.argmax(dim=1) == likelier_B).to(torch.float32)
             top1 = (correct_B * weights_B).sum()
         # where, not a product alone: a pad's loss times 0 is NaN if it overflowed
         return torch.where(real_B, loss_B * weights_B, 0.0).sum(), {"top1": top1}
+
+    def _cross_entropy(self, logits_BK: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BK, labels_B, reduction="none", label_smoothing=self.label_smoothing)

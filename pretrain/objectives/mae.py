@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.keyed_random import MASK, keyed_uniform, sample_keys
+from pretrain.keyed_random import MASK, keyed_uniform, sample_keys
 from pretrain.models.layers import Block, init_linears_xavier, layer_norm
 from pretrain.models.pos_embed import sincos_pos_embed
 from pretrain.models.vit import VisionTransformer

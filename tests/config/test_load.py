@@ -196,3 +196,23 @@ def test_a_dry_run_prints_what_follows_and_needs_neither_torch_nor_data(recipe: 
     assert parse_config(resolved, source="dry run") == load_config(recipe)
     assert "22 (2 pads over all ranks)" in ran.stdout
     assert "unknown: SHARDS: there is nothing there" in ran.stdout
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_mixing_labels_is_refused_where_there_are_none_and_where_its_alpha_means_nothing(
+    recipe: Path, kind: str
+) -> None:
+    assert getattr(load_config(recipe, [f"data.{kind}=0.8"]).data, kind) == 0.8
+    with pytest.raises(ConfigError, match=rf"data\.{kind} mixes labels, and objective\.name=mae has none"):
+        load_config(recipe, [f"data.{kind}=0.8", "objective.name=mae"])
+    with pytest.raises(ConfigError, match=rf"data\.{kind}=0.001 must be 0 \(off\), or 0.01 at least"):
+        load_config(recipe, [f"data.{kind}=0.001"])
+
+
+def test_rand_augment_is_off_until_one_of_its_keys_is_given(recipe: Path) -> None:
+    assert load_config(recipe, []).data.rand_augment is None
+    given = load_config(recipe, ["data.rand_augment={ops: 2, magnitude: 15}"]).data.rand_augment
+    assert given is not None
+    assert (given.ops, given.magnitude) == (2, 15.0)
+    with pytest.raises(ConfigError, match="magnitude"):
+        load_config(recipe, ["data.rand_augment.magnitude=31"])

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import os
+import struct
+import subprocess
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageChops, ImageOps
 
-from pretrain.data.decode import Picture, decode
+from pretrain.data.decode import Box, Decoder, Picture, decode
 from pretrain.errors import DataError
 
 
@@ -143,3 +147,118 @@ def test_a_reduced_jpeg_is_no_smaller_than_asked_and_looks_the_same() -> None:
         assert got.size == size
         assert got.width >= at_least[0]
         assert largest_difference(got, image.resize(size, Image.Resampling.BOX)) < 8
+
+
+def _animated(kind: str) -> bytes:
+    frames = [smooth(40, 30, seed) for seed in range(3)]
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:], lossless=True)
+
+
+def _oriented(orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(smooth(50, 30), "JPEG", exif=exif)
+
+
+def _sixteen_bit_colour() -> bytes:
+    """A PNG of 16 bits a channel, which Pillow cannot write: 2×1, RGB."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(">6H", 0xFFFF, 0x8000, 0, 0x1234, 0x5678, 0x9ABC)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(row))
+        + chunk(b"IEND", b"")
+    )
+
+
+def _four_colours(*, ycck: bool) -> bytes:
+    """A four-colour JPEG as Photoshop writes it: inverted, with Adobe's marker, as CMYK or as YCCK."""
+    image = smooth().convert("CMYK")
+    if ycck:  # Pillow writes only CMYK: hand it what it will write as YCCK, and say so in the marker
+        *cmy, black = image.split()
+        turned = Image.merge("RGB", cmy).convert("YCbCr").split()
+        image = Image.merge("CMYK", (*(ImageChops.invert(part) for part in turned), black))
+    data = encoded(image, "JPEG", quality=95, subsampling=0)
+    at = data.index(b"Adobe") + 11
+    return data[:at] + bytes([2 if ycck else 0]) + data[at + 1 :]
+
+
+KINDS = {
+    "jpeg": encoded(smooth(), "JPEG"),
+    "progressive jpeg": encoded(smooth(), "JPEG", progressive=True),
+    "grey jpeg": encoded(smooth().convert("L"), "JPEG"),
+    "cmyk jpeg": _four_colours(ycck=False),
+    "ycck jpeg": _four_colours(ycck=True),
+    **{f"orientation {number}": _oriented(number) for number in (1, 3, 6, 8)},
+    "one pixel jpeg": encoded(smooth(1, 1), "JPEG"),
+    "one pixel png": encoded(smooth(1, 1)),
+    "one pixel webp": encoded(smooth(1, 1), "WEBP", lossless=True),
+    "jpeg with a tail": encoded(smooth(), "JPEG") + b"\r\nnot part of it \xff\xd8\xff\xd9",
+    "png": encoded(smooth()),
+    "grey png": encoded(smooth().convert("L")),
+    "black and white png": encoded(smooth().convert("1")),
+    "palette png": encoded(smooth().convert("P")),
+    "animated webp": _animated("WEBP"),
+    "animated png": _animated("PNG"),
+    "webp": encoded(smooth(), "WEBP"),
+}
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pillow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_comes_through_either_decoder_as_pillow_shows_it(kind: str, decoder: Decoder) -> None:
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(KINDS[kind]))).convert("RGB")  # its first frame
+    picture = Picture(KINDS[kind], name="a", decoder=decoder)
+    assert picture.size == image.size
+    side = min(image.size)
+    got = picture.resized(Box(0, 0, side, side), side=side, interpolation="bilinear")
+    assert np.array_equal(got, np.asarray(image)[:side, :side].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["cmyk jpeg", "ycck jpeg"])
+def test_a_photoshop_jpeg_is_not_shown_as_its_negative(kind: str) -> None:
+    difference = np.asarray(decode(KINDS[kind], name="a"), int) - np.asarray(smooth(), int)
+    assert np.abs(difference).mean() < 4
+
+
+def test_sixteen_bits_a_channel_keep_their_upper_bytes() -> None:
+    got = np.asarray(decode(_sixteen_bit_colour(), name="a"))
+    assert got.tolist() == [[[0xFF, 0x80, 0], [0x12, 0x56, 0x9A]]]
+
+
+def test_a_wrong_suffix_does_not_matter_and_no_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(os, "system", refuse)
+    for data in KINDS.values():
+        assert decode(data, name="looks-like.cls").mode == "RGB"
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    for other in (postscript, encoded(smooth(), "GIF"), encoded(smooth(), "TIFF"), encoded(smooth(), "BMP")):
+        with pytest.raises(DataError, match="not a JPEG, PNG or WebP"):
+            decode(other, name="looks-like.jpg")
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pillow"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_cut_off_images_are_errors_or_lose_nothing(kind: str, decoder: Decoder) -> None:
+    data = KINDS[kind]
+    whole = np.asarray(decode(data, name="a"))
+    refused = 0
+    ends = [*range(0, len(data) - 1, max(1, len(data) // 40)), len(data) - 1]
+    for end in ends:
+        try:
+            picture = Picture(data[:end], name="a", decoder=decoder)
+            side = min(picture.size)
+            got = picture.resized(Box(0, 0, side, side), side=side, interpolation="bilinear")
+        except DataError:
+            refused += 1
+        else:
+            assert np.array_equal(got, whole[:side, :side].transpose(2, 0, 1))
+    assert refused > len(ends) // 4

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
 import tarfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from webdataset import TarWriter
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
+from pretrain.data.frame_table import frame_table
 from pretrain.data.framer import IMAGE_SUFFIXES, KNOWN_SUFFIXES, cut_chunks, frame, image_of, label_of
 from pretrain.data.tar import list_members
 from pretrain.errors import DataError
@@ -40,9 +44,24 @@ def by_webdataset(tar: bytes) -> list[tuple[str, dict[str, bytes]]]:
 
 
 def by_us(chunk: bytes) -> list[tuple[str, dict[str, bytes]]]:
+    """What `frame` finds, which `frame_table` must find too."""
+    samples = frame(chunk, where="test")
+    try:
+        labels = [label_of(chunk, sample) for sample in samples]
+    except DataError as error:
+        with pytest.raises(DataError, match=re.escape(str(error))):
+            frame_table(chunk, where="test")
+    else:
+        table = frame_table(chunk, where="test")
+        found = zip(table.suffixes, table.offsets.tolist(), table.lengths.tolist(), strict=True)
+        assert [(IMAGE_SUFFIXES[kind], at, size) for kind, at, size in found] == [
+            image_of(sample) for sample in samples
+        ]
+        assert [table.key(row) for row in range(len(table))] == [sample.key for sample in samples]
+        assert table.labels.tolist() == labels
     return [
         (sample.key, {suffix: chunk[at : at + size] for suffix, (at, size) in sample.members.items()})
-        for sample in frame(chunk, where="test")
+        for sample in samples
     ]
 
 
@@ -194,6 +213,8 @@ def test_a_chunk_cut_inside_a_member_is_an_error() -> None:
             continue
         with pytest.raises(DataError, match="chunk 7"):
             frame(whole[:end], where="chunk 7")
+        with pytest.raises(DataError, match="chunk 7"):
+            frame_table(whole[:end], where="chunk 7")
 
 
 @pytest.mark.parametrize("byte", [0, 5, 100, 124, 130, 148, 156, 257, 300])
@@ -205,7 +226,11 @@ def test_a_flipped_bit_in_any_header_is_found_and_located(byte: int) -> None:
     for start in starts:
         damaged = bytearray(tar)
         damaged[start + byte] ^= 1
-        for read in (lambda d: frame(d, where="t"), lambda d: list(cut_chunks(blocks(d), where="t"))):
+        for read in (
+            lambda d: frame(d, where="t"),
+            lambda d: frame_table(d, where="t"),
+            lambda d: list(cut_chunks(blocks(d), where="t")),
+        ):
             with pytest.raises(DataError, match=rf"t: damaged tar header at byte {start} \(checksum"):
                 read(bytes(damaged))
 
@@ -225,6 +250,8 @@ def test_other_damage_is_an_error_too(kind: str) -> None:
     with pytest.raises(DataError, match="where-it-is"):
         frame(damaged, where="where-it-is")
     with pytest.raises(DataError, match="where-it-is"):
+        frame_table(damaged, where="where-it-is")
+    with pytest.raises(DataError, match="where-it-is"):
         list(cut_chunks(blocks(damaged), where="where-it-is"))
 
 
@@ -237,8 +264,7 @@ def test_a_suffix_that_comes_twice_in_a_sample_is_an_error_as_it_is_for_webdatas
 
 
 def labels(members: list[tuple[str, bytes]]) -> list[int]:
-    tar = tar_of(members)
-    return [label_of(tar, sample) for sample in frame(tar, where="t")]
+    return frame_table(tar_of(members), where="t").labels.tolist()
 
 
 def test_labels_come_from_cls_then_json_then_are_none() -> None:
@@ -275,3 +301,48 @@ def test_list_members_finds_what_tarfile_finds() -> None:
     with tarfile.open(fileobj=io.BytesIO(tar)) as reference:
         expected = [(m.name, m.offset_data, m.size) for m in reference]
     assert list(list_members(blocks(tar, 700), where="t")) == expected
+
+
+NAMES = st.sampled_from(
+    ["a", "b", "a/b", "d.d/x", "__m__", "__", "x y", "ß", "A", "0", "", "k" * 90, "k" * 92, "."]
+)
+ENDINGS = st.sampled_from(
+    [".jpg", ".JPEG", ".png", ".webp", ".cls", ".json", ".txt", ".seg.png", ".jpegs", ".", ""]
+)
+BODIES = st.sampled_from(
+    [b"", b"0", b"7\n", b"12", b" 3 ", b"999999999", b"1234567890", b"x", b'{"label": 4}', b"\n"]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    members=st.lists(st.tuples(NAMES, ENDINGS, BODIES), max_size=12),
+    kind=st.sampled_from(["ustar", "gnu", "pax"]),
+    flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), max_size=1),
+    drop=st.sampled_from([0, 0, 512, 1024, 3000]),
+)
+def test_the_table_is_what_the_frames_say_whatever_the_members_and_the_damage(
+    members: list[tuple[str, str, bytes]], kind: str, flips: list[tuple[int, int]], drop: int
+) -> None:
+    tar = bytearray(tar_of([(name + ending, body) for name, ending, body in members], kind=kind))
+    for at, value in flips:
+        tar[at % len(tar)] = value
+    chunk = bytes(tar[: len(tar) - drop])
+
+    def outcome(read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except DataError as error:
+            return str(error).removeprefix("t: ")
+
+    def rows_of_frames() -> object:
+        return [(s.key, image_of(s), label_of(chunk, s)) for s in frame(chunk, where="t")]
+
+    def rows_of_table() -> object:
+        table = frame_table(chunk, where="t")
+        places = zip(table.suffixes, table.offsets.tolist(), table.lengths.tolist(), strict=True)
+        images = [(IMAGE_SUFFIXES[suffix], at, size) for suffix, at, size in places]
+        keys = [table.key(row) for row in range(len(table))]
+        return list(zip(keys, images, table.labels.tolist(), strict=True))
+
+    assert outcome(rows_of_table) == outcome(rows_of_frames)

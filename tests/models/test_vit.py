@@ -7,8 +7,8 @@ from parameter_reads import watch_foreign_reads
 from timm_reference import import_timm, timm_vit
 
 from pretrain.errors import ConfigError
+from pretrain.keyed_random import sample_keys
 from pretrain.models.build import build_vit
-from pretrain.models.keyed_random import sample_keys
 from pretrain.models.layers import Attention, PatchProjection, attention, layer_norm, plain_attention
 from pretrain.models.sizes import VIT_SIZES, resolve_size
 from pretrain.models.vit import VisionTransformer

@@ -6,7 +6,7 @@ from parameter_reads import watch_foreign_reads
 from timm_reference import import_transformers
 
 from pretrain.errors import ConfigError
-from pretrain.models.keyed_random import MASK, keyed_uniform, sample_keys
+from pretrain.keyed_random import MASK, keyed_uniform, sample_keys
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.mae import MAE, num_visible_patches, patchify, unpatchify
 

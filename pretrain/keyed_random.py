@@ -1,8 +1,9 @@
-"""Random numbers that are functions of (seed, position, purpose): masks and stochastic depth.
+"""Random numbers that are functions of (seed, position, purpose): masks, stochastic depth, mixing.
 
 A splitmix64-style hash (Steele et al. 2014, doi:10.1145/2660193.2660195) in int64 tensor arithmetic,
 whose multiplication wraps on every device: a CPU and a GPU draw the same numbers, and how a global
-batch is cut over ranks and micro-batches does not enter. Called by vit.py and the objectives.
+batch is cut over ranks and micro-batches does not enter. Called by vit.py, the objectives, data/mixup.py and
+data/colour.py.
 """
 
 # B samples, C draws a sample
@@ -14,6 +15,8 @@ from torch import Tensor
 
 MASK = 1  # purposes: two that differ never share a stream
 DROP_PATH = 2
+MIXING = 3
+ERASING = 4
 
 _WORD = 1 << 64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, splitmix64's increment

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pretrain.models.keyed_random import DROP_PATH, MASK, keyed_uniform, sample_keys
+from pretrain.keyed_random import DROP_PATH, MASK, keyed_uniform, sample_keys
 
 MASK64 = (1 << 64) - 1
 GOLDEN_KEYS = [-2971997915922819399, -4841935175369521001, -7501692478903466766]

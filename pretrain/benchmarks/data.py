@@ -1,0 +1,323 @@
+"""Images a second from shards to batches, split by stage, next to other loaders on the same images.
+
+    pretrain benchmark data s3://bucket/shards                        an indexed dataset, as training reads it
+    pretrain benchmark data shards --seconds 20 --repeats 5 --json
+    pretrain benchmark data                                           makes 500 images of 500×375 first
+    pretrain benchmark data shards --peer-python peers/bin/python     litdata and MosaicML streaming, too
+
+The first table is one core's milliseconds an image for fetching (ranged reads, checked), framing (finding the
+samples in a tar), decoding (with random crop and resize) and augmenting (what the device does, here on the CPU).
+The second is images a second of whole loaders: this project's, and webdataset with Pillow and the usual recipe, on
+plain URLs and through `pipe:`. Contestants take turns, so that whatever else the machine does meets all of them;
+shown are the median, the lowest and the highest of --repeats turns, and the ratio to webdataset of the medians.
+
+litdata and MosaicML streaming have formats of their own: the images are converted into a temporary folder, and only
+read from there. They pin old versions of numpy and transformers, so give them an environment of their own:
+    python -m venv peers && peers/bin/pip install torch pillow litdata mosaicml-streaming
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pretrain.benchmarks import contestants
+from pretrain.data.augment import DeviceTransform, TrainTransform
+from pretrain.data.decode import resolve_decoder
+from pretrain.data.frame_table import frame_table
+from pretrain.data.framer import IMAGE_SUFFIXES
+from pretrain.data.index import DatasetIndex, open_index
+from pretrain.data.keyed import KeyedRandom
+from pretrain.data.reader import ChunkReader
+from pretrain.errors import PretrainError, UsageError
+from pretrain.storage import S3Settings, is_remote, join_url, open_storage
+
+_SIGNED_SECONDS = 6 * 3600
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("url", nargs="?", help="an indexed dataset: a folder or s3://bucket/prefix")
+    parser.add_argument(
+        "--images", type=_count, default=500, help="of them, at most, for the table by stage (500)"
+    )
+    parser.add_argument("--seconds", type=_positive, default=10.0, help="of each turn of each loader (10)")
+    parser.add_argument("--repeats", type=_count, default=3, help="turns of each loader (3)")
+    parser.add_argument("--size", type=_count, default=224, help="side of the images made (224)")
+    parser.add_argument(
+        "--processes", type=_count, nargs="+", default=[1, 2], help="with how many processes (1 and 2)"
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=tuple(contestants.CONTESTANTS), help="these loaders (all there are)"
+    )
+    parser.add_argument("--peer-python", help="the Python that litdata and streaming are installed for")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
+    return value
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as temporary:
+        folder = Path(temporary)
+        url = args.url or _made_images(folder / "images", count=args.images)
+        index = open_index(url)
+        stages = measure_stages(index, images=args.images, size=args.size)
+        if not args.json:
+            _print_stages(stages)
+        peer_python = args.peer_python or sys.executable
+        names = args.only or [name for name in contestants.CONTESTANTS if _is_there(name, url, peer_python)]
+        spec = {
+            "url": url,
+            "size": args.size,
+            "seconds": args.seconds,
+            "max_batches": 1 << 40,
+            "converted": _converted(names, url, index, folder, peer_python),
+        }
+        loaders = measure_loaders(names, spec, index, args, folder=folder, peer_python=peer_python)
+    if args.json:
+        facts = {
+            "url": url if args.url else None,
+            "samples": index.num_samples,
+            "size": args.size,
+            "decoder": resolve_decoder("auto"),
+            "cores": os.cpu_count(),
+            "stages_ms_an_image": stages,
+            "loaders": loaders,
+        }
+        print(json.dumps(facts, indent=2))
+    else:
+        _print_loaders(loaders)
+    return 0
+
+
+def measure_stages(index: DatasetIndex, *, images: int, size: int) -> dict[str, float]:
+    """Milliseconds an image of each stage, in this process; of fetching by the clock, else of this process's CPU."""
+    spent = dict.fromkeys(("fetch", "frame", "decode", "augment"), 0.0)
+    reader, storage = ChunkReader(index), open_storage(index.url)
+    transform = TrainTransform(image_size=size)
+    device = DeviceTransform(mean=(0.5,) * 3, std=(0.25,) * 3, color_jitter=0.3)
+    random, done = KeyedRandom(0), 0
+    transform(
+        reader.read(0, 0).image, name="the first", random=random.at(0)
+    )  # what is imported and opened once
+    for number in range(index.num_chunks):
+        chunk = reader.chunk(number)
+        began = time.perf_counter()
+        data = storage.read(chunk.shard, chunk.offset, chunk.num_bytes)
+        spent["fetch"] += time.perf_counter() - began
+        began = time.process_time()
+        table = frame_table(data, where=chunk.shard)
+        spent["frame"] += time.process_time() - began
+        began = time.process_time()
+        samples = []
+        for row in range(len(table)):
+            offset, length = int(table.offsets[row]), int(table.lengths[row])
+            image = memoryview(data)[offset : offset + length]
+            samples.append(transform(image, name=table.key(row), random=random.at(done + row)))
+        spent["decode"] += time.process_time() - began
+        batch = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+        draws = torch.from_numpy(np.stack([sample.draws for sample in samples]))
+        began = time.process_time()
+        device(batch, draws)
+        spent["augment"] += time.process_time() - began
+        done += len(table)
+        if done >= images:
+            break
+    return {stage: 1000 * seconds / done for stage, seconds in spent.items()}
+
+
+def measure_loaders(
+    names: list[str],
+    spec: dict[str, Any],
+    index: DatasetIndex,
+    args: argparse.Namespace,
+    *,
+    folder: Path,
+    peer_python: str,
+) -> list[dict[str, Any]]:
+    """One row a loader and number of processes, webdataset's first of each; turns are interleaved."""
+    turns: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    plan = [(repeat, p, name) for repeat in range(args.repeats) for p in args.processes for name in names]
+    for number, (repeat, processes, name) in enumerate(plan):
+        _progress(f"{number + 1} of {len(plan)}: {name}, {processes} process(es), turn {repeat + 1}")
+        own = {
+            **spec,
+            "contestant": name,
+            "processes": processes,
+            "cache_dir": str(folder / f"cache-{repeat}-{processes}"),  # cold: the peers have none
+            "shard_urls": list(_shard_urls(index, pipe="pipe" in name)),
+        }
+        python = peer_python if name in contestants.CONVERSIONS else sys.executable
+        turns.setdefault((processes, name), []).append(_in_a_process(python, own))
+    _progress("")
+    rows = []
+    for processes in args.processes:
+        speeds = {
+            name: [turn["images"] / turn["seconds"] for turn in turns[processes, name]] for name in names
+        }
+        base = statistics.median(speeds["webdataset"]) if "webdataset" in speeds else None
+        for name in names:
+            median = statistics.median(speeds[name])
+            rows.append(
+                {
+                    "loader": name,
+                    "processes": processes,
+                    "images_per_second": median,
+                    "lowest": min(speeds[name]),
+                    "highest": max(speeds[name]),
+                    "ratio_to_webdataset": median / base if base else None,
+                    "first_batch_seconds": statistics.median(
+                        turn["first_batch_seconds"] for turn in turns[processes, name]
+                    ),
+                    "cpu_ms_an_image": statistics.median(
+                        1000 * turn["cpu_seconds"] / turn["images"] for turn in turns[processes, name]
+                    )
+                    if processes == 1
+                    else None,
+                }
+            )
+    return rows
+
+
+def _in_a_process(python: str, spec: dict[str, Any]) -> dict[str, Any]:
+    script = str(Path(contestants.__file__))
+    package = str(Path(contestants.__file__).parents[2])
+    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    if python != sys.executable:
+        paths = []  # another environment: only the script goes along
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(paths),
+        "PYTHONSAFEPATH": "1",
+    }
+    done = subprocess.run(
+        [python, script, json.dumps(spec)], env=environment, capture_output=True, text=True, check=False
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        what = spec.get("contestant") or f"converting to {spec['convert']}"
+        raise PretrainError(
+            f"{what} failed with exit code {done.returncode}; leave it out with --only:\n{done.stderr[-2000:]}"
+        )
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def _is_there(name: str, url: str, peer_python: str) -> bool:
+    if name not in contestants.CONVERSIONS:
+        return True
+    if is_remote(url):
+        return False  # their formats would have to be written to the bucket first
+    test = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
+    return subprocess.run([peer_python, "-c", test], capture_output=True, check=False).returncode == 0
+
+
+def _converted(
+    names: list[str], url: str, index: DatasetIndex, folder: Path, peer_python: str
+) -> dict[str, str]:
+    """Where the peers' own formats of the same images are."""
+    folders = {}
+    for name in set(names) & contestants.CONVERSIONS.keys():
+        if is_remote(url):
+            raise UsageError(f"{name} has a format of its own, which is not in {url}; leave it out of --only")
+        _progress(f"converting the images for {name}")
+        folders[name] = str(folder / name)
+        storage = open_storage(url)
+        tars = [str(storage.local_path(shard)) for shard in index.shard_names]
+        _in_a_process(peer_python, {"convert": name, "tars": tars, "folder": folders[name]})
+    return folders
+
+
+def _shard_urls(index: DatasetIndex, *, pipe: bool) -> Iterator[str]:
+    """What webdataset is given: paths and signed URLs, or the commands that print what they hold."""
+    if is_remote(index.url):
+        from pretrain.storage.s3_client import make_client
+
+        bucket, _, prefix = index.url.removeprefix("s3://").strip("/").partition("/")
+        client = make_client(S3Settings(), index.url)
+        for shard in index.shard_names:
+            key = f"{prefix}/{shard}" if prefix else shard
+            signed = client.generate_presigned_url(
+                "get_object", Params={"Bucket": bucket, "Key": key}, ExpiresIn=_SIGNED_SECONDS
+            )
+            yield f"pipe:curl --silent --fail '{signed}'"  # webdataset reads URLs through curl, too
+        return
+    storage = open_storage(index.url)
+    for shard in index.shard_names:
+        path = storage.local_path(shard)
+        assert path is not None, f"{join_url(index.url, shard)} has no path"
+        yield f"pipe:cat '{path.resolve()}'" if pipe else str(path.resolve())
+
+
+def _made_images(folder: Path, *, count: int) -> str:
+    """Shards of `count` JPEGs of 500×375, of a photograph's size in bytes, with an index."""
+    import webdataset
+
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for shard, first in enumerate(range(0, count, 100)):
+        with webdataset.TarWriter(str(folder / f"{shard:04d}.tar"), encoder=False) as writer:
+            for number in range(first, min(first + 100, count)):
+                _progress(f"making image {number + 1} of {count}")
+                small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+                smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC), np.int16)
+                grain = rng.integers(-12, 13, (375, 500, 1), dtype=np.int16)
+                path = folder / "image.jpg"
+                Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(path, quality=92)
+                label = str(number % 10).encode()
+                writer.write({"__key__": f"{number:06d}", IMAGE_SUFFIXES[0]: path.read_bytes(), "cls": label})
+    (folder / "image.jpg").unlink()
+    command = [sys.executable, "-m", "pretrain.cli", "data", "index", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PretrainError(f"indexing the images failed: {done.stderr[-1000:]}")
+    return str(folder)
+
+
+def _progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _print_stages(stages: dict[str, float]) -> None:
+    total = sum(stages.values())
+    print(f"one core, milliseconds an image (decoder: {resolve_decoder('auto')}):")
+    for stage, spent in stages.items():
+        print(f"  {stage:<8} {spent:8.3f}  {100 * spent / total:5.1f} %")
+    print(f"  {'all':<8} {total:8.3f}  {1000 / total:.0f} images/s\n", flush=True)
+
+
+def _print_loaders(rows: list[dict[str, Any]]) -> None:
+    print(f"{'loader':<16} processes  images/s    lowest – highest    ratio to webdataset")
+    for row in rows:
+        ratio = row["ratio_to_webdataset"]
+        print(
+            f"{row['loader']:<16} {row['processes']:>9} {row['images_per_second']:>9.1f}"
+            f"  {row['lowest']:>8.1f} – {row['highest']:<8.1f}  {f'{ratio:.2f}' if ratio else '–':>10}"
+        )
