@@ -32,20 +32,19 @@ class _Stopped(BaseException):
     """In a worker: the parent does not want the rest."""
 
 
-class _Shared:
-    """What workers share with their parent: how much was done, and whether to stop."""
+class _Here:
+    """Of the process that a task runs in: whom its reports go to, and whether it is to stop."""
 
-    done: Any = None
+    tell: Callable[[int], None] | None = None
     stop: Any = None
 
 
 def report(count: int) -> None:
     """Called by a task's function with what it has done since the last time; ends it if it is to stop."""
-    if _Shared.stop is not None and _Shared.stop.is_set():
+    if _Here.stop is not None and _Here.stop.is_set():
         raise _Stopped
-    if _Shared.done is not None:
-        with _Shared.done.get_lock():
-            _Shared.done.value += count
+    if _Here.tell is not None:
+        _Here.tell(count)
 
 
 def default_processes() -> int:
@@ -115,34 +114,13 @@ def run_tasks(
 def _run_here(
     function: Callable[[Task], Result], tasks: Iterable[Task], progress: Progress
 ) -> Iterator[Result]:
-    counter = _HereCounter(progress)
-    before = _Shared.done, _Shared.stop
     for task in tasks:
-        _Shared.done, _Shared.stop = counter, None
+        before, _Here.tell = _Here.tell, progress.add
         try:
             result = function(task)
         finally:
-            _Shared.done, _Shared.stop = before
+            _Here.tell = before
         yield result
-
-
-class _HereCounter:
-    """Looks like the workers' shared counter, and tells the progress at once."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._lock = threading.Lock()
-
-    def get_lock(self) -> threading.Lock:
-        return self._lock
-
-    @property
-    def value(self) -> int:
-        return 0
-
-    @value.setter
-    def value(self, count: int) -> None:
-        self._progress.add(count)
 
 
 def _context(preload: tuple[str, ...]) -> Any:
@@ -165,7 +143,12 @@ def _become_worker(environment: dict[str, str], done: Any, stop: Any) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.environ.clear()  # the fork server's are those of when it started
     os.environ.update(environment)
-    _Shared.done, _Shared.stop = done, stop
+
+    def tell(count: int) -> None:
+        with done.get_lock():
+            done.value += count
+
+    _Here.tell, _Here.stop = tell, stop
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are children"
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,8 @@ def column_of(array: np.ndarray) -> Column:
     return Column(array.dtype, array.shape, np.ascontiguousarray(array))
 
 
-def write_columns(path: Path, columns: Mapping[str, Column], metadata: Mapping[str, Any]) -> str:
-    """Write a file and return its sha256 in hex. Memory: a few blocks, whatever the columns hold."""
+def write_columns(file: BinaryIO, columns: Mapping[str, Column], metadata: Mapping[str, Any]) -> str:
+    """Write the content of a file and return its sha256 in hex. Memory: a few blocks, whatever the columns hold."""
     # Wide ones first: each then starts at a multiple of its item's size, as mapping wants it.
     names = sorted(columns, key=lambda name: (-np.dtype(columns[name].dtype).itemsize, name))
     text = json.dumps(metadata, sort_keys=True)
@@ -61,20 +61,19 @@ def write_columns(path: Path, columns: Mapping[str, Column], metadata: Mapping[s
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
-        for block in (len(encoded).to_bytes(8, "little"), encoded):
+    digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        for block in _content(columns[name]):
             digest.update(block)
             file.write(block)
-        for name in names:
-            for block in _content(columns[name]):
-                digest.update(block)
-                file.write(block)
     return digest.hexdigest()
 
 
 def _content(column: Column) -> Iterator[bytes | memoryview]:
     if isinstance(column.content, np.ndarray):
-        assert column.content.shape == column.shape and column.content.dtype == column.dtype
+        assert column.content.shape == column.shape, column
+        assert column.content.dtype == column.dtype, column
         if column.content.size:
             yield column.content.reshape(-1).view(np.uint8).data
         return
@@ -112,7 +111,15 @@ def parse_columns(buffer: np.ndarray, *, where: str) -> tuple[dict[str, np.ndarr
             last = max(last, end)
         if last != len(data):
             raise ValueError(f"{len(data) - last} bytes follow the last column")
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise DataError(f"{where}: damaged ({error}); {HOW_TO_MEND}") from error
     return arrays, metadata
 

@@ -61,29 +61,31 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None
     """
     storage = open_storage(url, s3=s3)
     try:
-        buffer = _index_bytes(storage, cache_dir)
+        path = storage.local_path(INDEX_NAME)
+        if path is not None:
+            return parse_index(storage.url, _mapped(path, storage.size(INDEX_NAME)))
+        version = None if cache_dir is None else _remote_version(storage)
+        if cache_dir is None or version is None:
+            return parse_index(storage.url, np.frombuffer(storage.read(INDEX_NAME), np.uint8))
+        path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+        try:
+            return parse_index(storage.url, _mapped(path, path.stat().st_size))
+        except DataError:  # damaged on this disk, or in the bucket: what is fetched now tells
+            path.unlink(missing_ok=True)
+            path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+            return parse_index(storage.url, _mapped(path, path.stat().st_size))
     except ObjectNotFoundError as error:
         raise _no_index(storage, url) from error
     except AccessDeniedError as error:
         raise UsageError(str(error)) from error
-    return parse_index(storage.url, buffer)
 
 
-def _index_bytes(storage: Storage, cache_dir: Path | None) -> np.ndarray:
-    path = storage.local_path(INDEX_NAME)
-    if path is None:
-        version = None
-        if cache_dir is not None:
-            info = next((info for info in storage.list(INDEX_NAME) if info.name == INDEX_NAME), None)
-            if info is None:
-                raise ObjectNotFoundError(f"{storage.url}: no {INDEX_NAME}")
-            version = f"{info.size} {info.etag}" if info.etag else None  # without ETags a change would not show
-        if cache_dir is None or version is None:
-            return np.frombuffer(storage.read(INDEX_NAME), np.uint8)
-        # Not checked here: whoever opens it does, and a damaged one is told from a changed one by its hash.
-        path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
-        return _mapped(path, path.stat().st_size)
-    return _mapped(path, storage.size(INDEX_NAME))
+def _remote_version(storage: Storage) -> str | None:
+    """What tells one index at this place from the next; None where the store gives no ETag that would."""
+    info = next((info for info in storage.list(INDEX_NAME) if info.name == INDEX_NAME), None)
+    if info is None:
+        raise ObjectNotFoundError(f"{storage.url}: no {INDEX_NAME}")
+    return f"{info.size} {info.etag}" if info.etag else None
 
 
 def _mapped(path: Path, size: int) -> np.ndarray:

@@ -85,7 +85,7 @@ class _Spool:
 
     def __init__(self, path: Path, dtype: npt.DTypeLike, tail: tuple[int, ...] = ()) -> None:
         self.path, self.dtype, self.tail, self.rows = path, np.dtype(dtype), tail, 0
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 - until `close`
         self._digest = hashlib.sha256()
 
     def append(self, values: npt.ArrayLike) -> None:
@@ -154,6 +154,8 @@ class IndexBuilder:
         columns["shard_bytes"].append([entry.num_bytes])
         columns["shard_samples"].append([count])
         columns["shard_sha256"].append(np.frombuffer(entry.sha256, np.uint8)[None])
+        columns["shard_captions"].append([entry.num_captions])
+        columns["shard_side"].append([entry.image_side or 0])
         columns["chunk_shard"].append(np.full(len(entry.chunk_offset), len(self._names)))
         for name in ("chunk_offset", "chunk_bytes", "chunk_samples", "chunk_crc32"):
             columns[name].append(getattr(entry, name))
@@ -185,7 +187,8 @@ class IndexBuilder:
             sets = LabelSets(
                 offsets=np.concatenate(([0], np.cumsum(has_one))), values=labels[has_one].astype(np.int32)
             )
-        assert self._label_offsets is not None and self._label_values is not None
+        assert self._label_offsets is not None, "since the first list of labels"
+        assert self._label_values is not None, "likewise"
         self._label_offsets.append(sets.offsets[1:] + self._label_end)
         self._label_values.append(sets.values)
         self._label_end += int(sets.offsets[-1])
@@ -216,7 +219,8 @@ class IndexBuilder:
         num_classes = self._count_classes(url)
         samples = {"key_offsets": self._key_offsets.close(), "key_bytes": self._keys.close()}
         if self._labels is None:
-            assert self._label_offsets is not None and self._label_values is not None
+            assert self._label_offsets is not None, "since the first list of labels"
+            assert self._label_values is not None, "likewise"
             kind = "multi"
             samples["label_offsets"] = self._label_offsets.close()
             samples["label_values"] = self._label_values.close()
@@ -226,7 +230,8 @@ class IndexBuilder:
             if kind == "single":
                 samples["labels"] = labels
         samples_path, index_path = self._folder / "samples.finished", self._folder / "index.finished"
-        samples_sha256 = write_columns(samples_path, samples, {"version": INDEX_VERSION})
+        with open(samples_path, "wb") as file:
+            samples_sha256 = write_columns(file, samples, {"version": INDEX_VERSION})
         write_index_file(
             index_path,
             shard_names=self._names,
@@ -253,8 +258,7 @@ class IndexBuilder:
             return None
         if self._missing:
             raise DataError(
-                f"{url}: {self._missing} of {self._samples} samples have no label; "
-                "label all of them or none"
+                f"{url}: {self._missing} of {self._samples} samples have no label; label all of them or none"
             )
         count = self._num_classes if self._class_names is None else len(self._class_names)
         if count is not None and self._highest >= count:
@@ -266,7 +270,11 @@ class IndexBuilder:
 
 
 def write_index(
-    storage: Storage, index_file: bytes | Path, samples_file: bytes | Path, *, samples_name: str = SAMPLES_NAME
+    storage: Storage,
+    index_file: bytes | Path,
+    samples_file: bytes | Path,
+    *,
+    samples_name: str = SAMPLES_NAME,
 ) -> None:
     """Put both files, the index last: a dataset with an index is whole."""
     storage.put(samples_name, samples_file)

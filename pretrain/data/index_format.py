@@ -31,6 +31,8 @@ COLUMNS = {  # name -> (dtype, shape after the first axis)
     "shard_bytes": (np.int64, ()),
     "shard_samples": (np.int64, ()),
     "shard_sha256": (np.uint8, (32,)),
+    "shard_captions": (np.int64, ()),
+    "shard_side": (np.int32, ()),
     "chunk_shard": (np.int32, ()),
     "chunk_offset": (np.int64, ()),
     "chunk_bytes": (np.int64, ()),
@@ -68,6 +70,8 @@ class DatasetIndex:
     shard_bytes: np.ndarray  # int64[S]
     shard_samples: np.ndarray  # int64[S]
     shard_sha256: np.ndarray  # uint8[S, 32]
+    shard_captions: np.ndarray  # int64[S], samples with a caption
+    shard_side: np.ndarray  # int32[S], largest stored side in pixels, 0 for unknown
     chunk_shard: np.ndarray  # int32[M]
     chunk_offset: np.ndarray  # int64[M], bytes from the shard's start
     chunk_bytes: np.ndarray  # int64[M]
@@ -130,7 +134,7 @@ class SampleTable:
         samples, which = KeyFinder(Keys.of(keys)).search(self.keys)
         seen = np.zeros(len(keys), bool)
         seen[which] = True
-        return Found(samples, which, [keys[i] for i in np.flatnonzero(~seen)])
+        return Found(samples, which, [keys[i] for i in np.flatnonzero(~seen).tolist()])
 
 
 def _names_blob(names: Sequence[str]) -> np.ndarray:
@@ -160,7 +164,8 @@ def write_index_file(
         "identity": identity_of(properties, digests),
         **{name: properties[name] for name in (*_IDENTIFYING, *_OTHERS)},
     }
-    write_columns(path, {**columns, "shard_names": column_of(names)}, metadata)
+    with open(path, "wb") as file:
+        write_columns(file, {**columns, "shard_names": column_of(names)}, metadata)
 
 
 def parse_index(url: str, buffer: np.ndarray) -> DatasetIndex:
@@ -183,11 +188,12 @@ def parse_index(url: str, buffer: np.ndarray) -> DatasetIndex:
         properties = {name: metadata[name] for name in (*_IDENTIFYING, *_OTHERS, "identity")}
         if properties["class_names"] is not None:
             properties["class_names"] = tuple(properties["class_names"])
+        columns: dict[str, Any] = {name: arrays[name] for name in COLUMNS}
         index = DatasetIndex(
             url=url,
             shard_names=tuple(json.loads(arrays["shard_names"].tobytes())),
             **properties,
-            **{name: arrays[name] for name in COLUMNS},
+            **columns,
         )
     except (KeyError, ValueError, TypeError, RecursionError) as error:
         raise DataError(f"{where}: damaged ({error}); {HOW_TO_MEND}") from error
@@ -220,7 +226,9 @@ def _inconsistency(index: DatasetIndex) -> str | None:
         return "a chunk is empty"
     if (index.chunk_offset + index.chunk_bytes > index.shard_bytes[index.chunk_shard]).any():
         return "a chunk ends after its shard"
-    if (np.bincount(index.chunk_shard, weights=index.chunk_samples, minlength=S) != index.shard_samples).any():
+    if (
+        np.bincount(index.chunk_shard, weights=index.chunk_samples, minlength=S) != index.shard_samples
+    ).any():
         return "the chunks of a shard do not add up to its samples"
     if int(index.shard_samples.sum()) != index.num_samples:
         return "the shards do not add up to the number of samples"

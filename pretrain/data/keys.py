@@ -126,9 +126,7 @@ class KeyFinder:
         return np.concatenate(rows), np.concatenate(which)
 
 
-def repeated(
-    keys: Keys, *, limit: int, memory_rows: int = 1 << 25
-) -> tuple[int, list[tuple[int, int]]]:
+def repeated(keys: Keys, *, limit: int, memory_rows: int = 1 << 25) -> tuple[int, list[tuple[int, int]]]:
     """(how many keys stand somewhere a second time, up to `limit` pairs of where: first, later one).
 
     Memory is bounded by `memory_rows` hashes at a time (48 bytes each); above that, all hashes are written to
@@ -143,7 +141,8 @@ def repeated(
             hashes: npt.NDArray[np.uint64] = np.memmap(file, np.uint64, "r", shape=(len(keys),))
         else:
             hashes = keys.hashes()
-        count, pairs = 0, []
+        count = 0
+        pairs: list[tuple[int, int]] = []
         for part in range(parts):
             rows = _rows_of_part(hashes, part, parts)
             values = hashes[rows]
