@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from data_tools import parts
 from data_tools.compose import CLASSES_NAME, Composed, compose, describe, existing_identity, tell
 from data_tools.labels import LabelTable
-from data_tools.pack import PROGRESS_NAME, index_packed, read_progress
+from data_tools.pack import index_packed, read_progress
 from data_tools.parallel import check_processes, processes_for, report, run_tasks
 from data_tools.parts import parse_share
 from data_tools.progress import Progress
@@ -79,11 +79,10 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError("--labels-partial belongs to --labels")
     storage = open_storage(args.url)
     with wrong_if_unreachable():
-        if storage.exists(PROGRESS_NAME):
-            if args.merge and read_progress(storage) is not None:
-                _refuse_for_packed(args)
-                index_packed(storage, args.url)
-                return 0
+        if args.merge and read_progress(storage) is not None:
+            _refuse_for_packed(args)
+            index_packed(storage, args.url)
+            return 0
         parts.refuse_unfinished(storage, args.url)
         shards = find_shards(storage, args.url)
         names = None if share is not None else _class_names(storage, args)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
-from pretrain.data.index import DatasetIndex, SampleTable, open_index, open_samples
-from pretrain.data.index_cache import default_cache_dir
-from pretrain.errors import AccessDeniedError, DataError, ObjectNotFoundError, UsageError
+from pretrain.errors import AccessDeniedError, ObjectNotFoundError, UsageError
 from pretrain.storage import Storage
 
 
@@ -74,41 +69,6 @@ def parse_class_names(text: str, *, where: str) -> list[str]:
     if not names:
         raise UsageError(f"{where}: holds no class names; write one a line")
     return names
-
-
-@functools.lru_cache(maxsize=4)
-def opened(url: str, identity: str) -> tuple[DatasetIndex, SampleTable | None]:
-    """A dataset that a worker works on, kept open from task to task. No table where it is missing or damaged.
-
-    Raises:
-        DataError: the dataset is no longer the one of that identity.
-    """
-    index = open_index(url, cache_dir=default_cache_dir())
-    if index.identity != identity:
-        raise DataError(f"{url}: its index was replaced meanwhile; run the command again")
-    try:
-        return index, open_samples(index, cache_dir=default_cache_dir())
-    except DataError:
-        return index, None
-
-
-class Layout:
-    """Where shards begin in an index's columns: chunk and sample numbers."""
-
-    def __init__(self, index: DatasetIndex) -> None:
-        count = len(index.shard_names)
-        self.first_chunk = np.searchsorted(index.chunk_shard, np.arange(count + 1))
-        self.first_sample = np.concatenate(([0], np.cumsum(index.shard_samples)))
-
-    def chunks(self, shard: int) -> range:
-        return range(int(self.first_chunk[shard]), int(self.first_chunk[shard + 1]))
-
-    def samples(self, shard: int) -> range:
-        return range(int(self.first_sample[shard]), int(self.first_sample[shard + 1]))
-
-    def shards_of(self, samples: np.ndarray) -> np.ndarray:
-        """int64[n]: the shard of each sample number."""
-        return np.searchsorted(self.first_sample, samples, side="right") - 1
 
 
 def read_keys(path: str, *, option: str) -> list[str]:

@@ -17,14 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_tools.compose import CLASSES_NAME, describe
+from data_tools.contents import Layout, entry_of, opened
 from data_tools.labels import LabelTable
 from data_tools.parallel import check_processes, processes_for, report, run_tasks
 from data_tools.progress import Progress
 from data_tools.scan import image_size
-from data_tools.start import Layout, add_processes, opened, wrong_if_unreachable
+from data_tools.start import add_processes, wrong_if_unreachable
 from pretrain.data.decode import decode
 from pretrain.data.framer import Frame, frame, image_of, labels_of
-from pretrain.data.index import DatasetIndex, LabelSets, SampleTable, ShardEntry, open_index, open_samples
+from pretrain.data.index import DatasetIndex, SampleTable, ShardEntry, open_index, open_samples
 from pretrain.data.index_cache import default_cache_dir
 from pretrain.errors import DataError, ObjectNotFoundError
 from pretrain.storage import Storage, open_storage
@@ -154,31 +155,6 @@ def _unequal(a: ShardEntry, b: ShardEntry) -> np.ndarray:
         for sets in (a.label_sets, b.label_sets)
     )
     return np.array([left != right for left, right in zip(x, y, strict=True)], bool)
-
-
-def entry_of(index: DatasetIndex, samples: SampleTable, layout: Layout, shard: int) -> ShardEntry:
-    """What the index and its table say of one shard, as it went into them."""
-    chunks, mine = layout.chunks(shard), layout.samples(shard)
-    part = slice(chunks.start, chunks.stop)
-    sets, labels = None, samples.labels[mine.start : mine.stop]
-    if samples.label_offsets is not None and samples.label_values is not None:
-        ends = samples.label_offsets[mine.start : mine.stop + 1]
-        sets = LabelSets(offsets=ends - ends[0], values=samples.label_values[int(ends[0]) : int(ends[-1])])
-        labels = np.zeros(len(mine), np.int64)  # -1 would say that they have none
-    return ShardEntry(
-        name=index.shard_names[shard],
-        num_bytes=int(index.shard_bytes[shard]),
-        sha256=index.shard_sha256[shard].tobytes(),
-        chunk_offset=index.chunk_offset[part],
-        chunk_bytes=index.chunk_bytes[part],
-        chunk_samples=index.chunk_samples[part],
-        chunk_crc32=index.chunk_crc32[part],
-        labels=labels,
-        keys=samples.keys.slice(mine.start, mine.stop),
-        image_side=int(index.shard_side[shard]) or None,
-        label_sets=sets,
-        num_captions=int(index.shard_captions[shard]),
-    )
 
 
 def check_shard(task: ShardCheck) -> list[str]:
