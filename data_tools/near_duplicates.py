@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -140,8 +141,8 @@ def alike(first: npt.NDArray[np.uint64], second: npt.NDArray[np.uint64], *, dist
     """
     bounds = np.linspace(0, BITS, distance + 2).round().astype(int)
     found: list[npt.NDArray[np.int64]] = [np.zeros((0, 3), np.int64)]
-    for low, high in zip(bounds[:-1], bounds[1:], strict=True):
-        mask = np.uint64((1 << int(high - low)) - 1)
+    for low, high in pairwise(bounds.tolist()):
+        mask = np.uint64((1 << (high - low)) - 1)
         bands = [(values >> np.uint64(low)) & mask for values in (first, second)]
         order = np.argsort(bands[1], kind="stable")
         ordered = bands[1][order]

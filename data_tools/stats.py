@@ -303,5 +303,5 @@ def _print_table(index: DatasetIndex, counts: np.ndarray | None, summary: dict[s
     for position, i in enumerate(shown):
         if len(order) > CLASSES_SHOWN and position == CLASSES_SHOWN // 2:
             print(f"  … {len(order) - CLASSES_SHOWN} classes between …")
-        bar = "█" * round(BAR_WIDTH * counts[i] / counts.max())
+        bar = "█" * round(BAR_WIDTH * counts[i] / max(1, counts.max()))
         print(f"  {names[i][:width]:<{width}} {counts[i]:>9} {bar}")
