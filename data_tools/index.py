@@ -25,7 +25,7 @@ from data_tools import parts
 from data_tools.compose import CLASSES_NAME, Composed, compose, describe, existing_identity, tell
 from data_tools.labels import LabelTable
 from data_tools.pack import index_packed, read_progress
-from data_tools.parallel import check_processes, processes_for, report, run_tasks
+from data_tools.parallel import check_processes, processes_for, report, run_tasks, task_storage
 from data_tools.parts import parse_share
 from data_tools.progress import Progress
 from data_tools.scan import Findings, scan_shard
@@ -157,7 +157,7 @@ def _class_names(storage: Storage, args: argparse.Namespace) -> list[str] | None
 
 def scan_one(task: ScanTask) -> None:
     """Read one tar and save its part. Reports bytes."""
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     name = task.info.name
     findings = Findings()
     before = parts.version_of(storage, task.info)

@@ -17,13 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data_tools.contents import Layout, opened
-from data_tools.parallel import processes_for, report, run_tasks
+from data_tools.parallel import processes_for, report, run_tasks, task_storage
 from data_tools.progress import Progress
 from pretrain.data.decode import decode
 from pretrain.data.framer import frame, image_of
 from pretrain.data.index import DatasetIndex
 from pretrain.errors import DataError, UsageError
-from pretrain.storage import open_storage
 
 BITS = 64
 _TASK_BYTES = 64 << 20
@@ -108,7 +107,7 @@ def hash_chunks(task: HashTask) -> Hashes:
     import imagehash
 
     index, _ = opened(task.url, task.identity)
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     number = int(index.chunk_samples[: task.first_chunk].sum(dtype=np.int64))
     values, samples, undecodable, flat = [], [], 0, 0
     for chunk in range(task.first_chunk, task.end_chunk):

@@ -6,6 +6,7 @@ import everything anew in each. They ignore Ctrl-C, which is their parent's to h
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 
 from data_tools.progress import Progress
 from pretrain.errors import PretrainError, UsageError
+from pretrain.storage import Storage, open_storage
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -45,6 +47,13 @@ def report(count: int) -> None:
         raise _Stopped
     if _Here.tell is not None:
         _Here.tell(count)
+
+
+@functools.lru_cache(maxsize=8)
+def task_storage(url: str) -> Storage:
+    """The store that a task works on, kept from task to task: a client of its own for each would cost a
+    tenth of a second."""
+    return open_storage(url)
 
 
 def default_processes() -> int:
@@ -78,6 +87,7 @@ def run_tasks(
 
     Raises what the function raises, after the others were stopped; PretrainError if a worker dies.
     """
+    task_storage.cache_clear()  # the environment may say something else than it did
     if processes == 1:
         yield from _run_here(function, tasks, progress)
         return

@@ -32,7 +32,7 @@ import numpy as np
 
 from data_tools import parts
 from data_tools.contents import Layout, entry_of, opened
-from data_tools.parallel import check_processes, processes_for, report, run_tasks
+from data_tools.parallel import check_processes, processes_for, report, run_tasks, task_storage
 from data_tools.progress import Progress
 from data_tools.scan import Findings, scan_shard
 from data_tools.start import add_processes, read_keys, wrong_if_unreachable
@@ -136,9 +136,10 @@ def _plan(
     """What is to be done; None if it is nothing, or was only to be shown."""
     found = samples.find(keys)
     if found.unknown and not args.ignore_unknown:
+        before = f"; it was redacted {index.revision} times before" if index.revision else ""
         raise UsageError(
             f"{args.keys}: {len(found.unknown)} of {len(keys)} keys are of no sample in {args.url} "
-            f"(the first: {found.unknown[0]!r}); check them, or give --ignore-unknown"
+            f"(the first: {found.unknown[0]!r}){before}; check them, or give --ignore-unknown"
         )
     if not len(found.samples):
         print(f"{args.url}: none of the keys is there, nothing is to be removed")
@@ -220,7 +221,7 @@ def rewrite_shard(task: RewriteTask) -> None:
     Raises:
         DataError: the old shard is not what the index says.
     """
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     where = join_url(task.url, task.old_name)
     digest = hashlib.sha256()
 
@@ -366,7 +367,7 @@ def _prove(
 
 def find_keys(task: RewriteTask) -> str:
     """What is wrong with a rewritten shard: a key is in it, or it is not what the index says; "" if nothing is."""
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     where = join_url(task.url, task.new_name)
     digest, unwanted = hashlib.sha256(), frozenset(task.keys)
 

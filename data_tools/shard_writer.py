@@ -14,12 +14,12 @@ from PIL import Image
 
 from data_tools import parts
 from data_tools.image_files import Source
-from data_tools.parallel import report
+from data_tools.parallel import report, task_storage
 from data_tools.plans import Options
 from data_tools.scan import Findings, scan_shard
 from pretrain.data.decode import Picture
 from pretrain.errors import DataError
-from pretrain.storage import join_url, open_storage
+from pretrain.storage import join_url
 
 JPEG_QUALITY = 92
 _AHEAD = 64  # images that threads may be ahead of the writer
@@ -44,7 +44,7 @@ def write_shard(task: ShardTask) -> None:
     Raises:
         DataError: an image does not decode, and bad ones are not to be skipped.
     """
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     findings = Findings()
     with tempfile.TemporaryDirectory(prefix="pretrain-pack-") as folder:
         path = Path(folder) / task.name

@@ -19,7 +19,7 @@ import numpy as np
 from data_tools.compose import CLASSES_NAME, describe
 from data_tools.contents import Layout, entry_of, opened
 from data_tools.labels import LabelTable
-from data_tools.parallel import check_processes, processes_for, report, run_tasks
+from data_tools.parallel import check_processes, processes_for, report, run_tasks, task_storage
 from data_tools.progress import Progress
 from data_tools.scan import image_size
 from data_tools.start import add_processes, wrong_if_unreachable
@@ -160,7 +160,7 @@ def _unequal(a: ShardEntry, b: ShardEntry) -> np.ndarray:
 def check_shard(task: ShardCheck) -> list[str]:
     """The differences of one shard. Reports bytes."""
     index, samples = opened(task.url, task.identity)
-    storage = open_storage(task.url)
+    storage = task_storage(task.url)
     found: list[str] = []
     try:
         found.extend(

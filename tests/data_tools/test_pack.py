@@ -365,7 +365,7 @@ def test_ctrl_c_exits_130_without_a_stack_trace_and_a_second_run_goes_on(
 
 
 def test_commands_start_without_torch() -> None:
-    modules = ["index", "pack", "stats", "synth", "verify"]
+    modules = ["index", "pack", "redact", "stats", "sync", "synth", "verify"]
     code = "; ".join(
         ["import sys", *(f"import data_tools.{name}" for name in modules), "print('torch' in sys.modules)"]
     )
