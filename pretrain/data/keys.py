@@ -74,16 +74,31 @@ class Keys:
             powers = np.full(longest + 1, _MULTIPLIER, np.uint64)
             powers[0] = 1
             np.multiply.accumulate(powers, out=powers)
-            place = np.arange(len(block.data)) - np.repeat(block.offsets[:-1], lengths)
-            terms = (block.data.astype(np.uint64) + np.uint64(1)) * powers[place]
-            sums = np.zeros(len(terms) + 1, np.uint64)
-            np.cumsum(terms, out=sums[1:])
-            value = sums[block.offsets[1:]] - sums[block.offsets[:-1]]
+            if (
+                len(block) and int(lengths.min()) == longest
+            ):  # as most datasets' keys are: a tenth of the time
+                value = np.zeros(len(block), np.uint64)
+                columns = block.data.reshape(len(block), longest)
+                for j in range(longest):
+                    value += (columns[:, j].astype(np.uint64) + np.uint64(1)) * powers[j]
+            else:
+                value = _polynomials(block, lengths, powers)
             value ^= value >> np.uint64(32)
             value *= np.uint64(0xD6E8FEB86659FD93)
             value ^= value >> np.uint64(32)
             out[start : start + len(block)] = value
         return out
+
+
+def _polynomials(
+    keys: Keys, lengths: npt.NDArray[np.int64], powers: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint64]:
+    """uint64[N]: of each key's bytes, the sum of (byte + 1) · powers[place]."""
+    place = np.arange(len(keys.data)) - np.repeat(keys.offsets[:-1], lengths)
+    terms = (keys.data.astype(np.uint64) + np.uint64(1)) * powers[place]
+    sums = np.zeros(len(terms) + 1, np.uint64)
+    np.cumsum(terms, out=sums[1:])
+    return sums[keys.offsets[1:]] - sums[keys.offsets[:-1]]
 
 
 def same_keys(a: Keys, b: Keys) -> npt.NDArray[np.bool_]:
@@ -126,7 +141,7 @@ class KeyFinder:
         return np.concatenate(rows), np.concatenate(which)
 
 
-def repeated(keys: Keys, *, limit: int, memory_rows: int = 1 << 25) -> tuple[int, list[tuple[int, int]]]:
+def repeated(keys: Keys, *, limit: int, memory_rows: int = 1 << 23) -> tuple[int, list[tuple[int, int]]]:
     """(how many keys stand somewhere a second time, up to `limit` pairs of where: first, later one).
 
     Memory is bounded by `memory_rows` hashes at a time (48 bytes each); above that, all hashes are written to

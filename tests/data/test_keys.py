@@ -58,6 +58,11 @@ def test_keys_with_one_hash_are_told_apart_by_their_bytes(monkeypatch: pytest.Mo
     assert same_keys(keys, Keys.of(["a", "c", "ba", "b"])).tolist() == [True, False, False, True]
 
 
+def test_keys_of_one_length_hash_as_they_do_among_others() -> None:
+    texts = [f"key{i:04d}" for i in range(100)]
+    assert Keys.of(texts).hashes().tolist() == Keys.of([*texts, "longer than these"]).hashes()[:-1].tolist()
+
+
 def test_a_million_structured_keys_have_a_million_hashes() -> None:
     keys = Keys.of([f"{i // 1000:05d}{i % 1000:04d}" for i in range(1_000_000)])
     assert len(np.unique(keys.hashes())) == 1_000_000

@@ -52,7 +52,7 @@ def test_of_a_bucket_only_ranges_are_read(
     of_shards = sum(size for name, size in fetched.items() if name.endswith(".tar"))
     assert of_shards <= 12 * summary["largest_chunk_bytes"]
     assert of_shards < 0.25 * summary["bytes"]
-    assert summary["looked_at"]["images"] == 120
+    assert 100 < summary["looked_at"]["images"] <= 120
     assert sum(row["samples"] for row in summary["classes"]) == index.num_samples == 600
     once = dict(fetched)
     assert pretrain("data", "stats", f"{s3_bucket}/set") == 0
