@@ -29,6 +29,7 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
+    Data,
     build_device_transform,
     build_engine,
     build_eval_loader,
@@ -45,6 +46,7 @@ from pretrain.checkpoint.run_directory import (
     write_whole,
 )
 from pretrain.checkpoint.save import save_checkpoint
+from pretrain.checkpoint.segments import keep_chunk_sizes
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
@@ -113,11 +115,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
-    last_step = total_steps(config, data.index.num_samples)
+    last_step = total_steps(config, data.stream)
     identity: dict[str, Any] = {  # what every checkpoint of this run says of it
         "config": config.model_dump(mode="json"),
-        "dataset": dataset_facts(data.index),
+        "dataset": dataset_facts(data.indexes),
         "order": data.stream.fingerprint(),
+        "segments": data.segments,
     }
     if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
         if world.is_main:
@@ -156,6 +159,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+        together(lambda: data.require_from(samples))
+        from_main(world, lambda: keep_order_of(data, run_dir))
         reporter.start(
             step=step,
             samples=samples,
@@ -167,6 +172,10 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         )
 
         # The data: endless steps of micro-batches from position `samples` on.
+        global_batch_size = config.train.global_batch_size
+        said = data.said(total_samples=last_step * global_batch_size) if data.is_mixed else []
+        facts_of_data = {"global_batch_size": global_batch_size, "segments": data.segments}
+        reporter.event("data", note="\n".join(said) or None, step=step, samples=samples, **facts_of_data)
         workers = 0 if debug else config.data.workers
         train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
@@ -213,7 +222,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             reporter.step(
                 step=step,
                 samples=samples,
-                epoch=samples / data.index.num_samples,
+                epoch=data.stream.epochs(samples),
                 loss=loss,
                 lr=lr,
                 grad_norm=float(grad_norm),
@@ -251,6 +260,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
+
+
+def keep_order_of(data: Data, run_dir: Path) -> None:
+    """So that what was consumed can be told when a dataset is no longer what it was."""
+    for index in data.indexes:
+        keep_chunk_sizes(run_dir, index.identity, index.chunk_samples)
 
 
 def learning_rate(config: RunConfig, step: int, last_step: int) -> float:
