@@ -8,7 +8,7 @@ the command says that no key remains, or fails.
 Killed at any moment and run again with the same keys, it goes on. Until the index is replaced, readers see
 the old dataset, whole; after that, the new one. A run that still reads the old one ends with exit code 3
 when it comes to a deleted shard; started again, it is refused, because the dataset's identity has changed:
-`pretrain data-change RUN` is how a run goes on without the removed samples.
+`pretrain data-change RUN --renew URL` is how a run goes on without the removed samples.
 
 Not reached from here: old versions in a bucket that keeps versions, copies made by `pretrain data sync`
 (sync again with --delete), caches of nodes (delete their folders), and files beside the shards.
