@@ -14,7 +14,7 @@ import numpy as np
 
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, SampleTable, open_samples
-from pretrain.data.keys import find_keys
+from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
 from pretrain.datasets import ExistingRun, GoneDataset
@@ -95,8 +95,9 @@ class Audit:
             yield {"event": "gone", "dataset": dataset.url, "samples": dataset.num_samples}
         found: list[list[dict[str, Any]]] = [[] for _ in self.keys]
         known: set[int] = set()
+        finder = KeyFinder(Keys.of(self.keys))
         for number, index in enumerate(self.run.data.indexes):
-            samples, which = find_keys(self._tables[number], self.keys)
+            samples, which = finder.search(self._tables[number].keys)
             known.update(which.tolist())
             if len(samples):
                 self._trace(number, index, samples, which, found)

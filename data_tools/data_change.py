@@ -36,7 +36,7 @@ from pretrain.checkpoint.segments import (
     write_numbers,
 )
 from pretrain.data.index import DatasetIndex, open_index, open_samples
-from pretrain.data.keys import find_keys
+from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.order import Int64s
 from pretrain.datasets import (
     ExistingRun,
@@ -254,7 +254,8 @@ def _exclusions(
             f"looking for {len(keys):,} keys among the {index.num_samples:,} samples of {index.url}",
             file=sys.stderr,
         )
-        samples, which = find_keys(open_samples(index, s3=s3_settings(existing.config)), keys)
+        table = open_samples(index, s3=s3_settings(existing.config))
+        samples, which = KeyFinder(Keys.of(keys)).search(table.keys)
         found.update(which.tolist())
         if len(samples) == index.num_samples:
             raise UsageError(f"--exclude: nothing would be left of {index.url}; --remove it")

@@ -1,4 +1,4 @@
-"""Read one shard as a stream and say what the index needs to know about it. Called by index and pack."""
+"""Read one shard as a stream and say what the index needs to know about it. Called by index, pack and redact."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 import io
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from PIL import Image
 
-from pretrain.data.framer import cut_chunks, frame, image_of, label_of
-from pretrain.data.index import ShardEntry
+from pretrain.data.framer import cut_chunks, frame, image_of, labels_of
+from pretrain.data.index import NO_LABEL, LabelSets, ShardEntry
+from pretrain.data.keys import Keys
 from pretrain.errors import DataError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
@@ -21,8 +22,21 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 class Findings:
     """What is worth telling the user, gathered over shards: a count and the first case of each."""
 
-    without_image: list[str] = field(default_factory=list)  # "SHARD: KEY"
-    unreadable: list[str] = field(default_factory=list)
+    without_image: int = 0
+    first_without_image: str = ""  # "SHARD: KEY"
+    unreadable: int = 0
+    first_unreadable: str = ""
+    skipped: int = 0  # images that `pack --skip-bad` left out
+    first_skipped: str = ""
+
+    def note(self, kind: str, example: str, count: int = 1) -> None:
+        if count:
+            setattr(self, f"first_{kind}", getattr(self, f"first_{kind}") or example)
+            setattr(self, kind, getattr(self, kind) + count)
+
+    def add(self, other: Findings) -> None:
+        for kind in ("without_image", "unreadable", "skipped"):
+            self.note(kind, getattr(other, f"first_{kind}"), getattr(other, kind))
 
 
 def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
@@ -32,6 +46,28 @@ def image_size(data: bytes | memoryview) -> tuple[int, int] | None:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return None  # what Pillow raises for files that are no images, or damaged ones
+
+
+class _Labels:
+    """One label a sample, until a list of them comes."""
+
+    def __init__(self) -> None:
+        self.single: list[int] = []
+        self._sets: list[tuple[int, ...]] | None = None
+
+    def add(self, found: int | tuple[int, ...]) -> None:
+        if isinstance(found, tuple):
+            if self._sets is None:
+                self._sets = [() if label == NO_LABEL else (label,) for label in self.single]
+            self.single.append(0)
+            self._sets.append(found)
+        else:
+            self.single.append(found)
+            if self._sets is not None:
+                self._sets.append(() if found == NO_LABEL else (found,))
+
+    def sets(self) -> LabelSets | None:
+        return None if self._sets is None else LabelSets.of(self._sets)
 
 
 def scan_shard(
@@ -66,27 +102,29 @@ def scan_shard(
 
     limits = {} if chunk_samples is None else {"min_samples": chunk_samples, "max_samples": chunk_samples}
     columns: dict[str, list[int]] = {"offset": [], "bytes": [], "samples": [], "crc32": []}
-    labels: list[int] = []
+    labels = _Labels()
     keys: list[str] = []
-    side = 0
+    side = captions = 0
     for chunk in cut_chunks(
         watched(),
         where=where,
-        on_left_out=lambda key: findings.without_image.append(f"{name}: {key}"),
+        on_left_out=lambda key: findings.note("without_image", f"{name}: {key}"),
         **limits,
     ):
         frames = frame(chunk.data, where=f"{where}, chunk at byte {chunk.offset}")
+        view = memoryview(chunk.data)
         for sample in frames:
             try:
-                labels.append(label_of(chunk.data, sample))
+                labels.add(labels_of(chunk.data, sample))
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
             keys.append(sample.key)
+            captions += "txt" in sample.members
             image = image_of(sample)
             assert image is not None, "frame gave a sample without an image"
-            size = image_size(chunk.data[image[1] : image[1] + image[2]])
+            size = image_size(view[image[1] : image[1] + image[2]])
             if size is None:
-                findings.unreadable.append(f"{name}: {sample.key}.{image[0]}")
+                findings.note("unreadable", f"{name}: {sample.key}.{image[0]}")
             else:
                 side = max(side, *size)
         columns["offset"].append(chunk.offset)
@@ -101,7 +139,9 @@ def scan_shard(
         chunk_bytes=columns["bytes"],
         chunk_samples=columns["samples"],
         chunk_crc32=columns["crc32"],
-        labels=labels,
-        keys=keys,
+        labels=labels.single,
+        keys=Keys.of(keys),
         image_side=side or None,
+        label_sets=labels.sets(),
+        num_captions=captions,
     )

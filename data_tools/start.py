@@ -33,6 +33,15 @@ def add_chunk_samples(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--processes",
+        type=int,
+        metavar="N",
+        help="to work with (default: one a core); does not change the result",
+    )
+
+
 def check_chunk_samples(value: int | None) -> int | None:
     if value is not None and not 1 <= value <= 1 << 20:
         raise UsageError(f"--chunk-samples {value}: from 1 to {1 << 20} is possible")
@@ -60,3 +69,16 @@ def parse_class_names(text: str, *, where: str) -> list[str]:
     if not names:
         raise UsageError(f"{where}: holds no class names; write one a line")
     return names
+
+
+def read_keys(path: str, *, option: str) -> list[str]:
+    """One key a line, each once. UsageError if there is none, or the file cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(f"{option} {path}: {error}; give a text file with one key a line") from error
+    keys = list(dict.fromkeys(line for line in text.split("\n") if line.strip()))
+    keys = [key.removesuffix("\r") for key in keys]
+    if not keys:
+        raise UsageError(f"{option} {path}: holds no keys; write one a line")
+    return keys

@@ -47,6 +47,8 @@ COMMANDS: dict[str, Command] = {
     "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
     "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
     "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "data sync": Command("data_tools.sync", "copy a dataset between folders and buckets, verified"),
+    "data redact": Command("data_tools.redact", "remove samples from a dataset for good"),
     "benchmark data": Command(
         "pretrain.benchmarks.data", "images a second by stage, and next to other loaders"
     ),

@@ -149,6 +149,11 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
             f"{index.url} has no labels, and objective.name=classification needs them; "
             "pack an image folder with one folder a class, or take objective.name=mae"
         )
+    if index.label_kind == "multi":
+        raise ConfigError(
+            f"{index.url} is multi-label data, which needs a sigmoid objective, and objective.name=classification "
+            "wants one label an image; pack one label each, or take objective.name=mae"
+        )
     wanted = config.objective.num_classes
     if wanted is not None and wanted < index.num_classes:
         raise ConfigError(
@@ -196,7 +201,11 @@ def check_validation_labels(val_index: DatasetIndex, index: DatasetIndex, num_cl
     """Raises ConfigError when the validation data cannot be judged by a head of `num_classes`."""
     if num_classes is None:
         return
-    if val_index.num_classes is None or val_index.num_classes > num_classes:
+    if (
+        val_index.num_classes is None
+        or val_index.label_kind == "multi"
+        or val_index.num_classes > num_classes
+    ):
         raise ConfigError(
             f"data.val={val_index.url} has {val_index.num_classes or 'no'} classes, the training data {num_classes}; "
             "pack both from one source with `pretrain data pack --val-fraction`, or leave data.val out"

@@ -127,6 +127,8 @@ def _refuse_unfit(train: DatasetIndex, val: DatasetIndex, *, limit: int | None) 
     for index in (train, val):
         if index.num_classes is None:
             raise UsageError(f"{index.url}: has no labels; a probe needs a labelled dataset")
+        if index.label_kind == "multi":
+            raise UsageError(f"{index.url}: has several labels an image; a probe needs one each")
         if limit is not None and limit < index.num_samples and index.labels_sorted:
             raise UsageError(
                 f"{index.url}: is sorted by label, so that its first {limit} samples are of few classes; "

@@ -122,7 +122,13 @@ def image_of(sample: Frame) -> tuple[str, int, int] | None:
 
 
 def label_of(chunk: bytes | memoryview, sample: Frame) -> int:
-    """The sample's class: its `.cls` text, else `label` of its `.json`, else -1 (no label).
+    """The sample's one class, or -1: no label, or a list of them. Raises as `labels_of`."""
+    labels = labels_of(chunk, sample)
+    return labels if isinstance(labels, int) else -1
+
+
+def labels_of(chunk: bytes | memoryview, sample: Frame) -> int | tuple[int, ...]:
+    """The sample's label: its `.cls` text, else `label` of its `.json` (an integer or a list), else -1 (none).
 
     Raises:
         DataError: the text is no integer of at least -1. The message names the sample's key.
@@ -141,8 +147,10 @@ def label_of(chunk: bytes | memoryview, sample: Frame) -> int:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{sample.key}.json: not JSON ({error})") from error
         found = record.get("label") if isinstance(record, dict) else None
+        if isinstance(found, list) and all(type(one) is int and one >= 0 for one in found):
+            return tuple(sorted(set(found)))
         if found is not None and type(found) is not int:
-            raise DataError(f"{sample.key}.json: `label` is one integer, got {found!r:.40}")
+            raise DataError(f"{sample.key}.json: `label` is an integer or a list of them, got {found!r:.40}")
         label = -1 if found is None else found
     else:
         return -1
