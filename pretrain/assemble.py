@@ -158,7 +158,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         )
     )
     num_classes = num_classes_for(config, opened.indexes[0])
-    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
+    val_index = together(lambda: open_index(val_url, s3=s3, cache_dir=cache_dir(config))) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)
     return Data(

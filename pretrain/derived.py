@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import INDEX_NAME, DatasetIndex
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.order import lanes_for
 from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
@@ -40,11 +40,6 @@ def s3_settings(config: RunConfig) -> S3Settings:
         retries_per_second=storage.retries_per_second,
         share_credentials=storage.share_credentials,
     )
-
-
-def default_cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vit-pretrain"
 
 
 def cache_dir(config: RunConfig) -> Path:

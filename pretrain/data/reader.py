@@ -337,7 +337,7 @@ class ChunkReader:
         cache_bytes: int | None = None,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
     ) -> None:
-        self.index, self.s3 = index, s3
+        self.index, self.s3, self.cache_dir = index, s3, cache_dir
         self.store = ChunkStore(
             url=index.url,
             identity=index.identity,
