@@ -22,10 +22,9 @@ from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.reader import ChunkReader
-from pretrain.data.stream import Stream
+from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
-    build_order,
     cache_bytes,
     cache_dir,
     check_validation_labels,
@@ -128,12 +127,10 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run learns from: its datasets, the stream of the first, the classes of the head."""
+class Data(RunData):
+    """What a run learns from: its datasets, the stream over them, the classes of the head."""
 
-    index: DatasetIndex
     val_index: DatasetIndex | None
-    stream: Stream
     num_classes: int | None
 
 
@@ -143,19 +140,38 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     All ranks together. Raises UsageError when there is nothing to train on, ConfigError when labels
     do not fit the recipe.
     """
-    source, val_url = config.data.train, config.data.val
-    s3 = s3_settings(config)
-    url = from_main(
-        world, lambda: packed(source, config) if is_image_source(source) else source, patiently=True
+    val_url, s3 = config.data.val, s3_settings(config)
+    run_dir = Path(config.run_dir)
+    lanes = from_main(world, lambda: stored_lanes(run_dir)) or run_lanes(config, debug=debug)
+    manifest = newest_manifest(run_dir)
+    urls = from_main(world, lambda: pack_images(config), patiently=True)
+    opened = together(
+        lambda: open_run_data(
+            config,
+            lanes=lanes,
+            urls=urls,
+            consumed=manifest.samples if manifest else 0,
+            **first_datasets(config, manifest),
+        )
     )
-    index = together(lambda: open_index(url, s3=s3))
-    num_classes = num_classes_for(config, index)
+    num_classes = num_classes_for(config, opened.indexes[0])
     val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
     if val_index is not None:
-        check_validation_labels(val_index, index, num_classes)
-    lanes = from_main(world, lambda: stored_lanes(Path(config.run_dir))) or run_lanes(config, debug=debug)
-    stream = Stream(build_order(config, index, lanes=lanes))
-    return Data(index=index, val_index=val_index, stream=stream, num_classes=num_classes)
+        check_validation_labels(val_index, opened.indexes[0], num_classes)
+    return Data(
+        indexes=opened.indexes,
+        gone=opened.gone,
+        val_index=val_index,
+        stream=opened.stream,
+        segments=opened.segments,
+        num_classes=num_classes,
+    )
+
+
+def pack_images(config: RunConfig) -> dict[str, str]:
+    """Where the shards of those sources are that hold images: packed, unless they were already."""
+    images = [source.url for source in config.data.sources if is_image_source(source.url)]
+    return {source: packed(source, config) for source in images}
 
 
 def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
@@ -174,7 +190,7 @@ def build_train_loader(
     config: RunConfig, data: Data, *, world: World, split: Split, workers: int
 ) -> TrainLoader:
     return TrainLoader(
-        readers=[build_reader(config, data.index)],
+        readers=[build_reader(config, index) for index in data.indexes],
         stream=data.stream,
         transform=TrainTransform(
             image_size=config.model.image_size,
@@ -188,6 +204,8 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -205,6 +223,8 @@ def build_eval_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 

@@ -38,16 +38,27 @@ COMMANDS: dict[str, Command] = {
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
-    "order": Command("data_tools.order", "print which sample stands at which position of which batch"),
+    "order": Command("data_tools.order", "print which sample stands where in a run, and when it was seen"),
+    "data-change": Command(
+        "data_tools.data_change", "add, weigh, remove or exclude data of a run that goes on"
+    ),
     "data synth": Command("data_tools.synth", "make a folder of labelled, textured shapes"),
     "data pack": Command("data_tools.pack", "pack images into indexed WebDataset shards"),
     "data index": Command("data_tools.index", "index WebDataset tars made elsewhere"),
     "data verify": Command("data_tools.verify", "re-read a dataset and compare it with its index"),
     "data stats": Command("data_tools.stats", "count and show what a dataset holds"),
+    "benchmark order": Command("pretrain.benchmarks.order", "what an epoch's order costs, up to 1e9 samples"),
+    "benchmark shuffle": Command(
+        "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"
+    ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
 }
-GROUPS = {"data": "make, index, check and look at shards", "launch": "start a run's processes"}
+GROUPS = {
+    "data": "make, index, check and look at shards",
+    "launch": "start a run's processes",
+    "benchmark": "measure the parts here, next to what else there is",
+}
 
 
 def _print_table(title: str, rows: dict[str, str]) -> None:

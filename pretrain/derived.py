@@ -5,16 +5,19 @@ Called by train.py before anything is built, and printed by `--dry-run`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import INDEX_NAME, DatasetIndex
-from pretrain.data.order import Order, lanes_for
+from pretrain.data.order import lanes_for
 from pretrain.data.reader import CACHE_FOLDER
+from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
 from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
@@ -116,12 +119,17 @@ def split_batch(config: RunConfig, world_size: int) -> Split:
     )
 
 
-def total_steps(config: RunConfig, num_samples: int) -> int:
-    """Optimizer steps of the whole run; the last epoch is rounded up to a whole batch."""
+def total_steps(config: RunConfig, stream: Stream) -> int:
+    """Optimizer steps of the whole run; the last epoch is rounded up to a whole batch.
+
+    In a mixture an epoch is as many images as its datasets hold together.
+    """
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None, "the schema wants steps or epochs"
-    return max(1, math.ceil(config.train.epochs * num_samples / config.train.global_batch_size))
+    samples = stream.samples_for(config.train.epochs)
+    # Rounded first: a sum over segments must not add a step for its last digit.
+    return max(1, math.ceil(round(samples / config.train.global_batch_size, 9)))
 
 
 def run_lanes(config: RunConfig, *, debug: bool = False) -> int:
@@ -129,12 +137,8 @@ def run_lanes(config: RunConfig, *, debug: bool = False) -> int:
     return lanes_for(min(lanes, DEBUG_LANES)) if debug and lanes % DEBUG_LANES == 0 else lanes
 
 
-def build_order(config: RunConfig, index: DatasetIndex, *, lanes: int) -> Order:
-    return Order(chunk_samples=index.chunk_samples, seed=config.seed, lanes=lanes)
-
-
 def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
-    """Classes of the head, or None for an objective without one.
+    """Classes of the head, or None for an objective without one. `index`: one of the run's datasets.
 
     Raises ConfigError when the data has no labels, or more classes than the recipe has room for.
     """
@@ -154,6 +158,40 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
     return wanted or index.num_classes
 
 
+def check_class_agreement(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
+    """Raises ConfigError when label numbers do not mean the same in all datasets of a run that uses them."""
+    if config.objective.name != "classification" or not indexes:
+        return
+    first = next((index for index in indexes if index.class_names is not None), indexes[0])
+    for other in indexes:
+        both = f"{first.url} and {other.url} cannot be learned from together"
+        if (first.num_classes is None) != (other.num_classes is None):
+            bare = first if first.num_classes is None else other
+            raise ConfigError(
+                f"{both}: {bare.url} has no labels; index it with --labels, leave it out, or take an objective "
+                "that needs none, such as objective.name=mae"
+            )
+        if first.class_names is not None and other.class_names is not None:
+            names = first.class_names, other.class_names
+            if names[0] != names[1]:
+                raise ConfigError(
+                    f"{both}: {_class_difference(*names)}, so that label numbers do not mean the same; index them "
+                    "with one list of --class-names"
+                )
+        elif first.num_classes != other.num_classes:
+            raise ConfigError(
+                f"{both}: the first has {first.num_classes} classes, the second {other.num_classes}; index them "
+                "with one list of --class-names"
+            )
+
+
+def _class_difference(first: Sequence[str], other: Sequence[str]) -> str:
+    for number, (a, b) in enumerate(zip(first, other, strict=False)):
+        if a != b:
+            return f"class {number} is {a!r} in the first and {b!r} in the second"
+    return f"the first names {len(first)} classes, the second {len(other)}"
+
+
 def check_validation_labels(val_index: DatasetIndex, index: DatasetIndex, num_classes: int | None) -> None:
     """Raises ConfigError when the validation data cannot be judged by a head of `num_classes`."""
     if num_classes is None:
@@ -171,12 +209,17 @@ def check_validation_labels(val_index: DatasetIndex, index: DatasetIndex, num_cl
         )
 
 
-def dataset_facts(index: DatasetIndex) -> dict[str, Any]:
-    """What a checkpoint remembers of its data."""
+def dataset_facts(indexes: Sequence[DatasetIndex]) -> dict[str, Any]:
+    """What a checkpoint remembers of its data as a whole; its segments say which and when."""
+    first = indexes[0]
+    named = next((index for index in indexes if index.class_names is not None), first)
+    identities = [index.identity for index in indexes]
     return {
-        "url": index.url,
-        "identity": index.identity,
-        "num_samples": index.num_samples,
-        "num_classes": index.num_classes,
-        "class_names": None if index.class_names is None else list(index.class_names),
+        "url": " + ".join(index.url for index in indexes),
+        "identity": first.identity
+        if len(indexes) == 1
+        else hashlib.sha256(" ".join(identities).encode()).hexdigest(),
+        "num_samples": sum(index.num_samples for index in indexes),
+        "num_classes": first.num_classes,
+        "class_names": None if named.class_names is None else list(named.class_names),
     }

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
+from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.load import as_yaml, load_config, zero_stage
 from pretrain.config.schema import RunConfig
-from pretrain.data.index import DatasetIndex, open_index
+from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     backbone_spec,
-    build_order,
     cache_bytes,
     cache_dir,
     is_image_source,
     num_classes_for,
     run_lanes,
-    s3_settings,
     split_batch,
     total_steps,
 )
@@ -89,11 +89,12 @@ def describe(config: RunConfig, *, world_size: int) -> str:
 
 
 def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
-    index, missing = _reachable_index(config)
+    lanes = stored_lanes(Path(config.run_dir)) or run_lanes(config)
+    data, missing = _reachable_data(config, lanes)
     split = split_batch(config, world_size)
     num_classes = config.objective.num_classes
-    if index is not None:
-        num_classes = num_classes_for(config, index)
+    if data is not None:
+        num_classes = num_classes_for(config, data.indexes[0])
 
     backbone, head, decoder = _parameters(config, num_classes)
     total = backbone + head + decoder
@@ -114,46 +115,56 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     yield "images a rank a step", f"{split.slice_size}" + (f" ({pads} pads over all ranks)" if pads else "")
     yield "micro-batches a step", f"{split.accumulation_steps} of {split.micro_batch_size}"
 
-    lanes = run_lanes(config)
     few = "" if lanes >= 64 else "; few lanes mix a batch from few places: a multiple of 64 is better"
     yield "order", f"{lanes} lanes{few}"
     amplification = 1 + (world_size - 1) / lanes if world_size <= lanes else float(world_size) / lanes + 1
     yield "read amplification", f"at most {amplification:.3f} x the chunks' bytes an epoch over all ranks"
-    if index is None:
+    if data is None:
         yield "data", f"unknown: {missing}"
         for name in ("steps", "epochs", "window in flight"):
             known = {"steps": config.train.steps, "epochs": config.train.epochs}.get(name)
             yield name, f"{known}" if known is not None else "unknown without the index"
     else:
-        order = build_order(config, index, lanes=lanes)
-        steps = total_steps(config, index.num_samples)
+        segment = data.stream.segments[-1]
+        indexes = [data.indexes[dataset] for dataset in segment.datasets]
+        steps = total_steps(config, data.stream)
         samples = steps * config.train.global_batch_size
-        yield (
-            "data",
-            f"{index.num_samples:,} samples in {len(index.shard_names):,} shards, {index.num_chunks:,} chunks",
-        )
+        num_samples, num_bytes = segment.num_samples, sum(int(index.chunk_bytes.sum()) for index in indexes)
+        shards = sum(len(index.shard_names) for index in indexes)
+        chunks = sum(index.num_chunks for index in indexes)
+        yield "data", f"{num_samples:,} samples in {shards:,} shards, {chunks:,} chunks"
+        if data.is_mixed:
+            for line in data.said(total_samples=samples):
+                yield "dataset", line
         yield "classes", f"{num_classes}" if num_classes else "none used"
         yield "steps", f"{steps:,} ({samples:,} samples)"
-        yield "epochs", f"{samples / index.num_samples:,.2f}"
-        mode = "a plain permutation of samples an epoch" if order.small else "lanes over shuffled chunks"
-        yield "order's mode", mode
-        mean_bytes = float(index.chunk_bytes.sum()) / index.num_samples
-        in_flight = index.num_samples if order.small else min(index.num_samples, lanes * order.block_rows)
-        yield "window in flight", f"{in_flight * mean_bytes / 1e6:,.1f} MB over all ranks"
-    if is_remote(config.data.train):
-        bound = cache_bytes(config)
-        yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
+        of_all = ", of all datasets together" if data.is_mixed else ""
+        yield "epochs", f"{data.stream.epochs(samples):,.2f}{of_all}"
+        small = [order.small for order in segment.orders]
+        modes = ("lanes over shuffled chunks", "a plain permutation of samples an epoch")
+        yield "order's mode", "; ".join(modes[is_small] for is_small in small)
+        in_flight = sum(order.window_samples for order in segment.orders)
+        yield "window in flight", f"{in_flight * num_bytes / num_samples / 1e6:,.1f} MB over all ranks"
+        if any(is_remote(index.url) for index in indexes):
+            bound = cache_bytes(config)
+            yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
     yield "export formats", ", ".join(_exportable(config))
 
 
-def _reachable_index(config: RunConfig) -> tuple[DatasetIndex | None, str]:
-    if is_image_source(config.data.train):
-        return (
-            None,
-            f"{config.data.train} holds images, which are packed into data.cache_dir when the run starts",
-        )
+def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]:
+    for source in config.data.sources:
+        if is_image_source(source.url):
+            return (
+                None,
+                f"{source.url} holds images, which are packed into data.cache_dir when the run starts",
+            )
     try:
-        return open_index(config.data.train, s3=s3_settings(config)), ""
+        manifest = newest_manifest(Path(config.run_dir))
+        consumed = manifest.samples if manifest else 0
+        first = first_datasets(config, manifest)
+        return open_run_data(config, lanes=lanes, consumed=consumed, **first), ""
+    except ConfigError:
+        raise
     except PretrainError as error:
         return None, str(error)
 

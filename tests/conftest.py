@@ -9,20 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from services.aws_variables import AWS_VARIABLES
 from services.radosgw import Radosgw, missing_binaries
 from services.required import skip_or_fail
-
-# Whatever the caller's shell says must not reach a test: nor may a test reach out.
-AWS_VARIABLES = (
-    "AWS_PROFILE",
-    "AWS_SESSION_TOKEN",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION",
-    "PRETRAIN_S3_ADDRESSING_STYLE",
-    "PRETRAIN_S3_CHECKSUMS",
-)
 
 
 def pytest_configure() -> None:

@@ -6,7 +6,7 @@ how fast or how long it trains may change between attempts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
@@ -52,6 +52,7 @@ def check_resumable(
     config: Mapping[str, Any],
     dataset: Mapping[str, Any],
     order: Mapping[str, Any],
+    segments: Sequence[Mapping[str, Any]],
     parameters: Mapping[str, list[int]],
     where: str,
 ) -> None:
@@ -62,11 +63,7 @@ def check_resumable(
         for key in sorted(before.keys() | now.keys())
         if _is_fixed(key) and before.get(key) != now.get(key)
     ]
-    if manifest.dataset["identity"] != dataset["identity"]:
-        differences.append(
-            f"  dataset: {manifest.dataset['url']} with index {manifest.dataset['identity'][:12]} in the "
-            f"checkpoint, {dataset['url']} with {dataset['identity'][:12]} now"
-        )
+    differences += _segment_differences(manifest, segments)
     differences += [
         f"  order.{key}: {manifest.order.get(key)!r} in the checkpoint, {order.get(key)!r} now"
         for key in sorted(manifest.order.keys() | order.keys())
@@ -79,6 +76,52 @@ def check_resumable(
             f"{where} is of another run; put these back, or start anew with another run_dir "
             "(and init_from to take its backbone along):\n" + "\n".join(differences)
         )
+
+
+def _segment_differences(manifest: Manifest, now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the checkpoint was made of must be what the run says it was; what comes later may be new."""
+    before = manifest.segments or [  # of a version that knew one dataset a run
+        {"start": 0, "datasets": [{**manifest.dataset, "lanes": manifest.order.get("lanes")}]}
+    ]
+    found = []
+    for number in range(max(len(before), len(now))):
+        name = "dataset" if number == 0 else f"segment {number}"
+        if number >= len(now):
+            found.append(
+                f"  {name}: {_said(before[number])} in the checkpoint, missing now; the run's segments.json is "
+                "not the one it had"
+            )
+        elif number >= len(before):
+            if now[number]["start"] < manifest.samples:
+                found.append(
+                    f"  {name}: {_said(now[number])} now, not in the checkpoint, which has consumed "
+                    f"{manifest.samples} samples without it"
+                )
+        elif _what_matters(before[number]) != _what_matters(now[number]):
+            found.append(f"  {name}: {_said(before[number])} in the checkpoint, {_said(now[number])} now")
+            urls = [
+                [share["url"] for share in segment["datasets"]] for segment in (before[number], now[number])
+            ]
+            if urls[0] == urls[1]:
+                found.append(
+                    "    (if it was rewritten there on purpose: pretrain data-change RUN --renew URL)"
+                )
+    return found
+
+
+def _what_matters(segment: Mapping[str, Any]) -> tuple[Any, ...]:
+    shares = [(share["identity"], share["lanes"], share.get("excluded")) for share in segment["datasets"]]
+    return segment["start"], shares
+
+
+def _said(segment: Mapping[str, Any]) -> str:
+    shares = []
+    for share in segment["datasets"]:
+        without = f" without the samples of list {share['excluded'][:12]}" if share.get("excluded") else ""
+        lanes = f" on {share['lanes']} lanes" if len(segment["datasets"]) > 1 else ""
+        shares.append(f"{share['url']} with index {share['identity'][:12]}{lanes}{without}")
+    start = f"from sample {segment['start']}: " if segment["start"] else ""
+    return start + " + ".join(shares)
 
 
 def check_batch_size(manifest: Manifest, global_batch_size: int, *, where: str) -> None:

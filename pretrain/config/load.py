@@ -64,7 +64,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError (exit code 2) for a missing or malformed file, an unknown key (naming the
     nearest known one), a wrong type, or values that do not fit together.
     """
-    recipe = _read_recipe(Path(path))
+    recipe = read_recipe(Path(path))
     for override in overrides:
         _apply_override(recipe, override)
     return parse_config(recipe, source=str(path))
@@ -78,7 +78,8 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: {_readable(error)}") from None
     _check_deepspeed(config, source)
-    for key, url in (("data.train", config.data.train), ("data.val", config.data.val)):
+    urls = [("data.train", source.url) for source in config.data.sources] + [("data.val", config.data.val)]
+    for key, url in urls:
         if url and "@" in url.removeprefix("s3://").split("/")[0] and url.startswith("s3://"):
             raise ConfigError(
                 f"{source}: {key} has credentials in its URL; they would end up in logs and checkpoints: "
@@ -97,7 +98,8 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     return config
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -17,6 +17,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    WrapValidator,
     model_validator,
 )
 
@@ -87,13 +88,57 @@ class ObjectiveConfig(Section):
         return self
 
 
+class TrainSource(Section):
+    """One dataset of a mixture; `weight` is its share of every batch, relative to the others'."""
+
+    url: str
+    weight: PositiveFloat = 1.0
+
+
+def _train_sources(value: object, _: object) -> str | tuple[TrainSource, ...]:
+    """data.train: one URL, or a list of {url, weight}. Read by hand: a union's own errors speak of both."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(
+            "data.train: input should be a valid string, or a list such as [{url: A, weight: 2}, {url: B}]: "
+            f"got {value!r} ({type(value).__name__})"
+        )
+    sources = []
+    for i, item in enumerate(value):
+        given = {"url": item} if isinstance(item, str) else item
+        given = given.model_dump() if isinstance(given, TrainSource) else given
+        weight = given.get("weight", 1.0) if isinstance(given, dict) else None
+        if (
+            not isinstance(given, dict)
+            or not isinstance(given.get("url"), str)
+            or set(given) - {"url", "weight"}
+            or isinstance(weight, bool)
+            or not isinstance(weight, int | float)
+            or not 0 < weight < float("inf")
+        ):
+            raise ValueError(
+                f"data.train[{i}] should be a URL, or hold url and a positive weight, as in "
+                f"{{url: A, weight: 2}}: got {item!r}"
+            )
+        sources.append(TrainSource(url=given["url"], weight=float(weight)))
+    doubled = [source.url for i, source in enumerate(sources) if source.url in [s.url for s in sources[:i]]]
+    if doubled:
+        raise ValueError(f"data.train names {doubled[0]} twice; name it once, with the sum of the weights")
+    return tuple(sources)
+
+
 class DataConfig(Section):
-    train: str
+    train: Annotated[str | tuple[TrainSource, ...], WrapValidator(_train_sources)]
     val: str | None = None
     workers: NonNegativeInt = 4
+    worker_timeout_seconds: PositiveFloat = (
+        60.0  # of decoding one image, or of no sign of life: then it is lost
+    )
     cache_dir: str | None = None  # chunks from a bucket are kept here; ~/.cache/vit-pretrain when left out
     cache_bytes: PositiveInt | None = None  # the most they may take; 64 GiB or half of the free disk
     prefetch_bytes: NonNegativeInt = 64 << 20  # fetched ahead of its use, each loader process
+    max_replaced_fraction: Fraction = 0.001  # of images that do not decode; above it the run stops
     augmentation: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
     crop_scale: Pair = (0.08, 1.0)
     crop_ratio: Pair = (0.75, 1.3333333333333333)
@@ -101,6 +146,11 @@ class DataConfig(Section):
     color_jitter: NonNegativeFloat = 0.0
     mean: Triple = IMAGENET_MEAN
     std: Triple = IMAGENET_STD
+
+    @property
+    def sources(self) -> tuple[TrainSource, ...]:
+        """What is trained on, also where `train` is one URL."""
+        return (TrainSource(url=self.train),) if isinstance(self.train, str) else self.train
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:

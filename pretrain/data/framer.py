@@ -19,6 +19,7 @@ from pretrain.data.tar import BLOCK, NeedMoreError, TarStream, check_tail, membe
 from pretrain.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample, the first in this order is read
+MAX_LABEL = 2**31 - 1  # labels are held as int32
 _IMAGE_SUFFIX_SET = frozenset(IMAGE_SUFFIXES)
 KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
@@ -137,7 +138,7 @@ def label_of(chunk: bytes | memoryview, sample: Frame) -> int:
         offset, length = sample.members["json"]
         try:
             record = json.loads(bytes(chunk[offset : offset + length]))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{sample.key}.json: not JSON ({error})") from error
         found = record.get("label") if isinstance(record, dict) else None
         if found is not None and type(found) is not int:
@@ -145,9 +146,16 @@ def label_of(chunk: bytes | memoryview, sample: Frame) -> int:
         label = -1 if found is None else found
     else:
         return -1
-    if label < -1:
-        raise DataError(f"{sample.key}: a label is at least 0 (or -1 for none), got {label}")
+    if not -1 <= label <= MAX_LABEL:
+        raise DataError(
+            f"{sample.key}: a label is from 0 (or -1 for none) to {MAX_LABEL}, got {_text_of(label)}"
+        )
     return label
+
+
+def _text_of(label: int) -> str:
+    """Python refuses to write out integers of thousands of digits."""
+    return str(label) if abs(label) < 10**40 else f"one of {label.bit_length()} bits"
 
 
 @dataclass(frozen=True)

@@ -292,9 +292,9 @@ def _parse_index(url: str, buffer: np.ndarray) -> DatasetIndex:
             plan=metadata.get("plan"),
             **{name: arrays[name] for name in _COLUMNS},
         )
-    except (KeyError, ValueError) as error:
+        got = _identity(index)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise DataError(f"{where}: damaged ({error}); make it again with `pretrain data index`") from error
-    got = _identity(index)
     if got != index.identity:
         raise DataError(
             f"{where}: its content has hash {got}, it says {index.identity}; "

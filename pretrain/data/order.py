@@ -1,4 +1,4 @@
-"""Turn positions into samples: pure arithmetic, no I/O, no state. Called by loader.py and `pretrain order`.
+"""Turn positions into samples: pure arithmetic, no I/O, no state. Called by stream.py and loader.py.
 
 A run consumes positions g = 0, 1, 2, … for ever. Epoch g // N holds each of the N samples once. Which
 sample stands at g depends on the dataset's chunk sizes, the seed and g only, never on ranks, workers,
@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,11 @@ PAD = -1
 Int64s = npt.NDArray[np.int64]
 Value = TypeVar("Value")
 
-# What a Philox stream is for. It stands in the counter's second word, where no stream of another
-# purpose gets to by counting. keyed.py starts its own above these.
-_CHUNKS, _BLOCK, _SAMPLES = 0, 1, 2
+# What a Philox stream is for. It stands in the low bits of the counter's second word, where no stream of
+# another purpose gets to by counting; above it stands the number of the order within its run.
+# keyed.py starts its own streams above these.
+_CHUNKS, _BLOCK, _SAMPLES, _LANES = 0, 1, 2, 3
+_PURPOSE_BITS = 8
 
 
 def lanes_for(global_batch_size: int) -> int:
@@ -68,6 +70,24 @@ def permutation(*, key: tuple[int, int], counter: tuple[int, int, int, int], siz
     return words.astype(np.int32 if size < 2**31 else np.int64)
 
 
+def purpose_word(purpose: int, series: int) -> int:
+    """The counter's second word of a stream; `series` is the number of an order within its run."""
+    return purpose + (series << _PURPOSE_BITS)
+
+
+def shuffled_lanes(*, seed: int, series: int, lanes: int) -> npt.NDArray[Any]:
+    """A permutation of range(lanes), by which a mixture hands its lanes out (`stream.py`)."""
+    return permutation(key=(seed, 0), counter=(0, purpose_word(_LANES, series), 0, 0), size=lanes)
+
+
+class Block(NamedTuple):
+    """Neighbours in one lane, within which samples are shuffled. Small data: the whole epoch, lane 0."""
+
+    epoch: int
+    lane: int
+    number: int  # of the block in its lane
+
+
 @dataclass(frozen=True, kw_only=True)
 class _EpochTable:
     """One epoch's list: the chunks (or, for small data, samples) in their shuffled order."""
@@ -76,7 +96,7 @@ class _EpochTable:
     ends: npt.NDArray[Any]  # lane mode: where each shuffled chunk ends in the virtual list
 
 
-class _Recent(OrderedDict[tuple[int, ...], Value]):
+class Recent(OrderedDict[tuple[int, ...], Value]):
     """The most recently used results of a pure function."""
 
     def __init__(self, capacity: int) -> None:
@@ -97,33 +117,47 @@ class Order:
     """The order of one dataset under one seed.
 
     chunk_samples: int[M], samples in each chunk, in the dataset's own order. seed: 0 <= seed < 2**64.
-    lanes: even, from `lanes_for`, fixed when a run is created. block_chunks: K.
+    lanes: from `lanes_for`, fixed when a run is created; a part of them, also an odd number, where the
+    dataset is one of a mixture. block_chunks: K. series: tells the orders of one run apart, so that two
+    datasets of a mixture, or one dataset before and after a change, are not shuffled alike.
 
     Tables of the two most recent epochs are kept (112 MB each for 14 M chunks), so it is held once a
     rank: loader workers are told chunks and rows, and need no Order. Pickles without the tables.
     """
 
     def __init__(
-        self, *, chunk_samples: npt.NDArray[Any], seed: int, lanes: int, block_chunks: int = 4
+        self,
+        *,
+        chunk_samples: npt.NDArray[Any],
+        seed: int,
+        lanes: int,
+        block_chunks: int = 4,
+        series: int = 0,
     ) -> None:
-        assert lanes in range(2, 2**31, 2), f"lanes must be even: got {lanes}"
+        assert 1 <= lanes < 2**31, f"an order has at least one lane: got {lanes}"
+        assert 0 <= series < 2**56, f"a series is a number of 56 bits: got {series}"
         assert block_chunks >= 1, f"a block holds at least one chunk: got {block_chunks}"
         assert 0 <= seed < 2**64, f"a seed is a 64-bit word: got {seed}"
         self.chunk_samples = np.ascontiguousarray(chunk_samples, dtype=np.int32)
         self.num_samples = int(self.chunk_samples.sum(dtype=np.int64))
         assert self.num_samples > 0, "a dataset without samples has no order"
-        self.seed, self.lanes, self.block_chunks = seed, lanes, block_chunks
+        self.seed, self.lanes, self.block_chunks, self.series = seed, lanes, block_chunks, series
         # C is the mean, not the largest: one odd chunk must not widen every block.
         typical_chunk = -(-self.num_samples // len(self.chunk_samples))
         self.block_rows = block_chunks * typical_chunk
         self.small = self.num_samples <= lanes * self.block_rows
         self._forget()
 
+    @property
+    def window_samples(self) -> int:
+        """Samples of the blocks that all lanes have open: what is in flight over all ranks."""
+        return self.num_samples if self.small else min(self.num_samples, self.lanes * self.block_rows)
+
     def _forget(self) -> None:
         # Each lane stands in one block, or in two while a batch crosses from one to the next; a third for
         # the epoch that begins in the same batch.
-        self._blocks: _Recent[npt.NDArray[Any]] = _Recent(3 * self.lanes)
-        self._epochs: _Recent[_EpochTable] = _Recent(2)
+        self._blocks: Recent[npt.NDArray[Any]] = Recent(3 * self.lanes)
+        self._epochs: Recent[_EpochTable] = Recent(2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_blocks", "_epochs")}
@@ -165,27 +199,87 @@ class Order:
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
         """(chunk, row) of the other samples of the position's block, from the next one on, wrapping round.
 
-        For small data the block is the whole permutation. This is the order in which a sample that cannot
-        be used is replaced: a function of the position, like all else here.
+        For small data the block is the whole permutation. The first and the last block of a lane may be as
+        short as one row: after less than half a block, the blocks that follow are gone through as well. This
+        is the order in which a sample that cannot be used is replaced: a function of the position, like all
+        else here.
         """
-        epoch, offset = divmod(position, self.num_samples)
+        epochs, lanes, numbers, indices = self.blocks_of([position])
+        own = block = Block(int(epochs[0]), int(lanes[0]), int(numbers[0]))
+        places = self.block_positions(own)
+        others = np.roll(places, -int(indices[0]))[1:]
+        tried = 0
+        while True:
+            for other in others.tolist():
+                chunks, rows = self.locate([other])
+                yield int(chunks[0]), int(rows[0])
+            tried += len(others)
+            block = self.next_block(block)
+            if tried >= self.block_rows // 2 or block == own:
+                return
+            others = self.block_positions(block)
+
+    def blocks_of(self, positions: npt.ArrayLike) -> tuple[Int64s, Int64s, Int64s, Int64s]:
+        """(epoch, lane, number of the block in its lane, place in the block) of positions, int64[n] each."""
+        epochs, offsets = np.divmod(np.asarray(positions, np.int64), self.num_samples)
         if self.small:
-            start, first, count = 0, offset, self.num_samples
-        else:
-            row, lane = divmod(offset, self.lanes)
-            start, end = self._block_rows(lane, self._block_of(row, lane))
-            first, count = row - start, end - start
-        for i in range(1, count):
-            other = (first + i) % count
-            place = other if self.small else (start + other) * self.lanes + lane
-            chunks, rows = self.locate([epoch * self.num_samples + place])
-            yield int(chunks[0]), int(rows[0])
+            return epochs, np.zeros_like(offsets), np.zeros_like(offsets), offsets
+        rows, lanes = np.divmod(offsets, self.lanes)
+        numbers = self._block_of(rows, lanes)
+        starts = np.maximum(0, numbers * self.block_rows - self._stagger(lanes))
+        return epochs, lanes, numbers, rows - starts
+
+    def block_positions(self, block: Block) -> Int64s:
+        """int64[samples of the block]: its positions, in the order in which they replace each other."""
+        first = block.epoch * self.num_samples
+        if self.small:
+            return np.arange(first, first + self.num_samples, dtype=np.int64)
+        start, end = self._block_rows(block.lane, block.number)
+        return first + block.lane + np.arange(start, end, dtype=np.int64) * self.lanes
+
+    def next_block(self, block: Block, *, step: int = 1) -> Block:
+        """The block after (step 1) or before (-1): of the lane, past its end of the next lane, and round."""
+        if self.small:
+            return block
+        lane, number = block.lane, block.number + step
+        if not 0 <= number <= self._last_block(lane):
+            lane = (lane + step) % self.lanes
+            number = 0 if step > 0 else self._last_block(lane)
+        return Block(block.epoch, lane, number)
+
+    def positions_of(self, chunks: npt.ArrayLike, rows: npt.ArrayLike, *, epoch: int) -> Int64s:
+        """int64[n]: where the samples (chunk, row) stand in an epoch, the inverse of `locate`.
+
+        Costs the epoch's table, its inverse, and some 0.1 ms a sample, to shuffle its block.
+        """
+        chunks, rows = np.asarray(chunks, np.int64), np.asarray(rows, np.int64)
+        table = self._epoch_table(epoch)
+        first = epoch * self.num_samples
+        if self.small:
+            samples = np.where(chunks > 0, table.ends[chunks - 1], 0).astype(np.int64) + rows
+            return first + _inverse(table.shuffled)[samples].astype(np.int64)
+        slots = _inverse(table.shuffled)[chunks].astype(np.int64)
+        places = np.where(slots > 0, table.ends[slots - 1], 0).astype(np.int64) + rows
+        lane_rows, longer = divmod(self.num_samples, self.lanes)
+        edge = longer * (lane_rows + 1)  # where the longer lanes end
+        lanes = np.where(
+            places < edge, places // (lane_rows + 1), longer + (places - edge) // max(1, lane_rows)
+        )
+        positions = np.empty_like(places)
+        for i, (place, lane) in enumerate(zip(places.tolist(), lanes.tolist(), strict=True)):
+            row = place - self._lane(lane)[0]
+            block = int(self._block_of(row, lane))
+            start, end = self._block_rows(lane, block)
+            inside = np.flatnonzero(self._block(epoch, lane, block, end - start) == row - start)
+            positions[i] = first + (start + int(inside[0])) * self.lanes + lane
+        return positions
 
     def batch(self, start: int, size: int) -> Int64s:
         """int64[size]: the positions [start, start + size), arranged so that neighbours 2i and 2i+1 come
         from lanes half the lanes apart (the pairs that mixing uses) and a contiguous slice has few lanes.
         """
         assert min(start, size) >= 0, f"a batch starts at 0 or later: got {start}, {size}"
+        assert self.lanes % 2 == 0, f"pairs come from two halves of the lanes: got {self.lanes} lanes"
         positions = np.arange(start, start + size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.num_samples)
         rows, lanes = np.divmod(offsets, self.lanes)
@@ -197,9 +291,11 @@ class Order:
     def _make_epoch_table(self, epoch: int) -> _EpochTable:
         key = (self.seed, epoch)
         if self.small:
-            samples = permutation(key=key, counter=(0, _SAMPLES, 0, 0), size=self.num_samples)
+            counter = (0, purpose_word(_SAMPLES, self.series), 0, 0)
+            samples = permutation(key=key, counter=counter, size=self.num_samples)
             return _EpochTable(shuffled=samples, ends=sample_ends(self.chunk_samples))
-        chunks = permutation(key=key, counter=(0, _CHUNKS, 0, 0), size=len(self.chunk_samples))
+        counter = (0, purpose_word(_CHUNKS, self.series), 0, 0)
+        chunks = permutation(key=key, counter=counter, size=len(self.chunk_samples))
         return _EpochTable(shuffled=chunks, ends=sample_ends(self.chunk_samples[chunks]))
 
     def _virtual(self, epoch: int, offsets: Int64s) -> Int64s:
@@ -227,6 +323,9 @@ class Order:
         start = max(0, block * self.block_rows - self._stagger(lane))
         return start, min((block + 1) * self.block_rows - self._stagger(lane), lane_rows)
 
+    def _last_block(self, lane: int) -> int:
+        return int(self._block_of(self._lane(lane)[1] - 1, lane))
+
     def _stagger(self, lanes: Any) -> Any:
         """Rows by which a lane's first block is shorter, so that lanes open new chunks one after another."""
         return lanes * self.block_rows // self.lanes
@@ -237,10 +336,17 @@ class Order:
         return lane * rows + min(lane, longer), rows + (lane < longer)
 
     def _block(self, epoch: int, lane: int, block: int, size: int) -> npt.NDArray[Any]:
-        key, counter = (self.seed, epoch), (0, _BLOCK, lane, block)
+        key, counter = (self.seed, epoch), (0, purpose_word(_BLOCK, self.series), lane, block)
         return self._blocks.get_or_make(
             (epoch, lane, block), lambda: permutation(key=key, counter=counter, size=size)
         )
+
+
+def _inverse(shuffled: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Where each number stands in a permutation."""
+    places = np.empty_like(shuffled)
+    places[shuffled] = np.arange(len(shuffled), dtype=shuffled.dtype)
+    return places
 
 
 def sample_ends(chunk_samples: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -376,7 +376,7 @@ class ChunkReader:
         cache_bytes: int | None = None,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
     ) -> None:
-        self.index = index
+        self.index, self.s3 = index, s3
         self.store = ChunkStore(
             url=index.url,
             identity=index.identity,

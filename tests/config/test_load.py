@@ -61,7 +61,15 @@ def recipe(tmp_path: Path) -> Path:
         ("train.steps", "is not an override; write key.path=value"),
         ("seed.value=3", "seed"),
         ("model.embed_dim=100", "model.size sets embed_dim"),
-        ("data.train=null", "data.train: input should be a valid string, got None"),
+        ("data.train=null", "data.train: input should be a valid string, or a list such as"),
+        ("data.train=[]", "data.train: input should be a valid string, or a list such as"),
+        (
+            "data.train=[{url: a, wieght: 1}]",
+            "data.train[0] should be a URL, or hold url and a positive weight",
+        ),
+        ("data.train=[a, {url: b, weight: 0}]", "data.train[1] should be a URL, or hold url and a positive"),
+        ("data.train=[a, a]", "data.train names a twice"),
+        ("data.train=[a, 's3://key:secret@bucket/x']", "data.train has credentials in its URL"),
     ],
 )
 def test_a_wrong_override_is_refused_with_what_to_do(recipe: Path, override: str, told: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.data.order import PAD, Order, lanes_for, permutation, slice_batch, validation_slice
+from pretrain.data.order import PAD, Block, Order, lanes_for, permutation, slice_batch, validation_slice
 from pretrain.errors import UsageError
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 7, 8)
@@ -317,26 +317,27 @@ def test_validation_slices_cover_the_data_once_and_are_equally_long(
 def test_a_positions_substitutes_are_the_rest_of_its_block_and_start_with_the_next_sample(
     order: Order,
 ) -> None:
-    for position in (0, 5, order.num_samples - 1, order.num_samples, 2 * order.num_samples + 77):
-        own = [int(value[0]) for value in order.locate([position])]
+    N = order.num_samples
+    for position in (0, 5, 777, N - 1, N, 2 * N + 77):
+        epoch, lane, number, index = (int(value[0]) for value in order.blocks_of([position]))
+        block = order.block_positions(Block(epoch, lane, number)).tolist()
+        assert block[index] == position
+        rest = block[index + 1 :] + block[:index]
         others = list(order.substitutes(position))
-        assert len({*others, tuple(own)}) == len(others) + 1, "each once, and not the sample itself"
-        if order.small:
-            assert len(others) == order.num_samples - 1
-            following = (
-                position + 1 if (position + 1) % order.num_samples else position + 1 - order.num_samples
-            )
-        else:
-            lane = position % order.num_samples % order.lanes
-            assert len(others) < order.block_rows
-            following = position + order.lanes
-            if following // order.num_samples != position // order.num_samples:
-                continue
-            epoch_start = position // order.num_samples * order.num_samples
-            same_block = order._block_of((following - epoch_start) // order.lanes, lane) == order._block_of(
-                (position - epoch_start) // order.lanes, lane
-            )
-            if not same_block:
-                continue
-        chunks, rows = order.locate([following])
-        assert others[0] == (int(chunks[0]), int(rows[0]))
+        chunks, rows = order.locate(rest)
+        assert others[: len(rest)] == list(zip(chunks.tolist(), rows.tolist(), strict=True))
+        own = tuple(int(value[0]) for value in order.locate([position]))
+        assert len({*others, own}) == len(others) + 1, "each once, and not the sample itself"
+
+
+def test_a_short_block_at_a_lanes_end_has_substitutes_all_the_same() -> None:
+    short = 0
+    for position in range(2 * LANE_MODE.num_samples):
+        epoch, lane, number, _ = (int(value[0]) for value in LANE_MODE.blocks_of([position]))
+        size = len(LANE_MODE.block_positions(Block(epoch, lane, number)))
+        if size <= LANE_MODE.block_rows // 2:
+            short += 1
+            assert len(list(LANE_MODE.substitutes(position))) >= LANE_MODE.block_rows // 2
+        elif position % 50 == 0:
+            assert len(list(LANE_MODE.substitutes(position))) == size - 1
+    assert short > 50

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import AWS_VARIABLES
+from services.aws_variables import AWS_VARIABLES
 from services.radosgw import Radosgw, missing_binaries
 from services.required import skip_or_fail
 
