@@ -29,7 +29,7 @@ class Prefetcher(Generic[Item, Value]):
 
     obtain: turns an item into the thing; called in a thread. keep: whether what came must be held here until
     it is taken (a chunk in memory), or is found elsewhere later (a file of the cache). max_bytes: of what is
-    waiting, under way, or held; 0 does nothing ahead of time.
+    under way, or came and was not taken yet; 0 does nothing ahead of time.
 
     An error belongs to whoever waits for it. One that nobody waits for is dropped: reading the chunk will
     show it again, or show that it passed.
@@ -54,24 +54,29 @@ class Prefetcher(Generic[Item, Value]):
         self._closed = False
 
     def ask(self, jobs: Iterable[Job[Item]]) -> None:
-        """Begin on what is needed soon, most urgent first. What the budget has no room for is left
-        out: it will be asked for again. Returns at once.
+        """Obtain these, in this order, as the budget has room for them. Returns at once.
+
+        They take the place of what was asked for before and has not begun.
         """
         with self._changed:
-            jobs = list(jobs)
-            self._forget_all_but({job.number for job in jobs})
-            for job in jobs:
-                if any(job.number in known for known in (self._waiting, self._under_way, self._results)):
-                    continue
-                if self._closed or self._bytes + job.size > self._max_bytes:
-                    break
-                self._waiting[job.number] = job
-                self._bytes += job.size
-                if self._idle_threads < len(self._waiting) and self._threads < self._most_threads:
-                    self._threads += 1
-                    # A daemon: an exit does not wait for a store that does not answer.
-                    threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+            if self._closed or not self._max_bytes:
+                return
+            wanted = {job.number: job for job in jobs}
+            for number in self._results.keys() - wanted.keys():  # the reader went elsewhere
+                self._bytes -= self._results.pop(number)[0].size
+            busy = self._under_way.keys() | self._results.keys()
+            self._waiting = OrderedDict((number, wanted[number]) for number in wanted if number not in busy)
+            missing = min(self._most_threads - self._threads, len(self._waiting) - self._idle_threads)
+            for _ in range(missing):
+                self._threads += 1
+                # A daemon: an exit does not wait for a store that does not answer.
+                threading.Thread(target=self._work, name="prefetch", daemon=True).start()
             self._changed.notify_all()
+
+    def knows(self, number: int) -> bool:
+        """Whether it is under way, or came and was not taken yet."""
+        with self._changed:
+            return number in self._under_way or number in self._results
 
     def take(self, number: int) -> Value | None:
         """What was obtained, waiting for it if it is under way; None if it was not begun or not kept.
@@ -79,9 +84,8 @@ class Prefetcher(Generic[Item, Value]):
         Raises what obtaining raised while we waited.
         """
         with self._changed:
-            if (waiting := self._waiting.pop(number, None)) is not None:
-                self._bytes -= waiting.size  # we are quicker
-                return None
+            if self._waiting.pop(number, None) is not None:
+                return None  # we are quicker
             if number in self._under_way:
                 self._wanted.add(number)
                 self._changed.wait_for(lambda: number not in self._under_way)
@@ -91,6 +95,7 @@ class Prefetcher(Generic[Item, Value]):
                 return None
             job, value, error = result
             self._bytes -= job.size
+            self._changed.notify_all()
         if error is not None:
             raise error
         return value
@@ -103,24 +108,28 @@ class Prefetcher(Generic[Item, Value]):
             self._results.clear()
             self._changed.notify_all()
 
-    def _forget_all_but(self, numbers: set[int]) -> None:
-        """The reader went elsewhere: what it asked for once, and does not any more, makes room."""
-        for number in self._waiting.keys() - numbers:
-            self._bytes -= self._waiting.pop(number).size
-        for number in self._results.keys() - numbers:
-            self._bytes -= self._results.pop(number)[0].size
+    def _has_work(self) -> bool:
+        if not self._waiting:
+            return False
+        # One that is larger than the budget goes alone.
+        return not self._bytes or self._bytes + next(iter(self._waiting.values())).size <= self._max_bytes
 
     def _work(self) -> None:
         while True:
             with self._changed:
                 self._idle_threads += 1
-                self._changed.wait_for(lambda: self._waiting or self._closed, timeout=_IDLE_SECONDS)
+                found = self._changed.wait_for(
+                    lambda: self._has_work() or self._closed, timeout=_IDLE_SECONDS
+                )
                 self._idle_threads -= 1
-                if self._closed or not self._waiting:
+                if self._closed or not (found or self._waiting):
                     self._threads -= 1
                     return
+                if not found:
+                    continue  # there is something to do, and no room for it yet
                 number, job = self._waiting.popitem(last=False)
                 self._under_way[number] = job
+                self._bytes += job.size
             value: Value | None = None
             error: BaseException | None = None
             try:
@@ -130,8 +139,9 @@ class Prefetcher(Generic[Item, Value]):
             with self._changed:
                 del self._under_way[number]
                 wanted = number in self._wanted
-                held = value is not None and self._keep(value)
-                if not self._closed and (held or (wanted and error is not None)):
+                if value is not None and not self._keep(value):
+                    value = None  # only that it came is noted
+                if not self._closed and (error is None or wanted):
                     self._results[number] = (job, value, error)
                 else:
                     self._bytes -= job.size

@@ -157,15 +157,19 @@ class ChunkStore:
         return 0 if self._cache_dir is None else self._open_cache().used_bytes()
 
     def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
-        """Begin to fetch chunks that are needed soon, most urgent first. Returns at once, raises nothing.
+        """Fetch chunks that are needed soon, most urgent first: those of the work at hand, then later ones.
 
-        What does not fit the byte budget is left out; the next call, which names it again, has room for it.
+        Returns at once, raises nothing. Goes on as the byte budget has room, until the next call, which
+        replaces what has not begun.
         """
         if not self._remote:
             return  # the system reads ahead
         with contextlib.suppress(PretrainError):  # reading will say it
-            missing = [chunk for chunk in chunks if not self._at_hand(chunk)]
-            self._prefetcher.ask(Job(chunk.number, chunk.num_bytes, chunk) for chunk in missing)
+            self._prefetcher.ask(
+                Job(chunk.number, chunk.num_bytes, chunk)
+                for chunk in chunks
+                if self._prefetcher.knows(chunk.number) or not self._at_hand(chunk)
+            )
 
     def read(self, chunk: ChunkRef, row: int) -> RawSample:
         """The sample in that row of the chunk.

@@ -78,17 +78,23 @@ def test_who_takes_what_has_not_begun_gets_it_quicker_alone() -> None:
 def test_the_budget_bounds_what_is_under_way_and_held_and_most_urgent_comes_first() -> None:
     source = Source()
     source.gate.set()
-    ahead = prefetcher(source, max_bytes=25)
+    ahead = prefetcher(source, max_bytes=25, threads=4)
     ahead.ask(jobs("abcd"))
     until(lambda: not ahead._under_way and len(ahead._results) == 2)
-    assert source.begun == ["a", "b"]
+    time.sleep(0.05)
+    assert sorted(source.begun) == ["a", "b"]
     assert ahead.take(ord("a")) == "A"
-    ahead.ask(jobs("bcd"))
-    until(lambda: source.begun == ["a", "b", "c"])
+    until(lambda: len(source.begun) == 3 and not ahead._under_way)
+    assert source.begun[2] == "c", "what is taken makes room, and nobody has to ask again"
+    assert ahead._bytes == 20
+    large = prefetcher(source, max_bytes=5)
+    large.ask(jobs("xy"))
+    until(lambda: large._results)
+    assert large.take(ord("x")) == "X", "one that is larger than the budget goes alone"
     nothing = prefetcher(source, max_bytes=0)
-    nothing.ask(jobs("x"))
-    assert nothing.take(ord("x")) is None
-    assert "x" not in source.begun
+    nothing.ask(jobs("z"))
+    assert nothing.take(ord("z")) is None
+    assert "z" not in source.begun
 
 
 def test_what_is_not_asked_for_any_more_makes_room() -> None:
@@ -103,15 +109,18 @@ def test_what_is_not_asked_for_any_more_makes_room() -> None:
     assert ahead.take(ord("y")) == "Y"
 
 
-def test_what_is_found_elsewhere_is_not_held() -> None:
+def test_what_is_found_elsewhere_is_not_held_and_yet_not_run_away_from() -> None:
     source = Source()
     source.gate.set()
-    ahead = prefetcher(source, keep=lambda value: False, max_bytes=10)
-    for letter in "abc":
-        ahead.ask(jobs(letter))
-        until(lambda: not ahead._bytes)
-    assert source.begun == ["a", "b", "c"]
+    ahead = prefetcher(source, keep=lambda value: False, max_bytes=20)
+    ahead.ask(jobs("abcd"))
+    until(lambda: len(ahead._results) == 2)
+    time.sleep(0.05)
+    assert source.begun == ["a", "b"], "who reads is not there yet"
+    assert ahead.knows(ord("a"))
     assert ahead.take(ord("a")) is None
+    assert not ahead.knows(ord("a"))
+    until(lambda: source.begun == ["a", "b", "c"])
 
 
 def test_an_error_is_raised_to_who_waits_and_dropped_where_nobody_does() -> None:
