@@ -20,6 +20,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.reader import ChunkReader
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
@@ -124,11 +125,6 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
     )
 
 
-def default_cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vit-pretrain"
-
-
 def _cache_dir(config: RunConfig) -> Path:
     return Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
 
@@ -162,7 +158,9 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         )
     )
     num_classes = num_classes_for(config, opened.indexes[0])
-    val_index = together(lambda: open_index(val_url, s3=s3)) if val_url else None
+    val_index = (
+        together(lambda: open_index(val_url, s3=s3, cache_dir=_cache_dir(config))) if val_url else None
+    )
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)
     return Data(

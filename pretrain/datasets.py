@@ -27,6 +27,7 @@ from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, open_index
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.stream import Segment, Source, Stream
 from pretrain.derived import check_class_agreement, run_lanes, s3_settings
 from pretrain.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -188,12 +189,13 @@ class _Datasets:
 
     def __init__(self, config: RunConfig, *, consumed: int | None) -> None:
         self._run_dir, self._s3, self._consumed = Path(config.run_dir), s3_settings(config), consumed
+        self._cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
         self._found: dict[str, DatasetIndex | GoneDataset] = {}  # by identity
 
     def open(self, url: str, *, identity: str | None, end: int | None) -> DatasetIndex | GoneDataset:
         """What is at `url`; if that is not `identity`, and it is not needed past `end`, what is known of it."""
         try:
-            dataset: DatasetIndex | GoneDataset = open_index(url, s3=self._s3)
+            dataset: DatasetIndex | GoneDataset = open_index(url, s3=self._s3, cache_dir=self._cache_dir)
         except UsageError:
             gone = self._gone(url, identity, end)
             if gone is None:
