@@ -2,6 +2,7 @@
 # make test      the tests, with the real services that are installed
 # make check     formatting, lint, types, layers
 # make test-all  the long suites too
+# make fuzz      ten minutes of damaged input for what reads tars, indexes and images
 #
 # PYTHON               the interpreter for .venv (3.10 or newer)
 # PRETRAIN_TORCH       pip's requirement for torch, for example a CPU build
@@ -13,7 +14,7 @@ PRETRAIN_PIP_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRAIN_PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all fuzz check format clean
 
 demo: .venv/installed
 	$(BIN)/pretrain demo
@@ -23,6 +24,10 @@ test: .venv/installed
 
 test-all: .venv/installed
 	$(BIN)/python -m pytest
+
+fuzz: .venv/installed
+	$(PIP) -e ".[dev,fuzz]"
+	PYTHONPATH=.:tests $(BIN)/python -m fuzz --minutes 10
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

@@ -20,12 +20,13 @@ from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
-from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.loader import EvalLoader, TrainLoader
 from pretrain.data.reader import ChunkReader
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
+    cache_bytes,
+    cache_dir,
     check_validation_labels,
     is_image_source,
     num_classes_for,
@@ -125,10 +126,6 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
     )
 
 
-def _cache_dir(config: RunConfig) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data(RunData):
     """What a run learns from: its datasets, the stream over them, the classes of the head."""
@@ -158,9 +155,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         )
     )
     num_classes = num_classes_for(config, opened.indexes[0])
-    val_index = (
-        together(lambda: open_index(val_url, s3=s3, cache_dir=_cache_dir(config))) if val_url else None
-    )
+    val_index = together(lambda: open_index(val_url, s3=s3, cache_dir=cache_dir(config))) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)
     return Data(
@@ -180,7 +175,15 @@ def pack_images(config: RunConfig) -> dict[str, str]:
 
 
 def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
-    return ChunkReader(index, cache_dir=_cache_dir(config), s3=s3_settings(config))
+    reader = ChunkReader(
+        index,
+        cache_dir=cache_dir(config),
+        cache_bytes=cache_bytes(config),
+        prefetch_bytes=config.data.prefetch_bytes,
+        s3=s3_settings(config),
+    )
+    reader.store.prepare()
+    return reader
 
 
 def build_train_loader(
@@ -201,6 +204,8 @@ def build_train_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -218,6 +223,8 @@ def build_eval_loader(
         rank=world.rank,
         world_size=world.world_size,
         workers=workers,
+        prefetch_bytes=config.data.prefetch_bytes,
+        worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
     )
 
@@ -228,7 +235,7 @@ def packed(source: str, config: RunConfig) -> str:
     The packing runs in a process of its own: data_tools is a neighbour, not a part. Raises UsageError,
     or DataError for an image that does not decode, when it fails.
     """
-    out = _cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
+    out = cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
     if not (out / INDEX_NAME).is_file():
         print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
         command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]

@@ -27,9 +27,8 @@ from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, open_index
-from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.stream import Segment, Source, Stream
-from pretrain.derived import check_class_agreement, run_lanes, s3_settings
+from pretrain.derived import cache_dir, check_class_agreement, run_lanes, s3_settings
 from pretrain.errors import CheckpointError, ConfigError, DataError, UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.storage import is_remote
@@ -189,7 +188,7 @@ class _Datasets:
 
     def __init__(self, config: RunConfig, *, consumed: int | None) -> None:
         self._run_dir, self._s3, self._consumed = Path(config.run_dir), s3_settings(config), consumed
-        self._cache_dir = Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+        self._cache_dir = cache_dir(config)
         self._found: dict[str, DatasetIndex | GoneDataset] = {}  # by identity
 
     def open(self, url: str, *, identity: str | None, end: int | None) -> DatasetIndex | GoneDataset:

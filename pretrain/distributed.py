@@ -193,13 +193,18 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._values: dict[str, torch.Tensor] = {}
+        self._numbers: dict[str, float] = {}  # of the host; they go to the device together
 
     def add(self, **values: torch.Tensor | float) -> None:
         for name, value in values.items():
-            value = torch.as_tensor(value, dtype=torch.float64, device=self._device).detach()
-            self._values[name] = self._values[name] + value if name in self._values else value
+            if isinstance(value, torch.Tensor):
+                value = value.detach().to(self._device, torch.float64)
+                self._values[name] = self._values[name] + value if name in self._values else value
+            else:
+                self._numbers[name] = self._numbers.get(name, 0.0) + value
 
     def over_ranks(self) -> dict[str, float]:
         """Each sum over all ranks, read from the device in one go. Every rank must have the same names."""
-        total = sum_over_ranks(torch.stack(list(self._values.values())))
-        return dict(zip(self._values, total.tolist(), strict=True))
+        numbers = torch.tensor(list(self._numbers.values()), dtype=torch.float64, device=self._device)
+        total = sum_over_ranks(torch.cat([*(value.reshape(1) for value in self._values.values()), numbers]))
+        return dict(zip([*self._values, *self._numbers], total.tolist(), strict=True))

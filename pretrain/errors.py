@@ -53,3 +53,7 @@ class CheckpointError(PretrainError):
 
 class CheckpointMismatchError(CheckpointError):
     """A sound checkpoint, but of another run: going back to an older one would not help."""
+
+
+class WorkerError(PretrainError):
+    """A loader worker died or hung, again after it was started again. The run may be restarted."""

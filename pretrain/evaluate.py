@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 import time
 from collections.abc import Generator, Iterable
 from pathlib import Path
@@ -178,6 +179,9 @@ def _features(
     finally:
         cast(Generator[Batch], batches).close()  # ends the workers, which would go on past the limit
         reader.close()
+    if loader.unreadable:
+        first = loader.unreadable[0].error
+        print(f"{name}: {len(loader.unreadable)} images are left out, the first: {first}", file=sys.stderr)
     return features[:count], labels[:count]
 
 

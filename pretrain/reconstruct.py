@@ -20,7 +20,7 @@ from pretrain.data.augment import EvalTransform
 from pretrain.data.index import open_index
 from pretrain.data.loader import EvalLoader
 from pretrain.derived import s3_settings
-from pretrain.errors import UsageError
+from pretrain.errors import DataError, UsageError
 from pretrain.objectives.mae import MAE
 
 GAP = 4  # pixels between pictures
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     loader = EvalLoader(reader=build_reader(config, index), transform=transform_host, batch_size=count)
     transform = build_device_transform(config)
     batch = next(iter(loader))
+    if loader.unreadable:
+        raise DataError(loader.unreadable[0].error)
     images = transform(batch["images"])
     masked, reconstructed = objective.reconstruct(images, batch["positions"])
 

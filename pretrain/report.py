@@ -137,6 +137,9 @@ def summarize(curves: Curves) -> dict[str, str]:
             best = int(finite_metric.argmin() if _is_lower_better(name) else finite_metric.argmax())
             at_best = f"{finite_metric[best]:.4f} best (step {finite_steps[best]:,})"
             table[f"validation {name}"] = f"{finite_metric[-1]:.4f} at last, {at_best}"
+    if "replaced" in values and np.isfinite(values["replaced"]).any():
+        replaced = int(np.nanmax(values["replaced"]))
+        table["samples replaced"] = f"{replaced:,} ({replaced / max(1, int(curves.samples[-1])):.3%})"
     if "images_per_second" in values:
         table["images/s"] = f"{np.nanmedian(values['images_per_second']):,.1f} (median)"
     if "step_seconds" in values:
@@ -365,7 +368,11 @@ def _validation(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndar
     )
     for record in ordered:
         for name, value in record.items():
-            if name not in _NOT_METRICS and not name.endswith("seconds") and _is_number(value):
+            if (
+                name not in _NOT_METRICS | {"unreadable"}
+                and not name.endswith("seconds")
+                and _is_number(value)
+            ):
                 by_metric.setdefault(name, {})[int(record["step"])] = float(value)
     return {
         name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))

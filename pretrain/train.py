@@ -50,6 +50,7 @@ from pretrain.checkpoint.segments import keep_chunk_sizes
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
+from pretrain.data.ledger import Ledger, check_budget
 from pretrain.data.loader import EvalLoader
 from pretrain.derived import dataset_facts, split_batch, total_steps
 from pretrain.distributed import (
@@ -65,7 +66,7 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.engine.base import Engine, parameter_shapes
-from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, PretrainError, UsageError
+from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, DataError, PretrainError, UsageError
 from pretrain.formats.folder import exported_step
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
@@ -161,6 +162,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
         together(lambda: data.require_from(samples))
         from_main(world, lambda: keep_order_of(data, run_dir))
+        replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
         reporter.start(
             step=step,
             samples=samples,
@@ -181,6 +183,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         stack.callback(train_loader.close)
         eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
         device_transform = build_device_transform(config)
+        ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
+        stack.callback(ledger.close)
         batches = train_loader.steps(samples)
         undescribed = debug
 
@@ -199,7 +203,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
             lr = learning_rate(config, step, last_step)
             sums = Sums(engine.device)
-            sums.add(count=local_count)
+            reading = train_loader.gained()
+            sums.add(count=local_count, **reading)
             for host_batch in micro_batches:
                 batch = to_device(host_batch, engine.device)
                 images = device_transform(batch["images"], batch["draws"])
@@ -216,6 +221,9 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             sums.add(terminate=terminate, ctrl_c=ctrl_c)
             totals = sums.over_ranks()
             step, samples = step + 1, samples + config.train.global_batch_size
+            reading = {name: totals.pop(name) for name in reading}
+            replaced += int(reading["samples_replaced"])
+            ledger.write(train_loader.replaced(), step=step)
             exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
             images_seen = totals.pop("images")
             loss = totals.pop("loss") / totals.pop("count")
@@ -227,6 +235,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 lr=lr,
                 grad_norm=float(grad_norm),
                 times=reporter.throughput.finish(int(images_seen)),
+                replaced=replaced,
+                reading=reading,
                 **{name: total / images_seen for name, total in totals.items()},
             )
             for name, value in (("loss", loss), ("gradient's norm", float(grad_norm))):
@@ -236,11 +246,19 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                         "before it, with a lower optim.lr, a smaller optim.clip_grad_norm, or "
                         "train.precision=float32"
                     )
+            check_budget(replaced, samples, max_fraction=config.data.max_replaced_fraction, run_dir=run_dir)
 
             # Saved first: nothing that comes after may lose what was learned.
             is_last = step == last_step
             if is_last or exit_code is not None or is_due(step, config.checkpoint.every_steps):
-                facts = {**identity, "step": step, "samples": samples, "attempt": attempt}
+                ledger.sync()
+                facts = {
+                    **identity,
+                    "step": step,
+                    "samples": samples,
+                    "attempt": attempt,
+                    "replaced": replaced,
+                }
                 save(engine, config, facts, world=world, reporter=reporter)
             if exit_code is not None and not is_last:
                 reporter.event(
@@ -250,13 +268,13 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
             if eval_loader is not None and not is_last and is_due(step, config.eval.every_steps):
-                results = validate(engine, eval_loader, device_transform)
-                reporter.validation(step=step, samples=samples, **results)
+                unreadable, results = validate(engine, eval_loader, device_transform)
+                reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
 
         # After the loop: a run that was killed between its last save and its end still gets here.
         if eval_loader is not None:
-            results = validate(engine, eval_loader, device_transform)
-            reporter.validation(step=step, samples=samples, **results)
+            unreadable, results = validate(engine, eval_loader, device_transform)
+            reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
@@ -297,8 +315,13 @@ def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> s
 
 
 @torch.no_grad()
-def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransform) -> dict[str, float]:
-    """Mean loss and metrics over a dataset, each sample once, however many ranks there are."""
+def validate(
+    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform
+) -> tuple[int, dict[str, float]]:
+    """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
+
+    Images that do not decode are left out, and counted. Raises DataError when none does.
+    """
     sums = Sums(engine.device)
     engine.module.eval()
     for host_batch in loader:
@@ -308,9 +331,15 @@ def validate(engine: Engine, loader: EvalLoader, device_transform: DeviceTransfo
         loss_sum, metric_sums = engine.forward(images, batch)
         sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
     engine.module.train()
+    sums.add(unreadable=len(loader.unreadable))
     totals = sums.over_ranks()
-    loss, images_seen = totals.pop("loss") / totals.pop("count"), totals.pop("images")
-    return {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
+    unreadable, count, images_seen = int(totals.pop("unreadable")), totals.pop("count"), totals.pop("images")
+    if not images_seen:
+        raise DataError(
+            f"none of the {unreadable} images of data.val decodes; run `pretrain data verify --decode` on it"
+        )
+    loss = totals.pop("loss") / count
+    return unreadable, {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
 
 
 def save(

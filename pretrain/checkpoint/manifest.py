@@ -40,7 +40,7 @@ class Slice:
 class Manifest:
     """See DESIGN of the format above. `samples` is g, the count of consumed positions; `dataset`
     and `order` guard it; `skipped` and `segments` are the run's lists of skipped intervals and
-    dataset changes."""
+    dataset changes; `replaced` counts the samples that others stood for, see data/ledger.py."""
 
     step: int
     samples: int
@@ -55,6 +55,7 @@ class Manifest:
     files: dict[str, list[Slice]]  # file name -> its slices
     skipped: list[Any] = field(default_factory=list)
     segments: list[Any] = field(default_factory=list)
+    replaced: int = 0
     software: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -19,6 +19,7 @@ from pretrain.data.tar import BLOCK, NeedMoreError, TarStream, check_tail, membe
 from pretrain.errors import DataError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in one sample, the first in this order is read
+MAX_LABEL = 2**31 - 1  # labels are held as int32
 _IMAGE_SUFFIX_SET = frozenset(IMAGE_SUFFIXES)
 KNOWN_SUFFIXES = frozenset((*IMAGE_SUFFIXES, "cls", "txt", "json"))
 
@@ -153,9 +154,16 @@ def labels_of(chunk: bytes | memoryview, sample: Frame) -> int | tuple[int, ...]
         label = -1 if found is None else found
     else:
         return -1
-    if label < -1:
-        raise DataError(f"{sample.key}: a label is at least 0 (or -1 for none), got {label}")
+    if not -1 <= label <= MAX_LABEL:
+        raise DataError(
+            f"{sample.key}: a label is from 0 (or -1 for none) to {MAX_LABEL}, got {_text_of(label)}"
+        )
     return label
+
+
+def _text_of(label: int) -> str:
+    """Python refuses to write out integers of thousands of digits."""
+    return str(label) if abs(label) < 10**40 else f"one of {label.bit_length()} bits"
 
 
 @dataclass(frozen=True)

@@ -93,11 +93,11 @@ def _extension(kind: bytes, body: bytes) -> tuple[str | None, int | None]:
         return _text(body.split(b"\0", 1)[0]), None
     if kind == b"K":
         return None, None
-    if b"path=" not in body and b"size=" not in body and b"GNU.sparse" not in body:
-        return None, None  # the common case: times
     records = _pax_records(body)
     if any(key.startswith(b"GNU.sparse") for key in records):
         raise ValueError("sparse members are not supported")
+    if b"\0" in records.get(b"path", b""):
+        raise ValueError("a name that holds a NUL")
     name = _text(records[b"path"]) if b"path" in records else None
     size = int(records[b"size"]) if b"size" in records else None
     if kind == b"g" and (name is not None or size is not None):
@@ -114,6 +114,7 @@ def member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) -
     at = start
     name: str | None = None
     size: int | None = None
+    extensions = b""  # their kinds
     while True:
         header = bytes(buffer[at : at + BLOCK])
         if len(header) < BLOCK:
@@ -131,11 +132,18 @@ def member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) -
                 raise ValueError("negative size")
             if kind not in b"xgXLK":
                 break
+            if kind in extensions and kind != b"g":
+                raise ValueError(
+                    "a second extension header of one kind: the member after the first is missing"
+                )
+            extensions += kind
             end = at + BLOCK + -(-own_size // BLOCK) * BLOCK
             if own_size > MAX_EXTENSION_BYTES:
                 raise ValueError(f"extension of {own_size} bytes")
             if end > len(buffer):
                 raise NeedMoreError(end, f"the tar ends inside the extension header at byte {base + at}")
+            if buffer[at + BLOCK + own_size : end].strip(b"\0"):
+                raise ValueError("an extension that goes on after its stated size")
             found_name, found_size = _extension(kind, bytes(buffer[at + BLOCK : at + BLOCK + own_size]))
         except ValueError as error:
             raise DataError(f"{where}: {damaged(base + at, str(error))}") from error

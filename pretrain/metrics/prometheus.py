@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
@@ -17,6 +18,24 @@ from pretrain.errors import UsageError
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 CHECKPOINT_BUCKETS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+
+# What the data path counts, over all ranks and their loader workers since this process started.
+READING = {
+    "samples_replaced": "Samples that did not decode and were replaced; the run's ledger names them.",
+    "worker_restarts": "Loader workers that were lost and started again.",
+    "storage_requests": "Requests to the store, those that failed included.",
+    "storage_retries": "Requests made again because one failed.",
+    "storage_read_bytes": "Bytes of objects that came in.",
+    "storage_retried_bytes": "Of them, thrown away by a fault and asked for again.",
+    "storage_wait_seconds": "Time slept before retries.",
+    "storage_credential_refreshes": "Credentials asked of their provider.",
+    "cache_hits": "Chunks found in the node's cache.",
+    "cache_misses": "Chunks that were fetched into it.",
+    "cache_evictions": "Chunks removed from it to make room.",
+    "cache_evicted_bytes": "Bytes removed from it to make room.",
+    "cache_bypasses": "Chunks kept in memory because the cache could not take them.",
+    "cache_damaged": "Cached chunks that differed from what was written.",
+}
 
 
 class MetricsServer:
@@ -86,6 +105,9 @@ class MetricsServer:
         self._checkpoint_bytes = Gauge(
             "pretrain_checkpoint_bytes", "Size of the newest committed checkpoint.", registry=registry
         )
+        self._reading = {
+            name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in READING.items()
+        }
         self._server, self._thread = None, None
         if port:
             self._server, self._thread = _serve(port, host, registry)
@@ -102,8 +124,12 @@ class MetricsServer:
         step_seconds: float,
         data_seconds: float,
         images_per_second: float,
+        reading: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """One finished optimizer step: `images` in this step, `samples` in the whole run so far."""
+        """One finished optimizer step: `images` in this step, `samples` in the whole run so far.
+
+        reading: what the data path did in this step, by the names of READING; others are left out.
+        """
         self._steps.inc()
         self._images.inc(images)
         self._step.set(step)
@@ -115,6 +141,9 @@ class MetricsServer:
         self._step_seconds.observe(step_seconds)
         self._data_wait_seconds.observe(data_seconds)
         self._images_per_second.set(images_per_second)
+        for name, gained in reading.items():
+            if name in self._reading:
+                self._reading[name].inc(max(0.0, gained))
 
     def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
         """One committed checkpoint; `committed_at` is Unix time in seconds."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Reporter:
         self._progress = progress
         self._server = server
         self._log_every_steps = log_every_steps
+        self._reading: dict[str, float] = {}  # since this process started
         self.throughput = Throughput()
 
     @classmethod
@@ -108,9 +110,17 @@ class Reporter:
         lr: float,
         grad_norm: float,
         times: StepTimes,
+        replaced: int,
+        reading: Mapping[str, float],
         **metrics: float,
     ) -> None:
-        """A finished optimizer step; `step` counts from 1 and `samples` is g after it."""
+        """A finished optimizer step; `step` counts from 1 and `samples` is g after it.
+
+        replaced: samples of the whole run that others stand for. reading: what the data path of all ranks
+        counted in this step (`TrainLoader.gained`).
+        """
+        for name, gained in reading.items():
+            self._reading[name] = self._reading.get(name, 0.0) + gained
         # The last step, and one that ends the run, are wanted whatever the interval.
         due = step % self._log_every_steps == 0 or step == self._total_steps
         if self._journal and (due or not math.isfinite(loss + grad_norm)):
@@ -125,6 +135,7 @@ class Reporter:
                 step_seconds=times.step_seconds,
                 data_seconds=times.data_seconds,
                 images_per_second=times.images_per_second,
+                replaced=replaced,
                 **metrics,
             )
         if self._server:
@@ -138,6 +149,7 @@ class Reporter:
                 step_seconds=times.step_seconds,
                 data_seconds=times.data_seconds,
                 images_per_second=times.images_per_second,
+                reading=reading,
             )
         if self._progress:
             self._progress.update(
@@ -148,11 +160,13 @@ class Reporter:
                 data_wait_fraction=self.throughput.data_wait_fraction,
             )
 
-    def validation(self, *, step: int, samples: int, **metrics: float) -> None:
+    def validation(self, *, step: int, samples: int, unreadable: int, **metrics: float) -> None:
+        """unreadable: images that do not decode and were left out."""
         said = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        self.event(
-            "validation", note=f"step {step}: validation {said}", step=step, samples=samples, **metrics
-        )
+        note = f"step {step}: validation {said}"
+        if unreadable:
+            note += f"; {unreadable} images do not decode and were left out"
+        self.event("validation", note=note, step=step, samples=samples, unreadable=unreadable, **metrics)
         if self._server:
             self._server.set_validation(metrics)
 
@@ -166,6 +180,7 @@ class Reporter:
             bytes=size_bytes,
             path=str(path),
         )
+        self.event("reading", note=None, step=step, samples=samples, **self._reading)
         if self._journal:
             self._journal.sync()
         if self._server:

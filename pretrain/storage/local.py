@@ -116,7 +116,7 @@ class LocalStorage:
             if wanted < 0 or offset + wanted > size:
                 raise StorageError(
                     f"{path}: bytes {offset} to {offset + max(wanted, 0)} were asked for, "
-                    f"but it holds {size}; it is cut short or was replaced"
+                    f"but it holds {size}; it is cut short or was replaced; run `pretrain data verify` on it"
                 )
             pieces = []
             while wanted > 0:  # one pread gives at most 2 GiB, and less on some mounts

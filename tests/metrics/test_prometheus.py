@@ -52,6 +52,12 @@ def observe_everything(server) -> None:
             step_seconds=0.2,
             data_seconds=0.004,
             images_per_second=320.0,
+            reading={
+                "samples_replaced": 2.0,
+                "storage_read_bytes": 1e6,
+                "cache_hits": 5.0,
+                "unheard_of": 1.0,
+            },
         )
     server.observe_checkpoint(seconds=3.0, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
@@ -91,6 +97,10 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_validation[loss]": 1.5,
         "pretrain_validation[top1]": 0.25,
         "pretrain_checkpoint_seconds_count": 1,
+        "pretrain_samples_replaced_total": 6,
+        "pretrain_storage_read_bytes_total": 3e6,
+        "pretrain_cache_hits_total": 15,
+        "pretrain_worker_restarts_total": 0,
         "pretrain_checkpoint_bytes": 1e9,
         "pretrain_checkpoint_last_commit_timestamp_seconds": 1.7e9,
     }

@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 _BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -27,19 +28,24 @@ async def _cancel(tasks) -> None:  # type: ignore[no-untyped-def]
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """`kind`: "503" answers for the server; "close", "reset" and "stall" act on the server's answer after
-    `after_bytes` of it, header included, were passed on (0: the request is served, its answer lost)."""
+    `after_bytes` of it, header included, were passed on (0: the request is served, its answer lost);
+    "drip" lets the rest of the answer through at `bytes_per_second`."""
 
     kind: str
     method: str = "GET"
     after_bytes: int = 0
+    bytes_per_second: float = 100.0
 
 
 class FaultProxy:
-    """Listens on 127.0.0.1:`port` while entered. `requests` holds the head of each request, in order."""
+    """Listens on 127.0.0.1:`port` while entered. `requests` holds the head of each request, in order;
+    `connections` counts those that clients made."""
 
     def __init__(self, upstream_port: int) -> None:
         self.faults: deque[Fault] = deque()  # each one strikes the next request of its method
+        self.weather: Callable[[str], Fault | None] | None = None  # asked for a fault where none is waiting
         self.requests: list[str] = []
+        self.connections = 0
         self._upstream_port = upstream_port
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -62,7 +68,12 @@ class FaultProxy:
         await _cancel(asyncio.all_tasks() - {asyncio.current_task()})
 
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
-        upstream_in, upstream_out = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        self.connections += 1
+        try:
+            upstream_in, upstream_out = await asyncio.open_connection("127.0.0.1", self._upstream_port)
+        except OSError:  # the server is down: so are we
+            client_out.close()
+            return
         current: list[Fault | None] = [None]  # of the request that this connection is busy with
         requests = self._pump_requests(client_in, client_out, upstream_out, current)
         answers = self._pump_answers(upstream_in, client_out, current)
@@ -79,21 +90,37 @@ class FaultProxy:
                 self.requests.append(data.split(b"\r\n\r\n")[0].decode())
                 struck = self.faults and self.faults[0].method == match[1].decode()
                 current[0] = self.faults.popleft() if struck else None
+                if not struck and self.weather is not None:
+                    current[0] = self.weather(match[1].decode())
                 if current[0] and current[0].kind == "503":
                     client_out.write(_BUSY)
                     return
             upstream_out.write(data)
             await upstream_out.drain()
 
+    async def _drip(self, client_out, data, fault) -> bytes:  # type: ignore[no-untyped-def]
+        """Let `data` through slowly; what is left is nothing, unless the client gave up meanwhile."""
+        while data and not client_out.is_closing():
+            count = max(1, int(fault.bytes_per_second / 20))
+            with contextlib.suppress(ConnectionError):
+                client_out.write(data[:count])
+                await client_out.drain()
+            data = data[count:]
+            await asyncio.sleep(0.05)
+        return b""
+
     async def _pump_answers(self, upstream_in, client_out, current) -> None:  # type: ignore[no-untyped-def]
         passed = 0
         while data := await upstream_in.read(1 << 16):
-            fault = current[0]
+            fault, whole = current[0], data
             if fault and not data.startswith(b"HTTP/1.1 100"):
                 data, broken = data[: fault.after_bytes - passed], passed + len(data) >= fault.after_bytes
                 passed += len(data)
             else:
                 passed, broken = 0, False
+            if fault and fault.kind == "drip" and broken:
+                broken = False
+                data = await self._drip(client_out, whole, fault)
             with contextlib.suppress(ConnectionError):  # the client gave up: nobody is left to tell
                 client_out.write(data)
                 await client_out.drain()

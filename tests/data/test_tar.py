@@ -1,0 +1,83 @@
+"""What fuzzing found in the walk over tars."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+
+import pytest
+
+from pretrain.data.framer import cut_chunks, frame
+from pretrain.data.tar import list_members
+from pretrain.errors import DataError
+
+NAME = "d" * 120 + ".jpg"
+
+
+def tar_with_pax_path() -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in (NAME, "b.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    return file.getvalue()
+
+
+def with_size(tar: bytes, size: int) -> bytes:
+    """The first header claims that its data is shorter or longer; its checksum is right."""
+    block = bytearray(tar[:512])
+    block[124:136] = f"{size:011o}\0".encode()
+    block[148:156] = b" " * 8
+    block[148:156] = f"{sum(block):06o}\0 ".encode()
+    return bytes(block) + tar[512:]
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a record cut off before its key": lambda tar: with_size(tar, 5),
+    "a size that ends after the first record": lambda tar: with_size(tar, 134 - 30),
+    "a record of another length": lambda tar: tar.replace(b"path=", b"pat=h", 1).replace(b"134 ", b"135 ", 1),
+    "a NUL in a name": lambda tar: tar.replace(b"dddd.jpg", b"dd\0d.jpg", 1),
+    "no number before a record": lambda tar: tar.replace(b"134 path", b"1x4 path", 1),
+}
+
+
+def test_a_long_name_that_goes_on_after_its_stated_size_is_an_error() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo(NAME), io.BytesIO())
+    whole = file.getvalue()
+    assert [sample.key for sample in frame(whole, where="x")] == [NAME[:-4]]
+    with pytest.raises(DataError, match="goes on after its stated size"):
+        frame(with_size(whole, 60), where="x")
+
+
+@pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
+def test_a_member_that_is_missing_after_its_extension_header_is_noticed(format: int) -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=format) as tar:
+        for number in range(2):
+            tar.addfile(tarfile.TarInfo(f"{number}" * 120 + ".jpg"), io.BytesIO())
+    whole = file.getvalue()
+    assert len(frame(whole, where="x")) == 2
+    end = 1024 + 512  # an extension header with its data, and the member's own header
+    without_first_member = whole[:1024] + whole[end:]
+    with pytest.raises(DataError, match="the member after the first is missing"):
+        frame(without_first_member, where="x")
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_pax_record_is_an_error_and_never_another_name(kind: str) -> None:
+    whole = tar_with_pax_path()
+    assert [sample.key for sample in frame(whole, where="x")] == [NAME[:-4], "b"]
+    damaged = DAMAGE[kind](whole)
+    assert damaged != whole
+    readers: list[Callable[[], object]] = [
+        lambda: frame(damaged, where="x"),
+        lambda: list(cut_chunks([damaged], where="x")),
+        lambda: list(list_members([damaged], where="x")),
+    ]
+    for read in readers:
+        with pytest.raises(DataError, match="damaged tar header at byte 0"):
+            read()

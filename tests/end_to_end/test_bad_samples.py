@@ -1,0 +1,154 @@
+"""Images that do not decode, through the real commands: replaced, written down, counted, and too many of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import RECIPE, pretrain
+from data.tiny_shards import jpeg, write_dataset
+from launching import ROOT, clean_environment, run_ranks, wait_for
+
+from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
+from pretrain.data.ledger import read_ledger
+from pretrain.data.order import Order, lanes_for
+from pretrain.metrics.journal import read_journal, steps_of
+
+TRAIN = ["-m", "pretrain.train"]
+BAD = (13, 77, 140)
+STEPS = 70  # of 16: budgets count from 1000 samples on
+
+
+def image(i: int) -> bytes:
+    return b"not an image" if i in BAD else jpeg(i, (40, 32))
+
+
+@pytest.fixture(scope="module")
+def bad_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad") / "shards"
+    write_dataset(folder, count=150, per_shard=50, chunk_samples=16, image=image)
+    return folder
+
+
+@pytest.fixture
+def write_recipe(tmp_path: Path, bad_shards: Path) -> Callable[..., Path]:
+    def write(name: str, **data: object) -> Path:
+        sections = {
+            **RECIPE,
+            "run_dir": str(tmp_path / name),
+            "data": {**RECIPE["data"], "train": str(bad_shards), **data},
+            "train": {**RECIPE["train"], "steps": STEPS},
+            "checkpoint": {"every_steps": 10, "keep_last": 2},
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(sections))
+        return path
+
+    return write
+
+
+def wanted(bad_shards: Path) -> dict[int, tuple[str, int]]:
+    """Position -> (bad key, step), by the order alone."""
+    from pretrain.data.index import open_index, open_samples
+
+    index = open_index(str(bad_shards))
+    order = Order(chunk_samples=index.chunk_samples, seed=RECIPE["seed"], lanes=lanes_for(16))  # type: ignore[arg-type]
+    keys, ends = open_samples(index), index.chunk_samples.cumsum()
+    found = {}
+    for g in range(STEPS * 16):
+        chunk, row = (int(value[0]) for value in order.locate([g]))
+        number = int(ends[chunk] - index.chunk_samples[chunk]) + row
+        if number in BAD:
+            found[g] = keys.key(number), g // 16 + 1
+    return found
+
+
+def ledger_of(run: Path) -> dict[int, tuple[str, int]]:
+    return {line["g"]: (line["key"], line["step"]) for line in read_ledger(run)}
+
+
+def test_a_killed_run_goes_on_on_two_ranks_and_replaces_the_same_samples(
+    write_recipe: Callable[..., Path], tmp_path: Path, bad_shards: Path
+) -> None:
+    recipe, run = write_recipe("run", max_replaced_fraction=0.05), tmp_path / "run"
+    with (tmp_path / "log").open("w") as log:
+        train = subprocess.Popen(
+            [sys.executable, *TRAIN, str(recipe)],
+            stdout=log,
+            stderr=log,
+            env=clean_environment(),
+            cwd=ROOT,
+        )
+    try:
+        wait_for(lambda: bool(committed(run)) and len(read_ledger(run)) > 2, [train], timeout_seconds=120)
+    finally:
+        train.send_signal(signal.SIGKILL)
+        train.wait()
+    before = ledger_of(run)
+    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200)
+    after = ledger_of(run)
+    assert after == wanted(bad_shards)
+    assert before.items() <= after.items()
+    files = {path.name for path in (run / "ledger").iterdir()}
+    assert {"attempt-1-rank-0.jsonl", "attempt-2-rank-0.jsonl", "attempt-2-rank-1.jsonl"} == files
+
+    assert read_manifest(find_newest(run)).replaced == len(after)
+    lines = steps_of(read_journal(run / "journal.jsonl"))
+    for step, line in lines.items():
+        assert line["replaced"] == sum(at <= step for _, at in after.values())
+    shown = pretrain("report", str(run))
+    assert f"samples replaced       {len(after)} (" in shown.stdout
+
+
+def test_more_bad_samples_than_allowed_end_all_ranks_with_exit_code_3(
+    write_recipe: Callable[..., Path], tmp_path: Path
+) -> None:
+    recipe, run = write_recipe("over"), tmp_path / "over"
+    run_ranks(2, [*TRAIN, str(recipe)], timeout_seconds=200, expect=3, folder=tmp_path)
+    for rank in range(2):
+        said = (tmp_path / f"rank-{rank}.log").read_text()
+        assert "data.max_replaced_fraction=0.001" in said, said
+        assert str(run / "ledger") in said
+        assert "Traceback" not in said
+        record = json.loads((run / "attempts" / "1" / f"exit-{rank}.json").read_text())
+        assert record["code"] == 3
+    assert max(steps_of(read_journal(run / "journal.jsonl"))) == 63  # the first with 1000 samples
+
+    # Allowing more lets the same run go on, from what it had saved.
+    done = pretrain("train", str(recipe), "data.max_replaced_fraction=0.05")
+    assert done.returncode == 0, done.stderr
+
+
+def test_validation_leaves_out_what_does_not_decode_and_says_how_many(
+    write_recipe: Callable[..., Path], tmp_path: Path, bad_shards: Path
+) -> None:
+    recipe = write_recipe("val", val=str(bad_shards), max_replaced_fraction=1.0)
+    done = pretrain("train", str(recipe), "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "3 images do not decode and were left out" in done.stderr + done.stdout
+    records = read_journal(tmp_path / "val" / "journal.jsonl")
+    assert [line["unreadable"] for line in records if line["event"] == "validation"] == [3]
+
+
+def test_a_probe_says_which_images_it_left_out(
+    write_recipe: Callable[..., Path], tmp_path: Path, bad_shards: Path, shards: Path
+) -> None:
+    assert pretrain("train", str(write_recipe("probed")), "train.steps=2").returncode == 0
+    done = pretrain(
+        "evaluate",
+        str(tmp_path / "probed"),
+        "--probe",
+        "knn",
+        "--train",
+        str(bad_shards),
+        "--val",
+        str(shards),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 images are left out, the first: " in done.stderr
