@@ -14,6 +14,7 @@ import numpy as np
 
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, SampleTable, open_samples
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
@@ -69,7 +70,8 @@ class Audit:
         everything: list[DatasetIndex | GoneDataset] = [*run.data.indexes, *run.data.gone]
         self._ends = [sample_ends(dataset.chunk_samples) for dataset in everything]
         self._tables: list[SampleTable] = [
-            open_samples(index, s3=s3_settings(run.config)) for index in run.data.indexes
+            open_samples(index, s3=s3_settings(run.config), cache_dir=default_cache_dir())
+            for index in run.data.indexes
         ]
         self._ledger = {e["g"]: e for e in read_ledger(run.run_dir) if e["g"] < self.history.reached}
 

@@ -36,6 +36,7 @@ from pretrain.checkpoint.segments import (
     write_numbers,
 )
 from pretrain.data.index import DatasetIndex, open_index, open_samples
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.order import Int64s
 from pretrain.datasets import (
@@ -254,7 +255,7 @@ def _exclusions(
             f"looking for {len(keys):,} keys among the {index.num_samples:,} samples of {index.url}",
             file=sys.stderr,
         )
-        table = open_samples(index, s3=s3_settings(existing.config))
+        table = open_samples(index, s3=s3_settings(existing.config), cache_dir=default_cache_dir())
         samples, which = KeyFinder(Keys.of(keys)).search(table.keys)
         found.update(which.tolist())
         if len(samples) == index.num_samples:

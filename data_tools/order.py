@@ -31,6 +31,7 @@ from data_tools.audit import Audit
 from data_tools.data_change import read_key_list
 from data_tools.start import wrong_if_unreachable
 from pretrain.data.index import DatasetIndex, open_index, open_samples
+from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.order import PAD, Order, lanes_for, sample_ends, slice_batch
 from pretrain.data.stream import Stream
 from pretrain.datasets import GoneDataset, is_run, open_run
@@ -149,7 +150,7 @@ def list_order(
     """What stands at each of the positions [start, start + count), as {g, epoch, batch, rank, shard, key};
     `of_run` adds {segment, dataset}. Of datasets that are gone shard and key are None.
     """
-    tables = [open_samples(index, s3=s3) for index in indexes]
+    tables = [open_samples(index, s3=s3, cache_dir=default_cache_dir()) for index in indexes]
     ends = [sample_ends(index.chunk_samples) for index in indexes]
     B = global_batch_size
     for batch_number in range(start // B, -(-(start + count) // B)):

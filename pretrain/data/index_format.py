@@ -195,7 +195,7 @@ def parse_index(url: str, buffer: np.ndarray) -> DatasetIndex:
             **properties,
             **columns,
         )
-    except (KeyError, ValueError, TypeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{where}: damaged ({error}); {HOW_TO_MEND}") from error
     if got != index.identity:
         raise DataError(

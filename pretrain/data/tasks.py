@@ -156,7 +156,7 @@ class LabelsOfIndex:
     def __init__(self, reader: ChunkReader) -> None:
         self._reader = reader
         self.overrides: bool = reader.index.labels_overridden
-        self._labels: Int64s | None = None
+        self._labels: np.ndarray | None = None
         self._starts: Int64s | None = None
 
     def of(self, chunks: Int64s, rows: Int64s) -> Int64s | None:
@@ -165,9 +165,8 @@ class LabelsOfIndex:
             return None
         if self._labels is None or self._starts is None:
             index = self._reader.index
-            samples = open_samples(index, s3=self._reader.s3, cache_dir=self._reader.cache_dir)
-            self._labels = samples.labels
+            self._labels = open_samples(index, s3=self._reader.s3, cache_dir=self._reader.cache_dir).labels
             ends = np.cumsum(index.chunk_samples, dtype=np.int64)
             self._starts = ends - index.chunk_samples
-        found: Int64s = self._labels[self._starts[chunks] + rows]
+        found: Int64s = self._labels[self._starts[chunks] + rows].astype(np.int64)
         return found
