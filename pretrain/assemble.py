@@ -25,6 +25,8 @@ from pretrain.data.reader import ChunkReader
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
+    cache_bytes,
+    cache_dir,
     check_validation_labels,
     is_image_source,
     num_classes_for,
@@ -124,15 +126,6 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
     )
 
 
-def default_cache_dir() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "vit-pretrain"
-
-
-def _cache_dir(config: RunConfig) -> Path:
-    return Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data(RunData):
     """What a run learns from: its datasets, the stream over them, the classes of the head."""
@@ -182,7 +175,15 @@ def pack_images(config: RunConfig) -> dict[str, str]:
 
 
 def build_reader(config: RunConfig, index: DatasetIndex) -> ChunkReader:
-    return ChunkReader(index, cache_dir=_cache_dir(config), s3=s3_settings(config))
+    reader = ChunkReader(
+        index,
+        cache_dir=cache_dir(config),
+        cache_bytes=cache_bytes(config),
+        prefetch_bytes=config.data.prefetch_bytes,
+        s3=s3_settings(config),
+    )
+    reader.store.prepare()
+    return reader
 
 
 def build_train_loader(
@@ -234,7 +235,7 @@ def packed(source: str, config: RunConfig) -> str:
     The packing runs in a process of its own: data_tools is a neighbour, not a part. Raises UsageError,
     or DataError for an image that does not decode, when it fails.
     """
-    out = _cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
+    out = cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
     if not (out / INDEX_NAME).is_file():
         print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
         command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]

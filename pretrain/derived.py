@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,44 @@ from typing import Any
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import INDEX_NAME, DatasetIndex
 from pretrain.data.order import lanes_for
+from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
 from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
-from pretrain.storage import S3Settings, is_remote
+from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_remote
 
 # One device debugs on few samples at a time: fewer open chunks, seconds to the first step.
 DEBUG_LANES = 8
 
 
 def s3_settings(config: RunConfig) -> S3Settings:
-    return S3Settings(addressing_style=config.storage.addressing_style, checksums=config.storage.checksums)
+    storage = config.storage
+    return S3Settings(
+        addressing_style=storage.addressing_style,
+        checksums=storage.checksums,
+        connect_timeout_seconds=storage.connect_timeout_seconds,
+        read_timeout_seconds=storage.read_timeout_seconds,
+        retry=RetryPolicy(seconds=storage.retry_seconds),
+        start_seconds=storage.start_seconds,
+        retry_burst=storage.retry_burst,
+        retries_per_second=storage.retries_per_second,
+        share_credentials=storage.share_credentials,
+    )
+
+
+def default_cache_dir() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "vit-pretrain"
+
+
+def cache_dir(config: RunConfig) -> Path:
+    return Path(config.data.cache_dir) if config.data.cache_dir else default_cache_dir()
+
+
+def cache_bytes(config: RunConfig) -> int:
+    """The bound of the node's chunk cache."""
+    return config.data.cache_bytes or default_cache_bytes(cache_dir(config) / CACHE_FOLDER)
 
 
 def backbone_spec(

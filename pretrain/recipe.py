@@ -16,6 +16,8 @@ from pretrain.config.schema import RunConfig
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     backbone_spec,
+    cache_bytes,
+    cache_dir,
     is_image_source,
     num_classes_for,
     run_lanes,
@@ -29,6 +31,7 @@ from pretrain.metrics.flops import (
     vit_parameters,
     vit_training_flops,
 )
+from pretrain.storage import is_remote
 
 MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
 
@@ -142,6 +145,9 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         yield "order's mode", "; ".join(modes[is_small] for is_small in small)
         in_flight = sum(order.window_samples for order in segment.orders)
         yield "window in flight", f"{in_flight * num_bytes / num_samples / 1e6:,.1f} MB over all ranks"
+        if any(is_remote(index.url) for index in indexes):
+            bound = cache_bytes(config)
+            yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
     yield "export formats", ", ".join(_exportable(config))
 
 

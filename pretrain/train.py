@@ -160,9 +160,9 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
-        replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
         together(lambda: data.require_from(samples))
         from_main(world, lambda: keep_order_of(data, run_dir))
+        replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
         reporter.start(
             step=step,
             samples=samples,

@@ -9,20 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from services.aws_variables import AWS_VARIABLES
 from services.radosgw import Radosgw, missing_binaries
 from services.required import skip_or_fail
-
-# Whatever the caller's shell says must not reach a test: nor may a test reach out.
-AWS_VARIABLES = (
-    "AWS_PROFILE",
-    "AWS_SESSION_TOKEN",
-    "AWS_ENDPOINT_URL_S3",
-    "AWS_REGION",
-    "AWS_REQUEST_CHECKSUM_CALCULATION",
-    "AWS_RESPONSE_CHECKSUM_VALIDATION",
-    "PRETRAIN_S3_ADDRESSING_STYLE",
-    "PRETRAIN_S3_CHECKSUMS",
-)
 
 
 def pytest_configure() -> None:
@@ -44,7 +33,9 @@ def s3_server() -> Iterator[Radosgw]:
 
 
 @pytest.fixture
-def s3_environment(s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Radosgw:
+def s3_environment(
+    s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Radosgw:
     """The server, with the environment pointing boto3 at it as its first user."""
     for variable in AWS_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
@@ -53,6 +44,8 @@ def s3_environment(s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Rados
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    # A node of its own: no retry budget, and no credentials, that another test shares.
+    monkeypatch.setenv("PRETRAIN_NODE_DIR", str(tmp_path_factory.mktemp("node")))
     return s3_server
 
 

@@ -135,7 +135,8 @@ class DataConfig(Section):
     worker_timeout_seconds: PositiveFloat = (
         60.0  # of decoding one image, or of no sign of life: then it is lost
     )
-    cache_dir: str | None = None
+    cache_dir: str | None = None  # chunks from a bucket are kept here; ~/.cache/vit-pretrain when left out
+    cache_bytes: PositiveInt | None = None  # the most they may take; 64 GiB or half of the free disk
     prefetch_bytes: NonNegativeInt = 64 << 20  # fetched ahead of its use, each loader process
     max_replaced_fraction: Fraction = 0.001  # of images that do not decode; above it the run stops
     augmentation: Literal["random_resized_crop", "center_crop"] = "random_resized_crop"
@@ -231,6 +232,13 @@ class StorageConfig(Section):
 
     addressing_style: Literal["auto", "path", "virtual"] | None = None
     checksums: Literal["when_supported", "when_required"] | None = None
+    connect_timeout_seconds: PositiveFloat = 10.0
+    read_timeout_seconds: PositiveFloat = 30.0  # of silence, or dripping, before a range is asked again
+    start_seconds: PositiveFloat = 20.0  # for an endpoint that has never answered
+    retry_seconds: PositiveFloat = 300.0  # for one that has: so long a store may be away
+    retry_burst: PositiveFloat = 128.0  # retries at once, over all processes of a node …
+    retries_per_second: PositiveFloat = 16.0  # … and then at this rate
+    share_credentials: bool = True  # that expire, over the processes of a node
 
 
 class RunConfig(Section):

@@ -7,7 +7,6 @@ An image that does not decode is not an error here: what to do about it is decid
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +19,7 @@ from pretrain.data.order import PAD
 from pretrain.data.reader import ChunkRef, ChunkStore
 from pretrain.data.tasks import AS_STORED, Task
 from pretrain.errors import DataError
+from pretrain.storage import counters
 
 
 class HostTransform(Protocol):
@@ -133,9 +133,7 @@ class Preparer:
         for dataset, chunk in task.soon:
             by_dataset.setdefault(dataset, []).append(chunk)
         for dataset, chunks in by_dataset.items():
-            prefetch = getattr(self._stores[dataset], "prefetch", None)
-            if prefetch is not None:
-                prefetch(chunks)
+            self._stores[dataset].prefetch(chunks)
 
 
 class CounterDeltas:
@@ -153,10 +151,6 @@ class CounterDeltas:
 
 def storage_counters() -> dict[str, float]:
     """The process's storage counters so far, by name; always the same names."""
-    try:
-        counters = importlib.import_module("pretrain.storage.counters")
-    except ImportError:
-        return {}
     return {
         name if name.startswith("cache") else f"storage_{name}": value
         for name, value in counters.snapshot().items()

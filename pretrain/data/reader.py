@@ -2,15 +2,18 @@
 
 A process that opens a chunk for the first time reads all of it, holds its length, checksum and number of
 samples against the index, and notes where the images are. After that it reads images one by one: from the
-shard itself where that is a local file, else from the chunk's file in the cache folder, else from memory.
+shard itself where that is a local file, else from the chunk's file in the node's cache, else from memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import os
+import resource
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,15 +23,25 @@ import numpy.typing as npt
 
 from pretrain.data.framer import IMAGE_SUFFIXES, frame, image_of, label_of
 from pretrain.data.index import DatasetIndex
-from pretrain.errors import DataError, StorageError
-from pretrain.storage import FileCache, S3Settings, is_remote, join_url, open_storage
+from pretrain.data.prefetch import Job, Prefetcher
+from pretrain.errors import DataError, PretrainError, StorageError
+from pretrain.storage import (
+    ChunkCache,
+    HeldChunk,
+    S3Settings,
+    default_cache_bytes,
+    is_remote,
+    join_url,
+    open_storage,
+)
 
 # A worker of the only rank visits all lanes: 256 lanes · 5 chunks of 1024 samples, at about 50 bytes each.
 MAX_FRAMED_SAMPLES = 2_000_000
-MAX_OPEN_FILES = 128
-DEFAULT_MEMORY_BYTES = (
-    512 << 20
-)  # of chunks a process keeps when they are remote and there is no cache folder
+MAX_OPEN_FILES = 2048  # and a quarter of what the system allows this process at most
+DEFAULT_MEMORY_BYTES = 512 << 20  # of remote chunks a process keeps when no cache folder holds them
+DEFAULT_PREFETCH_BYTES = 64 << 20  # a process: eight chunks of the usual size
+CACHE_FOLDER = "chunks"  # below data.cache_dir, which holds other things too
+_EVICTED_TIMES = 3  # in a row, between fetching a chunk and reading it; then it is kept in memory
 
 
 class ChunkRef(NamedTuple):
@@ -62,10 +75,13 @@ class _FrameTable:
     lengths: npt.NDArray[np.int64]  # [n]
     labels: npt.NDArray[np.int32]  # [n]
     suffixes: bytes  # [n] places in IMAGE_SUFFIXES
-    keys: bytes  # UTF-8, ended by NUL, which no tar member's name holds
+    keys: bytes  # UTF-8, one after another
+    key_ends: npt.NDArray[np.uint32]  # [n], bytes from the beginning of `keys`
+    shard_url: str
 
     def key(self, row: int) -> str:
-        return self.keys.split(b"\0", row + 1)[row].decode("utf-8", "surrogateescape")
+        start = int(self.key_ends[row - 1]) if row else 0
+        return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
 
 
 class _Bounded(OrderedDict[Any, Any]):
@@ -96,8 +112,10 @@ class _Bounded(OrderedDict[Any, Any]):
 class ChunkStore:
     """Reads samples of one dataset by `ChunkRef`. Pickles as its settings; caches are each process's own.
 
-    identity: the dataset's, which names its chunks in the cache folder. cache_dir: for remote datasets,
-    shared by a node's processes; memory_bytes: how much of them a process keeps where there is none.
+    identity: the dataset's, which names its chunks in the cache. cache_dir: for remote datasets, shared by a
+    node's processes; cache_bytes: the most it may hold, None for a part of the disk (`default_cache_bytes`).
+    memory_bytes: how much of remote chunks a process keeps where no cache holds them. prefetch_bytes: what
+    may be fetched, or waiting to be, ahead of its use. One thread reads; prefetching has threads of its own.
     """
 
     def __init__(
@@ -108,32 +126,66 @@ class ChunkStore:
         cache_dir: Path | None,
         s3: S3Settings,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        cache_bytes: int | None = None,
+        prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
     ) -> None:
-        self._settings = {
+        self._settings: dict[str, Any] = {
             "url": url,
             "identity": identity,
             "cache_dir": cache_dir,
             "s3": s3,
             "memory_bytes": memory_bytes,
+            "cache_bytes": cache_bytes,
+            "prefetch_bytes": prefetch_bytes,
         }
         self._url, self._identity = url, identity
-        self._storage = open_storage(url, s3=s3)
+        # The index came from there: a store that does not answer now is away, and is waited for.
+        self._storage = open_storage(url, s3=dataclasses.replace(s3, known_to_answer=True))
         self._remote = is_remote(url)
         self._cache_dir = cache_dir if self._remote else None
-        self._cache: FileCache | None = None  # made when first needed: making it touches the disk
+        self._cache_bytes = cache_bytes
+        self._cache: ChunkCache | None = None  # made when first needed: making it touches the disk
+        self._prefetcher = self._make_prefetcher()
 
         def nothing(value: object) -> None:
             """Memory needs no closing."""
 
         self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=lambda table: len(table.labels), discard=nothing)
-        self._memory = _Bounded(memory_bytes, weigh=len, discard=nothing)
-        self._files = _Bounded(MAX_OPEN_FILES, weigh=lambda descriptor: 1, discard=os.close)
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
+        self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
+        self._files = _Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
+        self._memory = _Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
 
     def __setstate__(self, settings: dict[str, Any]) -> None:
         self.__init__(**settings)  # type: ignore[misc]
+
+    def _make_prefetcher(self) -> Prefetcher[ChunkRef, HeldChunk]:
+        max_bytes: int = self._settings["prefetch_bytes"]
+        return Prefetcher(self._obtain, keep=_must_be_kept, max_bytes=max_bytes)
+
+    def prepare(self) -> None:
+        """Look at the cache folder before the first chunk is needed. Raises UsageError if it cannot be one."""
+        if self._cache_dir is not None:
+            self._open_cache()
+
+    def cached_bytes(self) -> int:
+        """What the node's cache holds now, of all datasets; 0 where there is none. Costs one small read."""
+        return 0 if self._cache_dir is None else self._open_cache().used_bytes()
+
+    def prefetch(self, chunks: Sequence[ChunkRef]) -> None:
+        """Begin to fetch chunks that are needed soon, most urgent first. Returns at once, raises nothing.
+
+        What does not fit the byte budget is left out; the next call, which names it again, has room for it.
+        """
+        if not self._remote:
+            return  # the system reads ahead
+        with contextlib.suppress(PretrainError):  # reading will say it
+            missing = [chunk for chunk in chunks if not self._at_hand(chunk)]
+            self._prefetcher.ask(Job(chunk.number, chunk.num_bytes, chunk) for chunk in missing)
 
     def read(self, chunk: ChunkRef, row: int) -> RawSample:
         """The sample in that row of the chunk.
@@ -152,13 +204,16 @@ class ChunkStore:
             suffix=suffix,
             image=self._image(chunk, offset, length),
             label=int(table.labels[row]),
-            name=f"{join_url(self._url, chunk.shard)}: {key}.{suffix} at byte {chunk.offset + offset}",
+            name=f"{table.shard_url}: {key}.{suffix} at byte {chunk.offset + offset}",
         )
 
     def close(self) -> None:
-        """Close files. The store can be used again."""
-        for key in list(self._files):
-            self._files.drop(key)
+        """Close files, stop prefetching. The store can be used again."""
+        self._prefetcher.close()
+        self._prefetcher = self._make_prefetcher()
+        for held in (self._shards, self._files, self._memory):
+            for key in list(held):
+                held.drop(key)
 
     def _open(self, chunk: ChunkRef) -> _FrameTable:
         data = self._checked(chunk)
@@ -173,66 +228,109 @@ class ChunkStore:
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         images = [image_of(sample) or ("", 0, 0) for sample in frames]
+        keys = [sample.key.encode("utf-8", "surrogateescape") for sample in frames]
         return _FrameTable(
             offsets=np.array([offset for _, offset, _ in images], np.int64),
             lengths=np.array([length for _, _, length in images], np.int64),
             labels=np.array(labels, np.int32),
             suffixes=bytes(IMAGE_SUFFIXES.index(suffix) for suffix, _, _ in images),
-            keys=b"".join(sample.key.encode("utf-8", "surrogateescape") + b"\0" for sample in frames),
+            keys=b"".join(keys),
+            key_ends=np.cumsum([len(key) for key in keys], dtype=np.uint32),
+            shard_url=join_url(self._url, chunk.shard),
         )
 
     def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
         if not self._remote:
             path = self._storage.local_path(chunk.shard)
             assert path is not None, f"{self._url} is local, but its shards have no path"
-            return self._pread(chunk.shard, lambda: path, chunk.offset + offset, length)
-        if self._cache_dir is not None:
-            return self._pread(chunk.number, lambda: self._cached(chunk), offset, length)
-        return memoryview(self._in_memory(chunk))[offset : offset + length]
+            return self._pread(chunk.shard, path, chunk.offset + offset, length)
+        return self._read_held(chunk, offset, length)
 
-    def _pread(self, file: Any, path: Callable[[], Path], offset: int, length: int) -> bytes:
-        """Bytes of a file that was checked before, held open under the name `file`."""
+    def _pread(self, shard: str, path: Path, offset: int, length: int) -> bytes:
+        """Bytes of a local shard, which is held open and was checked before."""
         try:
-            descriptor = self._files.get_or_make(file, lambda: os.open(path(), os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = self._shards.get_or_make(shard, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             data = os.pread(descriptor, length, offset)
         except OSError as error:
             raise StorageError(
-                f"{self._url}: {file}: {error.strerror or error}; it was readable before: check the disk"
+                f"{self._url}: {shard}: {error.strerror or error}; it was readable before: check the disk"
             ) from error
         if len(data) != length:
             raise DataError(
-                f"{self._url}: {file} got shorter while it was read; shards must not change during a run"
+                f"{self._url}: {shard} got shorter while it was read; shards must not change during a run"
             )
         return data
 
-    def _checked(self, chunk: ChunkRef) -> bytes:
+    def _checked(self, chunk: ChunkRef) -> bytes | memoryview:
         """The chunk's bytes, which match the index."""
         if not self._remote:
             return self._fetch(chunk)
-        if self._cache_dir is None:
-            return self._in_memory(chunk)
         for _ in range(2):
-            data = self._cached(chunk).read_bytes()
-            if _matches(data, chunk):
+            held = self._held(chunk)
+            if held.fresh is not None:  # checked as it was fetched
+                data = held.fresh
+                held.forget_fresh()
                 return data
+            whole = self._read_held(chunk, 0, chunk.num_bytes)
+            if _matches(whole, chunk):
+                return whole
             # It did when it was written: the file was cut off by a crash, or the disk errs.
+            self._let_go(chunk)
             self._open_cache().discard(self._cache_key(chunk))
         raise DataError(
             f"{self._cache_dir}: cached chunks come back different from what was written; "
             "check the disk, or choose another data.cache_dir"
         )
 
-    def _in_memory(self, chunk: ChunkRef) -> bytes:
-        data: bytes = self._memory.get_or_make(chunk.number, lambda: self._fetch(chunk))
-        return data
+    def _read_held(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
+        """Bytes of a remote chunk, fetched again if it has been evicted."""
+        for _ in range(_EVICTED_TIMES):
+            held = self._held(chunk)
+            held.forget_fresh()  # fetched again after an eviction: nobody will want the whole
+            data = held.read(offset, length)
+            if data is not None:
+                return data
+            self._let_go(chunk)
+        # So small a cache that it loses a chunk before it can be read.
+        held = self._memory.get_or_make(chunk.number, lambda: HeldChunk(data=self._fetch(chunk)))
+        return memoryview(held.fresh)[offset : offset + length]
 
-    def _cached(self, chunk: ChunkRef) -> Path:
-        return self._open_cache().get(self._cache_key(chunk), lambda: self._fetch(chunk))
+    def _held(self, chunk: ChunkRef) -> HeldChunk:
+        """A remote chunk, in whichever way this process has it or gets it."""
+        for place in (self._files, self._memory):
+            if chunk.number in place:
+                held: HeldChunk = place.get_or_make(chunk.number, lambda: None)
+                return held
+        obtained = self._prefetcher.take(chunk.number) or self._obtain(chunk)
+        place = self._memory if obtained.in_memory else self._files
+        place.get_or_make(chunk.number, lambda: obtained)
+        return obtained
 
-    def _open_cache(self) -> FileCache:
+    def _let_go(self, chunk: ChunkRef) -> None:
+        for place in (self._files, self._memory):
+            if chunk.number in place:
+                place.drop(chunk.number)
+
+    def _at_hand(self, chunk: ChunkRef) -> bool:
+        """Whether there is nothing to prefetch."""
+        if chunk.number in self._files or chunk.number in self._memory:
+            return True
+        return self._cache_dir is not None and self._open_cache().holds(self._cache_key(chunk))
+
+    def _obtain(self, chunk: ChunkRef) -> HeldChunk:
+        """A chunk from the cache, or from the store into the cache. Called in the prefetcher's threads too."""
+        if self._cache_dir is None:
+            return HeldChunk(data=self._fetch(chunk))
+        return self._open_cache().get(self._cache_key(chunk), chunk.num_bytes, lambda: self._fetch(chunk))
+
+    def _open_cache(self) -> ChunkCache:
         assert self._cache_dir is not None, "no cache folder"
         if self._cache is None:
-            self._cache = FileCache(self._cache_dir)
+            size = self._cache_bytes
+            self._cache = ChunkCache(
+                self._cache_dir / CACHE_FOLDER,
+                max_bytes=default_cache_bytes(self._cache_dir / CACHE_FOLDER) if size is None else size,
+            )
         return self._cache
 
     def _cache_key(self, chunk: ChunkRef) -> str:
@@ -271,10 +369,18 @@ class ChunkReader:
         cache_dir: Path | None = None,
         s3: S3Settings = S3Settings(),  # noqa: B008 - frozen
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
+        cache_bytes: int | None = None,
+        prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
     ) -> None:
         self.index, self.s3 = index, s3
         self.store = ChunkStore(
-            url=index.url, identity=index.identity, cache_dir=cache_dir, s3=s3, memory_bytes=memory_bytes
+            url=index.url,
+            identity=index.identity,
+            cache_dir=cache_dir,
+            s3=s3,
+            memory_bytes=memory_bytes,
+            cache_bytes=cache_bytes,
+            prefetch_bytes=prefetch_bytes,
         )
 
     def chunk(self, number: int) -> ChunkRef:
@@ -296,5 +402,12 @@ class ChunkReader:
         self.store.close()
 
 
-def _matches(data: bytes, chunk: ChunkRef) -> bool:
+def _must_be_kept(held: HeldChunk) -> bool:
+    """Chunks in memory are; those in a file of the cache are closed, and found there."""
+    if not held.in_memory:
+        held.close()
+    return held.in_memory
+
+
+def _matches(data: bytes | memoryview, chunk: ChunkRef) -> bool:
     return len(data) == chunk.num_bytes and zlib.crc32(data) == chunk.crc32

@@ -6,17 +6,19 @@ import re
 
 from pretrain.errors import UsageError
 from pretrain.storage.base import ObjectInfo, S3Settings, Storage, is_remote, join_url, split_url
-from pretrain.storage.cache import FileCache
+from pretrain.storage.cache import ChunkCache, HeldChunk, default_cache_bytes
 from pretrain.storage.local import LocalStorage
 from pretrain.storage.retry import RetryPolicy
 from pretrain.storage.s3 import S3Storage
 
 __all__ = [
-    "FileCache",
+    "ChunkCache",
+    "HeldChunk",
     "ObjectInfo",
     "RetryPolicy",
     "S3Settings",
     "Storage",
+    "default_cache_bytes",
     "is_remote",
     "join_url",
     "open_storage",

@@ -26,7 +26,11 @@ class S3Settings:
 
     `addressing_style` ("path", "virtual", "auto") and `checksums` ("when_required", "when_supported"):
     None means the environment (PRETRAIN_S3_ADDRESSING_STYLE, PRETRAIN_S3_CHECKSUMS), else boto3's default.
-    `read_timeout_seconds` is how long a silent connection is waited for before the range is asked again.
+    `read_timeout_seconds` is how long a silent connection, or one that only drips, is waited for before the
+    range is asked again. An endpoint that has not answered this store yet is given up after `start_seconds`;
+    once it has, or where `known_to_answer` says so, `retry` is the patience. `retry_burst` and
+    `retries_per_second` bound the retries of all processes of a node together. `share_credentials`: a node's
+    processes share credentials that expire, instead of each asking the provider.
     """
 
     addressing_style: str | None = None
@@ -35,6 +39,11 @@ class S3Settings:
     read_timeout_seconds: float = 30.0
     part_bytes: int = 16 << 20  # of a multipart upload; S3 takes 5 MiB to 5 GiB
     retry: RetryPolicy = field(default_factory=RetryPolicy)
+    start_seconds: float = 20.0
+    known_to_answer: bool = False
+    retry_burst: float = 128.0
+    retries_per_second: float = 16.0
+    share_credentials: bool = True
 
 
 class Storage(Protocol):

@@ -7,13 +7,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pretrain.storage import counters
+from pretrain.storage.retry_budget import RetryBudget
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
-    """Bounds of one request: `attempts` tries or about `seconds` of wall time, whichever ends first."""
+    """Bounds of one request: `attempts` tries or about `seconds` of wall time, whichever ends first.
 
-    attempts: int = 8
-    seconds: float = 120.0
+    The defaults let a store be away for five minutes: a run waits rather than ends.
+    """
+
+    attempts: int = 100
+    seconds: float = 300.0
     first_delay_seconds: float = 0.1
     longest_delay_seconds: float = 10.0
 
@@ -23,7 +29,8 @@ class RetryPolicy:
 
 
 class Retries:
-    """The failures of one request so far. Waits with decorrelated jitter between them.
+    """The failures of one request so far. Waits between them, with decorrelated jitter, and at least as long
+    as the node's budget says.
 
     Decorrelated jitter (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): each
     delay is uniform between the first delay and three times the last one, so that a thousand readers that
@@ -34,10 +41,11 @@ class Retries:
         self,
         policy: RetryPolicy,
         *,
+        budget: RetryBudget | None = None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._policy = policy
+        self._policy, self._budget = policy, budget
         self._sleep = sleep
         self._clock = clock
         # Its own generator, seeded by the system: forked workers must not share one sequence of delays.
@@ -50,21 +58,37 @@ class Retries:
     def elapsed_seconds(self) -> float:
         return self._clock() - self._started
 
-    def try_again(self) -> bool:
-        """Note a failure. True after a wait when another attempt is allowed, False at once when none is."""
+    def try_again(self, *, seconds: float | None = None) -> bool:
+        """Note a failure. True after a wait when another attempt is allowed, False at once when none is.
+
+        seconds: less patience than the policy's, as long as it is given.
+        """
         policy = self._policy
         self.failures += 1
+        if self.failures >= policy.attempts:
+            return False
         longest = max(policy.first_delay_seconds, 3 * self._delay)
         self._delay = min(
             policy.longest_delay_seconds, self._random.uniform(policy.first_delay_seconds, longest)
         )
-        if self.failures >= policy.attempts or self.elapsed_seconds + self._delay > policy.seconds:
+        delay = self._delay if self._budget is None else max(self._delay, self._budget.take())
+        patience = policy.seconds if seconds is None else min(seconds, policy.seconds)
+        if self.elapsed_seconds + delay > patience:
+            if self._budget is not None:
+                self._budget.give_back()
             return False
-        self._sleep(self._delay)
+        self._sleep(delay)
+        counters.add(retries=1, wait_seconds=delay)
         return True
+
+    def succeeded(self) -> None:
+        """The request is done: if a retry did it, its place in the budget is free again."""
+        if self.failures and self._budget is not None:
+            self._budget.give_back()
 
     def progressed(self) -> None:
         """Forget the failures so far: the last attempt moved the request on."""
+        self.succeeded()
         self.failures = 0
         self._delay = self._policy.first_delay_seconds
         self._started = self._clock()

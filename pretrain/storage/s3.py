@@ -1,7 +1,8 @@
 """An S3 bucket, or a prefix in one, as a store. Opened by `open_storage`.
 
 Retries are all ours: botocore repeats a request but never a body (boto3#4111), so its own are switched
-off and one policy bounds the whole. A body that breaks off is resumed at the byte where it stopped.
+off, one policy bounds the whole and one budget a node bounds them all. A body that breaks off is resumed at
+the byte where it stopped.
 """
 
 from __future__ import annotations
@@ -11,14 +12,18 @@ import math
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretrain.errors import ObjectNotFoundError, StorageError, UsageError
+from pretrain.errors import ObjectNotFoundError, PretrainError, StorageError, UsageError
+from pretrain.storage import counters
 from pretrain.storage.base import ObjectInfo, S3Settings, check_name
 from pretrain.storage.retry import Retries
+from pretrain.storage.retry_budget import RetryBudget, node_budget
+from pretrain.storage.s3_body import pieces
 from pretrain.storage.s3_client import make_client
 from pretrain.storage.s3_errors import failures, is_transient, status_of, to_typed_error
 
@@ -27,7 +32,7 @@ T = TypeVar("T")
 Blocks = list[bytes]
 Parts = list[dict[str, Any]]
 
-_BLOCK_BYTES = 256 << 10  # what a broken connection loses at most
+_BLOCK_BYTES = 1 << 20  # read from a connection at once, if so much has come in
 _PROGRESS_BYTES = 64 << 10  # less than this in an attempt is a store that drips, not one that serves
 _MOST_PARTS = 10_000  # S3's limit for a multipart upload
 _UPLOAD_THREADS = 4
@@ -48,8 +53,10 @@ class S3Storage:
         self._bucket = bucket
         self._prefix = prefix.rstrip("/")
         self._settings = settings
-        # A process id and the client made in it: one from before a fork would share the parent's sockets.
-        self._client_of: tuple[int, Any] | None = None
+        self._answered = settings.known_to_answer  # has the endpoint ever said anything?
+        # Of a process, by its id: a client from before a fork would share the parent's sockets.
+        self._connection_of: tuple[int, Any, RetryBudget] | None = None
+        self._making: dict[int, threading.Lock] = {}  # by process: a fork may copy a lock that is held
 
     def __reduce__(self) -> tuple[Callable[..., S3Storage], tuple[str, S3Settings]]:
         return _reopen, (self.url, self._settings)
@@ -118,24 +125,33 @@ class S3Storage:
         one version of the object.
         """
         url = self._url_of(name)
-        retries = Retries(self._settings.retry)
+        retries = self._retries()
         position, etag = offset, None
         while True:
             attempt_started_at = position
             try:
                 answer = self._get(name, position, end, etag)
+                self._answered = True
                 etag, end = self._check_answer(name, answer, position, end, etag)
                 with contextlib.closing(answer["Body"]) as body:
-                    while block := body.read(_BLOCK_BYTES):
-                        position += len(block)
-                        yield block
+                    for piece in pieces(
+                        body,
+                        length=int(answer["ContentLength"]),
+                        most_bytes=_BLOCK_BYTES,
+                        least_bytes=_PROGRESS_BYTES,
+                        seconds=self._settings.read_timeout_seconds,
+                    ):
+                        position += len(piece)
+                        yield piece
                 # botocore raises for a body shorter than its Content-Length; the ranges are ours to check.
                 if position != end:
                     raise StorageError(
                         f"{url}: the body ended at byte {position}, but its range said {end}; check the store"
                     )
+                retries.succeeded()
                 return
             except failures() as error:
+                self._answered = self._answered or status_of(error) is not None
                 if status_of(error) == 416:
                     size = self.size(name)
                     if end is None and offset == size:
@@ -147,8 +163,11 @@ class S3Storage:
                     retries.progressed()
                 if position == end and is_transient(error):
                     return  # the fault came after the last byte
-                if not (is_transient(error) and retries.try_again()):
-                    raise to_typed_error(error, url=url, retries=retries) from None
+                if not self._may_try_again(error, retries):
+                    raise self._to_typed_error(error, url, retries) from None
+                counters.add(retried_bytes=0 if end is None else end - position)
+            finally:
+                counters.add(read_bytes=position - attempt_started_at)
 
     def _get(self, name: str, position: int, end: int | None, etag: str | None) -> dict[str, Any]:
         wanted: dict[str, str] = {}
@@ -156,6 +175,7 @@ class S3Storage:
             wanted["Range"] = f"bytes={position}-{'' if end is None else end - 1}"
         if etag:
             wanted["IfMatch"] = etag
+        counters.add(requests=1)
         answer: dict[str, Any] = self._client().get_object(Bucket=self._bucket, Key=self._key(name), **wanted)
         return answer
 
@@ -272,20 +292,50 @@ class S3Storage:
 
     def _call(self, request: Callable[[Any], T], url: str) -> T:
         """What `request(client)` returns, tried again after faults that pass."""
-        retries = Retries(self._settings.retry)
+        retries = self._retries()
         while True:
             try:
-                return request(self._client())
+                counters.add(requests=1)
+                answer = request(self._client())
+                self._answered = True
+                retries.succeeded()
+                return answer
             except failures() as error:
-                if not (is_transient(error) and retries.try_again()):
-                    raise to_typed_error(error, url=url, retries=retries) from None
+                self._answered = self._answered or status_of(error) is not None
+                if not self._may_try_again(error, retries):
+                    raise self._to_typed_error(error, url, retries) from None
+
+    def _retries(self) -> Retries:
+        return Retries(self._settings.retry, budget=self._connection()[2])
+
+    def _may_try_again(self, error: Exception, retries: Retries) -> bool:
+        # An endpoint that has never answered may be a wrong one: it does not get the patience of a run.
+        seconds = None if self._answered else self._settings.start_seconds
+        return is_transient(error) and retries.try_again(seconds=seconds)
+
+    def _to_typed_error(self, error: Exception, url: str, retries: Retries) -> PretrainError:
+        return to_typed_error(error, url=url, retries=retries, answered=self._answered)
 
     def _client(self) -> Any:
-        held = self._client_of
-        if held is None or held[0] != os.getpid():
-            # Two threads may both come here; the client that loses is dropped unused.
-            held = self._client_of = (os.getpid(), make_client(self._settings, self.url))
-        return held[1]
+        return self._connection()[1]
+
+    def _connection(self) -> tuple[int, Any, RetryBudget]:
+        held, process = self._connection_of, os.getpid()
+        if held is not None and held[0] == process:
+            return held
+        # A client takes a good part of a second to make: threads that start together make one.
+        with self._making.setdefault(process, threading.Lock()):
+            held = self._connection_of
+            if held is None or held[0] != process:
+                settings = self._settings
+                client = make_client(settings, self.url)
+                budget = node_budget(
+                    client.meta.endpoint_url,
+                    burst=settings.retry_burst,
+                    per_second=settings.retries_per_second,
+                )
+                held = self._connection_of = (process, client, budget)
+        return held
 
     def _key(self, name: str) -> str:
         check_name(self.url, name)

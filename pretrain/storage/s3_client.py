@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pretrain.errors import UsageError
+from pretrain.errors import AccessDeniedError, UsageError
 from pretrain.storage.base import S3Settings
-from pretrain.storage.s3_errors import without_userinfo
+from pretrain.storage.credentials import share_credentials
+from pretrain.storage.s3_errors import describe
 
 _CONNECTIONS = 64  # kept open by one process; more requests at once still work
 _ADDRESSING_STYLES = ("auto", "path", "virtual")
@@ -15,11 +16,16 @@ _CHECKSUMS = ("when_required", "when_supported")
 
 
 def make_client(settings: S3Settings, url: str) -> Any:
-    """A boto3 S3 client that makes each request once. Raises UsageError for a setting boto3 does not know."""
+    """A boto3 S3 client that makes each request once.
+
+    Raises UsageError for a setting that boto3 does not know, AccessDeniedError when a provider of
+    credentials fails.
+    """
     # boto3 takes 0.2 s to import: local runs and `--help` do without it.
     import boto3
+    import botocore.session
     from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError, CredentialRetrievalError
 
     style = _choice(settings.addressing_style, "PRETRAIN_S3_ADDRESSING_STYLE", _ADDRESSING_STYLES)
     checksums = _choice(settings.checksums, "PRETRAIN_S3_CHECKSUMS", _CHECKSUMS)
@@ -36,12 +42,15 @@ def make_client(settings: S3Settings, url: str) -> Any:
     )
     try:
         # A session of its own: boto3's default one is not safe to make clients from in many threads.
-        return boto3.session.Session().client("s3", config=config)
+        session = botocore.session.Session()
+        if settings.share_credentials:
+            share_credentials(session)
+        return boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:  # ValueError: an endpoint that is no URL
-        problem = without_userinfo(str(error))
-        raise UsageError(
-            f"{url}: no S3 client can be made: {problem}; check the AWS_ variables and files"
-        ) from None
+        problem = f"{url}: no S3 client can be made: {describe(error)}"
+        if isinstance(error, CredentialRetrievalError):
+            raise AccessDeniedError(f"{problem}; check AWS_PROFILE and AWS_CONFIG_FILE") from None
+        raise UsageError(f"{problem}; check the AWS_ variables and files") from None
 
 
 def _choice(given: str | None, variable: str, allowed: tuple[str, ...]) -> str | None:

@@ -76,13 +76,21 @@ def is_transient(error: Exception) -> bool:
     return True  # an unreadable answer, or the connection
 
 
-def to_typed_error(error: Exception, *, url: str, retries: Retries) -> PretrainError:
-    """Our error for what ended a request: the URL, the problem in words, what to do."""
+def to_typed_error(error: Exception, *, url: str, retries: Retries, answered: bool) -> PretrainError:
+    """Our error for what ended a request: the URL, the problem in words, what to do.
+
+    answered: whether the store has ever answered. One that has not is more likely wrong than away.
+    """
     from botocore import exceptions as botocore
 
-    status, what = status_of(error), _describe(error)
+    status, what = status_of(error), describe(error)
     if is_transient(error):
         tries = f"{retries.failures} failed attempts in {retries.elapsed_seconds:.0f} s"
+        if not answered:
+            return UsageError(
+                f"{url}: nothing answers there: {tries}, the last with {what}; "
+                "check AWS_ENDPOINT_URL, AWS_DEFAULT_REGION and the network"
+            )
         return StorageError(f"{url}: {tries}, the last with {what}; check the store and the network to it")
     if _code_of(error) == "NoSuchBucket":
         return ObjectNotFoundError(
@@ -124,7 +132,8 @@ def to_typed_error(error: Exception, *, url: str, retries: Retries) -> PretrainE
     return StorageError(f"{url}: {what}; check the store and the environment's AWS_ settings")
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """What went wrong, in words that hold no credential."""
     status = status_of(error)
     if status is not None:
         response: dict[str, Any] = getattr(error, "response", {})
@@ -133,6 +142,10 @@ def _describe(error: Exception) -> str:
         text = f"HTTP {status} {_code_of(error)}".rstrip()
         message = response.get("Error", {}).get("Message")
         return f"{text}: {message}" if message and message != "None" else text
+    if type(error).__name__ == "CredentialRetrievalError":
+        # Its text may quote what the provider printed, and that may be a credential.
+        provider = getattr(error, "kwargs", {}).get("provider", "")
+        return f"CredentialRetrievalError: the provider {provider!r} gave none; try it by hand"
     if isinstance(getattr(error, "kwargs", {}).get("error"), ValueError):
         return "a credential, a header or an address holds a character that HTTP does not allow"
     return f"{type(error).__name__}: {without_userinfo(str(error))}"

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import resource
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import webdataset
 from tiny_shards import index_folder, jpeg, write_dataset
@@ -13,7 +16,12 @@ from pretrain.data.index import open_index, open_samples
 from pretrain.data.order import locate_sample, sample_ends
 from pretrain.data.reader import ChunkReader, ChunkStore
 from pretrain.errors import DataError, ObjectNotFoundError
-from pretrain.storage import S3Settings
+from pretrain.storage import S3Settings, counters
+
+
+def chunk_files(cache_dir: Path) -> list[Path]:
+    """The whole chunks in a cache folder."""
+    return [path for path in (cache_dir / "chunks").glob("[0-9a-f][0-9a-f]/*") if path.is_file()]
 
 
 def read_all(reader: ChunkReader, order: np.ndarray | None = None) -> list:
@@ -102,12 +110,17 @@ def test_a_chunk_with_another_number_of_samples_than_indexed_is_a_data_error(tmp
 
 def test_few_open_files_serve_many_shards(tmp_path: Path) -> None:
     index = write_dataset(tmp_path / "d", count=300, per_shard=1, image=lambda i: jpeg(0, (2, 2)))
-    reader = ChunkReader(index)
-    before = len(os.listdir("/proc/self/fd"))
-    assert len(read_all(reader)) == 300
-    assert len(os.listdir("/proc/self/fd")) - before <= 128
-    reader.close()
-    assert len(os.listdir("/proc/self/fd")) <= before
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, most))
+    try:
+        reader = ChunkReader(index)
+        before = len(os.listdir("/proc/self/fd"))
+        assert len(read_all(reader)) == 300
+        assert len(os.listdir("/proc/self/fd")) - before <= 64, "a quarter of what is allowed"
+        reader.close()
+        assert len(os.listdir("/proc/self/fd")) <= before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, most))
 
 
 class TestBucket:
@@ -149,14 +162,87 @@ class TestBucket:
         again = read_all(ChunkReader(bucket_index, cache_dir=tmp_path / "cache"))
         assert [(s.key, bytes(s.image)) for s in first] == [(s.key, bytes(s.image)) for s in again]
 
-    def test_a_damaged_cache_file_is_fetched_again(self, bucket_index, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("damage", ["cut short", "one bit"])
+    def test_a_damaged_cache_file_is_fetched_again(self, bucket_index, tmp_path: Path, damage: str) -> None:
         wanted = read_all(ChunkReader(bucket_index, cache_dir=tmp_path / "cache"))
-        files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        files = chunk_files(tmp_path / "cache")
         assert len(files) == bucket_index.num_chunks
         for path in files:
-            os.truncate(path, 700)
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 1
+            path.write_bytes(data if damage == "one bit" else data[:700])
         again = read_all(ChunkReader(bucket_index, cache_dir=tmp_path / "cache"))
         assert [(s.key, bytes(s.image)) for s in again] == [(s.key, bytes(s.image)) for s in wanted]
+
+    @pytest.mark.parametrize("bound", [1, 6000, 20_000])
+    def test_a_cache_smaller_than_what_is_worked_on_is_slow_and_right(
+        self, bucket_index, tmp_path: Path, bound: int
+    ) -> None:
+        wanted = read_all(ChunkReader(bucket_index))
+        reader = ChunkReader(bucket_index, cache_dir=tmp_path / "cache", cache_bytes=bound, memory_bytes=1)
+        shuffled = np.random.default_rng(0).permutation(45)
+        for _ in range(3):
+            got = read_all(reader, shuffled)
+            assert [(s.key, bytes(s.image)) for s in got] == [
+                (wanted[i].key, bytes(wanted[i].image)) for i in shuffled
+            ]
+            assert sum(path.stat().st_size for path in chunk_files(tmp_path / "cache")) <= bound
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_prefetched_chunks_are_there_when_they_are_read_and_asked_for_once(
+        self, bucket_index, tmp_path: Path, cached: bool
+    ) -> None:
+        reader = ChunkReader(bucket_index, cache_dir=tmp_path / "cache" if cached else None)
+        before = counters.snapshot()
+        chunks = [reader.chunk(i) for i in range(bucket_index.num_chunks)]
+        reader.store.prefetch(chunks)
+        reader.store.prefetch(chunks)
+        assert len(read_all(reader)) == 45
+        spent = counters.since(before)
+        assert spent["requests"] == bucket_index.num_chunks
+        assert spent["read_bytes"] == int(bucket_index.chunk_bytes.sum())
+        reader.store.prefetch(chunks)
+        assert counters.since(before)["requests"] == bucket_index.num_chunks
+        assert reader.store.cached_bytes() >= (spent["read_bytes"] if cached else 0)
+        reader.close()
+        again = ChunkReader(bucket_index)
+        for store in (again.store, again.store):  # a closed one can be used again, prefetching included
+            before = counters.snapshot()
+            store.prefetch(chunks)
+            assert len(read_all(again)) == 45
+            assert counters.since(before)["requests"] == bucket_index.num_chunks
+            again.close()
+            again.store._tables.clear()  # else only images would be read
+
+    @pytest.mark.parametrize("cached", [True, False])
+    def test_a_prefetch_that_fails_says_nothing_until_the_chunk_is_read(
+        self, bucket_index, tmp_path: Path, s3_bucket: str, cached: bool
+    ) -> None:
+        from pretrain.storage import open_storage
+
+        open_storage(f"{s3_bucket}/set").delete(bucket_index.shard_names[0])
+        reader = ChunkReader(bucket_index, cache_dir=tmp_path / "cache" if cached else None)
+        reader.store.prefetch([reader.chunk(0), reader.chunk(bucket_index.num_chunks - 1)])
+        assert reader.read(bucket_index.num_chunks - 1, 0).key
+        with pytest.raises(ObjectNotFoundError, match=bucket_index.shard_names[0]):
+            reader.read(0, 0)
+
+    def test_many_reads_take_no_more_memory_and_no_more_files_than_few(
+        self, bucket_index, tmp_path: Path
+    ) -> None:
+        reader = ChunkReader(bucket_index, cache_dir=tmp_path / "cache", cache_bytes=20_000)
+        random = np.random.default_rng(0)
+
+        def many() -> tuple[int, int]:
+            for _ in range(40):
+                read_all(reader, random.permutation(45))
+            gc.collect()
+            return psutil.Process().memory_info().rss, psutil.Process().num_fds()
+
+        many()
+        first, last = many(), [many() for _ in range(4)][-1]
+        assert last[0] - first[0] < 1 << 20
+        assert last[1] <= first[1] + 2
 
     @pytest.mark.parametrize("cached", [True, False])
     def test_an_object_that_differs_from_the_index_is_a_data_error(

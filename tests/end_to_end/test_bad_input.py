@@ -474,6 +474,17 @@ S3_ROWS = {
         says=("the store refused access", "InvalidAccessKeyId"),
         environment={"AWS_ACCESS_KEY_ID": "nobody"},
     ),
+    "an endpoint where nothing listens": Row(
+        command=f"{TRAIN} data.train={{bucket}}/shards storage.start_seconds=2",
+        code=2,
+        says=("/shards", "nothing answers there", "check AWS_ENDPOINT_URL"),
+        environment={"AWS_ENDPOINT_URL": "http://127.0.0.1:9"},  # the discard port: closed
+    ),
+    "a cache where no cache can be": Row(
+        command=f"{TRAIN} data.train={{bucket}}/shards data.cache_dir=/proc",
+        code=2,
+        says=("chunk cache /proc/chunks", "choose a data.cache_dir"),
+    ),
     "no credentials": Row(
         command=f"{TRAIN} data.train={{bucket}}/shards",
         code=2,

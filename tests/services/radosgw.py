@@ -14,6 +14,7 @@ import argparse
 import http.client
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -73,6 +74,7 @@ osd data = {folder}/osd
 osd objectstore = memstore
 memstore device bytes = {store_bytes}
 osd memory target = 1073741824
+osd client watch timeout = 8
 [client.rgw]
 rgw run sync thread = false
 rgw enable usage log = false
@@ -174,10 +176,36 @@ class Radosgw:
         self._run("ceph-osd", "--mkfs", "-i", "0", "--osd-uuid", osd_id)
         self._spawn("ceph-osd", "-f", "-i", "0")
         self._port = _free_port(self.host)  # chosen late, so that nobody takes it meanwhile
-        frontend = f"beast endpoint={self.host}:{self._port}"
+        self._start_gateway(deadline)
+        self._create_user("pretrain", Keys(self.access_key, self.secret_key))
+
+    def _start_gateway(self, deadline: float) -> None:
+        # Without tcp_nodelay a small answer waits 40 ms for the acknowledgement of its own header.
+        frontend = f"beast endpoint={self.host}:{self._port} tcp_nodelay=1"
         self._spawn("radosgw", "-f", "-n", "client.rgw", "--rgw-zone", "default", "--rgw-frontends", frontend)
         self._wait_until_it_answers(deadline)
-        self._create_user("pretrain", Keys(self.access_key, self.secret_key))
+
+    def kill_gateway(self) -> None:
+        """End radosgw as a crash would. What it stored is in the OSD, and stays."""
+        gateway = self._processes.pop()
+        gateway.kill()
+        gateway.wait()
+
+    def restart_gateway(self, timeout_seconds: float = 60.0) -> None:
+        """Start it again after `kill_gateway`, on the same port."""
+        self._start_gateway(time.monotonic() + timeout_seconds)
+
+    def gets(self, bucket: str) -> list[int]:
+        """The bytes of each GET of an object in the bucket that the server has answered, by its own log."""
+        line = re.compile(rf'beast: .* "GET /{bucket}/[^" ?]+ HTTP/1.1" 20[06] (\d+) ')
+        before = -1
+        while True:  # the log is written a moment later
+            text = (self.folder / "client.rgw.log").read_text(errors="replace")
+            found = [int(match[1]) for match in line.finditer(text)]
+            if len(found) == before:
+                return found
+            before = len(found)
+            time.sleep(0.5)
 
     def client(self) -> Any:
         """A boto3 client of the first user, for what a test sets up behind the back of what it tests."""

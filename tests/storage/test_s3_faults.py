@@ -6,13 +6,14 @@ import random
 import re
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw
 
 from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError, UsageError
-from pretrain.storage import RetryPolicy, S3Settings, Storage, open_storage
+from pretrain.storage import RetryPolicy, S3Settings, Storage, counters, open_storage
 
 QUICK = RetryPolicy(attempts=4, seconds=30.0, first_delay_seconds=0.01, longest_delay_seconds=0.05)
 DATA = random.Random(0).randbytes(3_000_000)
@@ -50,9 +51,9 @@ def test_a_body_that_breaks_off_is_resumed_by_range_and_etag(
     assert "Range: bytes=100-2800099" in first
     assert len(resumed) == 2
     starts = [int(re.search(r"Range: bytes=(\d+)-2800099\r\n", head)[1]) for head in resumed]
-    # At most one block of 256 KiB, and the answer's header, are asked for again.
-    assert FAULT_AT - 265_000 < starts[0] <= FAULT_AT
-    assert starts[0] + 600_000 - 265_000 < starts[1] <= starts[0] + 600_000
+    # At the last byte that came: what is missing of FAULT_AT is the answer's header.
+    assert FAULT_AT - 2_000 < starts[0] <= FAULT_AT
+    assert starts[0] + 600_000 - 2_000 < starts[1] <= starts[0] + 600_000
     assert all('If-Match: "' in head for head in resumed)
     assert "If-Match" not in first
 
@@ -172,13 +173,92 @@ def test_a_multipart_upload_that_fails_leaves_no_parts_and_keeps_the_old_object(
     assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket=bucket)
 
 
-def test_a_server_that_is_not_there_is_a_storage_error(
+def test_a_server_that_never_answered_is_wrong_usage_within_the_stated_time(
     s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:topsecret@127.0.0.1:9")  # the discard port: closed
-    with pytest.raises(StorageError, match=r"^s3://test-\w+/a: 4 failed attempts") as caught:
-        open_storage(s3_bucket, s3=S3Settings(retry=QUICK)).read("a")
+    started = time.monotonic()
+    with pytest.raises(UsageError, match=r"^s3://test-\w+/a: nothing answers there: \d+ failed") as caught:
+        open_storage(s3_bucket, s3=S3Settings(start_seconds=2.0)).read("a")
+    assert time.monotonic() - started < 4, "and not the minutes that a store in mid-run is given"
     assert "topsecret" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_a_server_that_went_away_is_waited_for_and_then_a_storage_error(
+    store: Storage, s3_server: Radosgw
+) -> None:
+    assert store.read("shard", 0, 10) == DATA[:10]
+    s3_server.kill_gateway()
+    try:
+        with pytest.raises(StorageError, match=r"^s3://test-\w+/data/shard: 4 failed attempts") as caught:
+            store.read("shard")
+        assert caught.value.exit_code == 3
+    finally:
+        s3_server.restart_gateway()
+    assert store.read("shard") == DATA
+
+
+def test_a_server_that_is_killed_and_comes_back_in_mid_read_is_read_to_the_end(
+    proxy: FaultProxy, s3_bucket: str, s3_server: Radosgw
+) -> None:
+    store = open_storage(f"{s3_bucket}/data", s3=S3Settings(read_timeout_seconds=2.0))
+    store.put("shard", DATA)
+    stream = store.stream("shard", chunk_bytes=100_000)
+    first = next(stream)
+    s3_server.kill_gateway()
+    with ThreadPoolExecutor(1) as pool:
+        rest = pool.submit(lambda: b"".join(stream))
+        time.sleep(1.0)
+        s3_server.restart_gateway()
+        assert first + rest.result(timeout=60) == DATA
+
+
+def test_a_body_that_drips_is_given_up_and_resumed(store: Storage, proxy: FaultProxy) -> None:
+    proxy.faults.append(Fault(kind="drip", after_bytes=FAULT_AT, bytes_per_second=200))
+    started = time.monotonic()
+    assert store.read("shard") == DATA
+    assert time.monotonic() - started < 10, "at 200 bytes a second it would be hours"
+    assert len(heads(proxy)) == 2
+
+
+def test_bursts_of_errors_resets_and_cuts_cost_time_and_no_byte(
+    store: Storage, proxy: FaultProxy, s3_bucket: str
+) -> None:
+    draw = random.Random(1)
+
+    def weather(method: str) -> Fault | None:
+        if draw.random() > 0.3:
+            return None
+        kind = draw.choice(["503", "503", "503", "reset", "close"])
+        return Fault(kind=kind, method=method, after_bytes=draw.choice([0, 300, 40_000]))
+
+    patient = RetryPolicy(attempts=50, seconds=60.0, first_delay_seconds=0.005, longest_delay_seconds=0.05)
+    store = open_storage(
+        f"{s3_bucket}/data", s3=S3Settings(retry=patient, retry_burst=1000, read_timeout_seconds=5)
+    )
+    proxy.weather = weather
+    before = counters.snapshot()
+    for i in range(150):
+        offset = draw.randrange(len(DATA) - 60_000)
+        assert store.read("shard", offset, 60_000) == DATA[offset : offset + 60_000], f"read {i}"
+    spent = counters.since(before)
+    assert spent["retries"] > 30
+    assert spent["requests"] == 150 + spent["retries"] == len(heads(proxy))
+    assert spent["read_bytes"] == 150 * 60_000, "what came in before a fault is not fetched again"
+    assert spent["retried_bytes"] > 0
+
+
+def test_many_ranged_reads_use_few_connections(store: Storage, proxy: FaultProxy, s3_bucket: str) -> None:
+    store.read("shard", 0, 1)
+    before = proxy.connections
+    for i in range(100):
+        store.read("shard", i * 1000, 50_000)
+    assert proxy.connections == before, "one thread goes on with the connection that it has"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: store.read("shard", i * 1000, 50_000), range(200)))
+    assert proxy.connections <= before + 8
+    assert len(heads(proxy)) == 301
 
 
 # -- settings ----------------------------------------------------------------------------------------------
