@@ -52,6 +52,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark data": Command(
         "pretrain.benchmarks.data", "images a second by stage, and next to other loaders"
     ),
+    "benchmark decode": Command(
+        "pretrain.benchmarks.decode", "what framing and decoding cost one core, decoder by decoder"
+    ),
     "benchmark order": Command("pretrain.benchmarks.order", "what an epoch's order costs, up to 1e9 samples"),
     "benchmark shuffle": Command(
         "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as temporary:
         folder = Path(temporary)
-        url = args.url or _made_images(folder / "images", count=args.images)
+        url = args.url or made_images(folder / "images", count=args.images)
         index = open_index(url)
         stages = measure_stages(index, images=args.images, size=args.size)
         if not args.json:
@@ -275,7 +275,7 @@ def _shard_urls(index: DatasetIndex, *, pipe: bool) -> Iterator[str]:
         yield f"pipe:cat '{path.resolve()}'" if pipe else str(path.resolve())
 
 
-def _made_images(folder: Path, *, count: int) -> str:
+def made_images(folder: Path, *, count: int) -> str:
     """Shards of `count` JPEGs of 500×375, of a photograph's size in bytes, with an index."""
     import webdataset
 
