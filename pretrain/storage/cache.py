@@ -173,6 +173,7 @@ class ChunkCache:
             if (claim := self._claim(name)) is not None:
                 return claim
             time.sleep(pause)
+            counters.add(wait_seconds=pause)
             pause = min(1.5 * pause, longest)
         self._warn("another process has been fetching a chunk, or holding one, for too long")
         return None

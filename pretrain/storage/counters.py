@@ -12,7 +12,7 @@ NAMES = (
     "retries",  # of them, made because an earlier one failed
     "read_bytes",  # of bodies, as they came in
     "retried_bytes",  # that broken answers still owed, and others brought; nothing is brought twice
-    "wait_seconds",  # slept before retries
+    "wait_seconds",  # before retries, and for chunks that a neighbour fetches
     "credential_refreshes",  # that this process asked a provider for
     "cache_hits",  # chunks found in the node's cache, or fetched there by a neighbour while we waited
     "cache_misses",  # chunks that this process fetched

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import os
 import random
 import secrets
@@ -85,8 +86,8 @@ class _NodeCredentials:
             refresh_using=self._renew,
             method=known["method"],
             # Jitter: one process of the node comes first, and the others find what it brought.
-            advisory_timeout=int(margin * random.Random().uniform(0.75, 1.0)),
-            mandatory_timeout=int(margin * 0.1),
+            advisory_timeout=math.ceil(margin * random.Random().uniform(0.75, 1.0)),
+            mandatory_timeout=math.ceil(margin * 0.1),
         )
 
     def _renew(self) -> dict[str, Any]:
@@ -131,7 +132,8 @@ class _NodeCredentials:
         counters.add(credential_refreshes=1)
         if found is None:
             return None
-        frozen = found.get_frozen_credentials()
+        # What was just fetched, if it was: the public way renews what lives for less than 15 minutes at once.
+        frozen = getattr(found, "_frozen_credentials", None) or found.get_frozen_credentials()
         expiry = getattr(found, "_expiry_time", None)  # botocore keeps it, and has no public name for it
         if expiry is None:
             return None

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pretrain.storage import counters
 from pretrain.storage.retry_budget import RetryBudget
 
+_WAIT_PART_SECONDS = 5.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RetryPolicy:
@@ -77,8 +79,12 @@ class Retries:
             if self._budget is not None:
                 self._budget.give_back()
             return False
-        self._sleep(delay)
-        counters.add(retries=1, wait_seconds=delay)
+        while delay > 0:  # in parts, so that whoever watches the counters sees a process that waits
+            part = min(delay, _WAIT_PART_SECONDS)
+            self._sleep(part)
+            counters.add(wait_seconds=part)
+            delay -= part
+        counters.add(retries=1)
         return True
 
     def succeeded(self) -> None:

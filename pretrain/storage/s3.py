@@ -142,6 +142,7 @@ class S3Storage:
                         seconds=self._settings.read_timeout_seconds,
                     ):
                         position += len(piece)
+                        counters.add(read_bytes=len(piece))  # at once: a slow store is not a hung process
                         yield piece
                 # botocore raises for a body shorter than its Content-Length; the ranges are ours to check.
                 if position != end:
@@ -166,8 +167,6 @@ class S3Storage:
                 if not self._may_try_again(error, retries):
                     raise self._to_typed_error(error, url, retries) from None
                 counters.add(retried_bytes=0 if end is None else end - position)
-            finally:
-                counters.add(read_bytes=position - attempt_started_at)
 
     def _get(self, name: str, position: int, end: int | None, etag: str | None) -> dict[str, Any]:
         wanted: dict[str, str] = {}

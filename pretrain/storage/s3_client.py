@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import Any
 
@@ -43,6 +44,7 @@ def make_client(settings: S3Settings, url: str) -> Any:
     try:
         # A session of its own: boto3's default one is not safe to make clients from in many threads.
         session = botocore.session.Session()
+        session.register_component("data_loader", _service_models())
         if settings.share_credentials:
             share_credentials(session)
         return boto3.session.Session(botocore_session=session).client("s3", config=config)
@@ -51,6 +53,14 @@ def make_client(settings: S3Settings, url: str) -> Any:
         if isinstance(error, CredentialRetrievalError):
             raise AccessDeniedError(f"{problem}; check AWS_PROFILE and AWS_CONFIG_FILE") from None
         raise UsageError(f"{problem}; check the AWS_ variables and files") from None
+
+
+@functools.cache
+def _service_models() -> Any:
+    """botocore's descriptions of services, parsed once a process: it takes longer than all else of a client."""
+    from botocore.loaders import create_loader
+
+    return create_loader(os.environ.get("AWS_DATA_PATH"))
 
 
 def _choice(given: str | None, variable: str, allowed: tuple[str, ...]) -> str | None:

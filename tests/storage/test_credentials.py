@@ -183,17 +183,17 @@ def test_a_provider_that_fails_later_is_borne_while_the_old_ones_hold_and_then_w
     from pretrain.storage import RetryPolicy
 
     monkeypatch.setattr("pretrain.storage.credentials._PAUSE_SECONDS", 0.5)
-    Provider(tmp_path, Keys(s3_server.access_key, s3_server.secret_key), life_seconds=5.0)
+    Provider(tmp_path, Keys(s3_server.access_key, s3_server.secret_key), life_seconds=8.0)
     store = open_storage(s3_bucket, s3=S3Settings(retry=RetryPolicy(seconds=2.0)))
     assert store.read("a") == b"x"
     provider.break_it()
-    end = time.monotonic() + 4.0
+    end = time.monotonic() + 6.7
     while time.monotonic() < end:
         assert store.read("a") == b"x"
         time.sleep(0.05)
     assert 2 <= provider.calls < 10, "it is left alone between attempts"
     assert "could not be renewed" in caplog.text
-    time.sleep(1.0)
+    time.sleep(1.5)
     with pytest.raises(StorageError, match="credentials have expired, and their provider gives no new ones"):
         store.read("a")
     assert "hunter2" not in caplog.text
