@@ -80,7 +80,7 @@ class Planner:
 
     def __iter__(self) -> Iterator[Plan]:
         ahead: deque[Plan] = deque()  # the first is due, the others are ahead of it
-        bytes_ahead, more = 0, True
+        bytes_ahead, more, is_first = 0, True, True
         while True:
             while more and (
                 not ahead or (bytes_ahead < self._bytes_ahead and len(ahead) <= _MAX_STEPS_AHEAD)
@@ -96,7 +96,10 @@ class Planner:
             plan = ahead.popleft()
             bytes_ahead -= ahead[0].new_bytes() if ahead else 0
             # Named again until they are due: a store that had no room for one then may have it now.
-            soon = [[one for later in (plan, *ahead) for one in later.new[w]] for w in range(len(plan.tasks))]
+            # The first step names only its own: what comes later must not delay the first batch.
+            named = [plan] if is_first else [plan, *ahead]
+            is_first = False
+            soon = [[one for later in named for one in later.new[w]] for w in range(len(plan.tasks))]
             tasks = [task._replace(soon=tuple(own)) for task, own in zip(plan.tasks, soon, strict=True)]
             yield plan._replace(tasks=tasks)
 
