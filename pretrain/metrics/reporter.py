@@ -38,6 +38,7 @@ class Reporter:
         self._server = server
         self._log_every_steps = log_every_steps
         self._reading: dict[str, float] = {}  # since this process started
+        self._next_told_replaced = 1
         self.throughput = Throughput()
 
     @classmethod
@@ -151,6 +152,12 @@ class Reporter:
                 images_per_second=times.images_per_second,
                 reading=reading,
             )
+        if self._progress and replaced >= self._next_told_replaced:  # the first, the tenth, …
+            self._progress.note(
+                f"step {step}: {replaced} of {samples} samples do not decode and others stand in for them; "
+                "the run's ledger/ names them"
+            )
+            self._next_told_replaced = 10 * replaced
         if self._progress:
             self._progress.update(
                 step=step,

@@ -152,11 +152,13 @@ ROWS = {
         says=("1 images are neither JPEG, PNG nor WebP, training would stop there", "{text_key}.jpg"),
     ),
     "a text file named .jpg to train on": Row(
-        command=f"{TRAIN} data.train={{root}}/text train.steps=30",
+        command=f"{TRAIN} data.train={{root}}/text train.steps=130",
         code=3,
         says=(
-            "text/0.tar: {text_key}.jpg at byte",
-            "the image does not decode: not a JPEG, PNG or WebP image",
+            "1 of ",
+            "samples do not decode and others stand in for them",
+            "samples did not decode and were replaced, which is more than data.max_replaced_fraction=0.001",
+            "ledger names them",
         ),
     ),
     "a label that is no number": Row(
