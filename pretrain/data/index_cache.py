@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from pretrain.errors import StorageError
+from pretrain.errors import UsageError
 from pretrain.storage import Storage, join_url
 
 FOLDER = "indexes"  # below the cache folder, beside the chunks; their bound does not count it
@@ -78,5 +78,8 @@ def _typed_errors(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space, or choose another folder" if full else "check the folder"
-        raise StorageError(f"cache {folder}: {error.strerror or error}; {hint}") from None
+        hint = "free some space there, or " if full else ""
+        raise UsageError(
+            f"cache {folder}: {error.strerror or error}; {hint}choose a data.cache_dir, or XDG_CACHE_HOME for "
+            "commands without a recipe"
+        ) from None

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECIPE, pretrain
 from data.tiny_shards import jpeg, write_dataset
 from launching import ROOT, clean_environment, run_ranks, wait_for
+from small_run import RECIPE, pretrain
 
 from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
 from pretrain.data.ledger import read_ledger

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECIPE, pretrain
 from launching import run_ranks
+from small_run import RECIPE, pretrain
 
 from pretrain.checkpoint.manifest import find_newest, read_manifest
 from pretrain.metrics.journal import read_journal, steps_of

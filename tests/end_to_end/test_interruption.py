@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECIPE
 from launching import ROOT, clean_environment
+from small_run import RECIPE
 
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
@@ -203,7 +203,8 @@ def test_ctrl_c_while_images_are_packed_leaves_a_packing_that_goes_on(
     assert not (tmp_path / "run").exists()
     with session(arguments, tmp_path / "log-2") as train:
         assert train.exit_code() == 0
-    assert "going on after" in train.said()
+    assert "packed 150 samples" in train.said()
+    assert not list((tmp_path / "cache").rglob("pack-progress.json"))
 
 
 def test_ctrl_c_on_two_launched_ranks_saves_or_aborts_and_leaves_no_process(

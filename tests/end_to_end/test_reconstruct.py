@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-from conftest import pretrain
 from PIL import Image
+from small_run import pretrain
 
 
 def test_the_picture_keeps_visible_patches_and_fills_the_others(

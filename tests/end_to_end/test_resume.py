@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import RECIPE, pretrain
 from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks, wait_for, wait_for_ranks
+from small_run import RECIPE, pretrain
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import KINDS, committed, find_newest

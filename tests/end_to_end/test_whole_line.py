@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECIPE, pretrain
+from small_run import RECIPE, pretrain
 
 from pretrain.checkpoint.manifest import committed
 from pretrain.metrics.journal import read_journal

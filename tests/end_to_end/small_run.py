@@ -1,0 +1,36 @@
+"""A recipe that trains in seconds, and the command line as a user would run it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from launching import ROOT, clean_environment
+
+RECIPE = {
+    "seed": 3,
+    "model": {
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "patch_size": 8,
+        "image_size": 32,
+        "drop_path_rate": 0.1,
+    },
+    "data": {"workers": 1, "color_jitter": 0.2},
+    "train": {"global_batch_size": 16, "micro_batch_size": 4, "steps": 12, "precision": "float32"},
+    "optim": {"lr": 1e-3, "warmup_steps": 2},
+    "checkpoint": {"every_steps": 3, "keep_last": 10},
+}
+
+
+def pretrain(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would."""
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=clean_environment(**environment),
+        cwd=ROOT,
+    )
