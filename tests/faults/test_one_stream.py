@@ -154,6 +154,9 @@ def faulty(server: Radosgw, monkeypatch: pytest.MonkeyPatch, seed: int) -> Itera
         finally:
             over.set()
             killer.join()
+            # The server dies with the thread that started it: the next is this one's.
+            server.kill_gateway()
+            server.restart_gateway()
 
 
 def upload(shards: Path, bucket: str) -> str:
