@@ -39,18 +39,24 @@ COLUMNS = {  # name -> (dtype, shape after the first axis)
     "chunk_samples": (np.int32, ()),
     "chunk_crc32": (np.uint32, ()),
 }
-_IDENTIFYING = (  # properties that the identity covers
-    "num_samples",
-    "class_names",
-    "num_classes",
-    "image_side",
-    "label_kind",
-    "labels_sorted",
-    "labels_overridden",
-    "num_captions",
-    "samples_sha256",
-)
-_OTHERS = ("plan", "samples_name", "revision", "chunk_rule")
+_NOTHING = type(None)
+_IDENTIFYING: dict[str, tuple[type, ...]] = {  # properties that the identity covers, and what they may be
+    "num_samples": (int,),
+    "class_names": (list, tuple, _NOTHING),
+    "num_classes": (int, _NOTHING),
+    "image_side": (int, _NOTHING),
+    "label_kind": (str,),
+    "labels_sorted": (bool,),
+    "labels_overridden": (bool,),
+    "num_captions": (int,),
+    "samples_sha256": (str,),
+}
+_OTHERS: dict[str, tuple[type, ...]] = {
+    "plan": (str, _NOTHING),
+    "samples_name": (str,),
+    "revision": (int,),
+    "chunk_rule": (int, _NOTHING),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +192,12 @@ def parse_index(url: str, buffer: np.ndarray) -> DatasetIndex:
         digests = {name: array_digest(arrays[name]) for name in (*COLUMNS, "shard_names")}
         got = identity_of(metadata, digests)
         properties = {name: metadata[name] for name in (*_IDENTIFYING, *_OTHERS, "identity")}
+        for name, types in (*_IDENTIFYING.items(), *_OTHERS.items()):
+            if type(properties[name]) not in types:  # not isinstance: True is no number of samples
+                raise ValueError(f"{name} is {str(properties[name])[:40]}")
+        strings = [*(properties["class_names"] or ()), *json.loads(arrays["shard_names"].tobytes())]
+        if not all(isinstance(text, str) for text in strings):
+            raise ValueError("a name is no text")
         if properties["class_names"] is not None:
             properties["class_names"] = tuple(properties["class_names"])
         columns: dict[str, Any] = {name: arrays[name] for name in COLUMNS}
