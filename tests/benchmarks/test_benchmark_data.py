@@ -42,6 +42,7 @@ def test_loaders_are_timed_on_the_same_shards_from_disk(
     check(capsys.readouterr().out, loaders=loaders)
 
 
+@pytest.mark.slow
 def test_loaders_are_timed_on_the_same_shards_from_a_bucket(
     tmp_path: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -139,7 +139,7 @@ def test_labels_of_a_table_captions_and_other_members_of_foreign_tars_are_kept(
 STEPS = ["put", "delete"]
 
 
-@pytest.mark.parametrize("where", ["local", "s3"])
+@pytest.mark.parametrize("where", ["local", pytest.param("s3", marks=pytest.mark.slow)])
 def test_stopped_before_and_after_every_single_write_it_goes_on_to_the_same_end(
     dataset: Path, keys: Path, tmp_path: Path, pretrain, request, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:

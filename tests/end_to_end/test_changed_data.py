@@ -53,6 +53,7 @@ def move_run(source: Path, target: Path, *, until: int) -> None:
     (target / "journal.jsonl").unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_change_and_an_exclusion_in_mid_run_with_resumes_on_either_side(
     tmp_path: Path, shards: Path, more: Path

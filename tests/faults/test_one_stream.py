@@ -27,7 +27,7 @@ from pretrain.storage import open_storage
 SAMPLES, B, STEPS, SEED = 700, 48, 30, 17  # twice through the data, and a bit
 BROKEN = range(5, SAMPLES, 61)  # the samples that do not decode
 WORLD_SIZES, WORKERS = (1, 2, 3, 4, 7, 8), (0, 1, 4)
-QUICK = [(3, 0), (2, 1), (7, 1)]  # the corners that every test run visits
+QUICK = [(3, 1)]  # the corner that every test run visits
 DRIVER = Path(__file__).with_name("stream_of_ranks.py")
 
 
