@@ -159,7 +159,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             on_rejected=reporter.checkpoint_rejected,
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
-        from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
+        from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
         together(lambda: data.require_from(samples))
         from_main(world, lambda: keep_order_of(data, run_dir))

@@ -18,7 +18,7 @@ from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, join, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
-from pretrain.models.build import build_vit
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.optim.parameter_groups import parameter_groups
 
@@ -29,7 +29,7 @@ WEIGHT_DECAY, CLIP = 0.1, 1.0
 
 def make_objective() -> Classification:
     torch.manual_seed(0)
-    backbone = build_vit(
+    backbone = VisionTransformer(
         image_size=IMAGE, patch_size=PATCH, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.1
     )
     return Classification(backbone, num_classes=CLASSES, label_smoothing=0.1, seed=5)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
-from pretrain.formats.loading import build_backbone
 from pretrain.formats.naming import backbone_shapes
+from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 
 MEAN, STD = (0.41, 0.42, 0.43), (0.21, 0.22, 0.23)
