@@ -266,6 +266,13 @@ ROWS = {
     "a hostile pickle in a checkpoint": Row(
         command="train {recipe} run_dir={root}/hostile-run train.steps=8", code=4, says=("cannot be read",)
     ),
+    # pictures of what is masked: 2
+    "a reconstruction of a run that masks nothing": Row(
+        command="reconstruct {root}/sound {shards} {new}.png", code=2, says=("which masks nothing",)
+    ),
+    "a reconstruction of a run that is not there": Row(
+        command="reconstruct {root}/nowhere {shards} {new}.png", code=2, says=("there is no such run",)
+    ),
     # places and ports
     "a port that another process has": Row(
         command=f"{TRAIN} metrics.port={{port}}",
