@@ -4,6 +4,11 @@ A message says the problem, what was got, and what to do next. Every error is bu
 string, so that it survives the trip from a loader worker to its parent process.
 """
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_INTERRUPTED = 75
@@ -15,6 +20,18 @@ class PretrainError(Exception):
     """Base of every error this project raises on purpose."""
 
     exit_code = EXIT_CRASHED
+
+
+def exit_code_of(command: str, run: Callable[[], int]) -> int:
+    """What `run()` returns; or, of a user's error and of Ctrl-C, the exit code, after one line that says it."""
+    try:
+        return run()
+    except PretrainError as error:
+        print(f"pretrain {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pretrain {command}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
 
 
 class UsageError(PretrainError):
