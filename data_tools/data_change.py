@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.start import wrong_if_unreachable
-from pretrain.checkpoint.run_directory import RunDirectory, recorded_exit
+from pretrain.checkpoint.run_directory import RunDirectory, finished_step, recorded_exit
 from pretrain.checkpoint.segments import (
     Change,
     Share,
@@ -36,7 +36,6 @@ from pretrain.checkpoint.segments import (
     write_numbers,
 )
 from pretrain.data.index import DatasetIndex, open_index, open_samples
-from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.order import Int64s
 from pretrain.datasets import (
@@ -48,7 +47,7 @@ from pretrain.datasets import (
     open_run_data,
     require_run,
 )
-from pretrain.derived import s3_settings, total_steps
+from pretrain.derived import cache_dir, s3_settings, total_steps
 from pretrain.errors import UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
 
@@ -129,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             excluded_keys=0 if change.keys is None else change.keys.count,
         )
         journal.close()
-        print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it")
+        print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it{_if_finished(existing)}")
     return 0
 
 
@@ -158,7 +157,7 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
         shares[number] = replace(shares[number], weight=weight)
     for url in args.renew:
         number = _number_of(shares, url, option="--renew")
-        index = open_index(url, s3=s3_settings(existing.config))
+        index = open_index(url, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         if index.identity == shares[number].identity:
             raise UsageError(f"--renew {url}: its index is the one that the run is trained on; leave it out")
         shares[number] = _share(index, shares[number].weight)
@@ -166,7 +165,7 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
         del shares[_number_of(shares, url, option="--remove")]
     for text in args.add:
         url, weight = _url_and_weight(text, default=1.0)
-        index = open_index(url, s3=s3_settings(existing.config))
+        index = open_index(url, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         same = [share.url for share in shares if share.identity == index.identity]
         if same:
             raise UsageError(
@@ -231,6 +230,11 @@ def _refuse_other_classes(existing: ExistingRun, data: RunData) -> None:
         )
 
 
+def _if_finished(existing: ExistingRun) -> str:
+    done = finished_step(existing.run_dir)
+    return "" if done is None else f", given more train.steps or train.epochs: it was finished at step {done}"
+
+
 Exclusions = tuple[list[bytes], Mapping[int, Int64s]]  # all keys, and by place in the segment the samples
 
 
@@ -255,7 +259,7 @@ def _exclusions(
             f"looking for {len(keys):,} keys among the {index.num_samples:,} samples of {index.url}",
             file=sys.stderr,
         )
-        table = open_samples(index, s3=s3_settings(existing.config), cache_dir=default_cache_dir())
+        table = open_samples(index, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         samples, which = KeyFinder(Keys.of(keys)).search(table.keys)
         found.update(which.tolist())
         if len(samples) == index.num_samples:

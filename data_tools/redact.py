@@ -8,7 +8,8 @@ the command says that no key remains, or fails.
 Killed at any moment and run again with the same keys, it goes on. Until the index is replaced, readers see
 the old dataset, whole; after that, the new one. A run that still reads the old one ends with exit code 3
 when it comes to a deleted shard; started again, it is refused, because the dataset's identity has changed:
-`pretrain data-change RUN --renew URL` is how a run goes on without the removed samples.
+`pretrain data-change RUN --renew URL` is how a run goes on without the removed samples. When a run has seen
+them can be told only as long as they are there: `pretrain order RUN --audit KEYS`, first.
 
 Not reached from here: old versions in a bucket that keeps versions, copies made by `pretrain data sync`
 (sync again with --delete), caches of nodes (delete their folders), and files beside the shards.
@@ -136,7 +137,7 @@ def _plan(
     """What is to be done; None if it is nothing, or was only to be shown."""
     found = samples.find(keys)
     if found.unknown and not args.ignore_unknown:
-        before = f"; it was redacted {index.revision} times before" if index.revision else ""
+        before = "; it was redacted before" if index.revision else ""
         raise UsageError(
             f"{args.keys}: {len(found.unknown)} of {len(keys)} keys are of no sample in {args.url} "
             f"(the first: {found.unknown[0]!r}){before}; check them, or give --ignore-unknown"
