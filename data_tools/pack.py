@@ -252,7 +252,7 @@ def _write_shards(
             pass
 
 
-_PRELOAD = ("data_tools.shard_writer", "webdataset")
+_PRELOAD = ("data_tools.shard_writer",)
 
 
 def _versions(storage: Storage) -> dict[str, str]:

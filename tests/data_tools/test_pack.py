@@ -373,6 +373,17 @@ def test_commands_start_without_torch() -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_packing_needs_no_torch_to_the_end(make_folder, tmp_path: Path) -> None:
+    code = f"""if True:
+        import sys
+        from pretrain.cli import main
+        assert main(["data", "pack", {str(make_folder(3))!r}, {str(tmp_path / "out")!r}]) == 0
+        print({{"torch", "webdataset"}} & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_an_out_that_is_a_file_is_wrong_usage(make_folder, tmp_path: Path, pretrain, capsys) -> None:
     (tmp_path / "file").write_text("x")
     assert pretrain("data", "pack", make_folder(2), tmp_path / "file") == 2
