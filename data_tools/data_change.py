@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.start import read_keys as read_key_file
 from data_tools.start import wrong_if_unreachable
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, recorded_exit
 from pretrain.checkpoint.segments import (
@@ -88,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not (args.add or args.set or args.renew or args.remove or args.exclude):
         raise UsageError("nothing to change: give --add, --set, --renew, --remove or --exclude")
-    asked_keys = None if args.exclude is None else read_key_list(args.exclude)
+    asked_keys = None if args.exclude is None else read_key_file(args.exclude, option="--exclude")
     require_run(args.run_dir)
     with ExitStack() as stack, wrong_if_unreachable():
         attempt = 0
@@ -130,18 +131,6 @@ def run(args: argparse.Namespace) -> int:
         journal.close()
         print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it{_if_finished(existing)}")
     return 0
-
-
-def read_key_list(path: Path) -> list[bytes]:
-    """The keys in a file, one a line, in its order and each once. Raises UsageError."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error}; give a text file with one key a line") from None
-    keys = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not keys:
-        raise UsageError(f"{path}: holds no keys; write one a line")
-    return keys
 
 
 def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argparse.Namespace) -> list[Share]:
@@ -271,7 +260,7 @@ def _exclusions(
     ]
     if unknown and not ignore_unknown:
         raise UsageError(
-            f"--exclude: {len(unknown)} of the keys are in no dataset of the run, such as {_some(unknown)}; "
+            f"--exclude: {len(unknown)} of the keys are in no dataset of the run, such as {_some(map(repr, unknown))}; "
             "correct them, or give --ignore-unknown"
         )
     return keys, numbers

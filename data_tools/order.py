@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.audit import Audit
-from data_tools.data_change import read_key_list
-from data_tools.start import wrong_if_unreachable
+from data_tools.start import read_keys, wrong_if_unreachable
 from pretrain.data.index import DatasetIndex, open_index, open_samples
 from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.order import PAD, Order, lanes_for, sample_ends, slice_batch
@@ -72,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if args.audit is not None:
         if not of_run:
             raise UsageError(f"--audit: {args.url} is not a run's folder; an audit is of what a run has seen")
-        keys = read_key_list(args.audit)
+        keys = read_keys(args.audit, option="--audit")
         with wrong_if_unreachable():
             audit = Audit(open_run(Path(args.url)), keys)
         _print(audit.lines())
