@@ -209,15 +209,19 @@ class ChunkStore:
 
     def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
         if not self._remote:
-            path = self._storage.local_path(chunk.shard)
-            assert path is not None, f"{self._url} is local, but its shards have no path"
-            return self._pread(chunk.shard, path, chunk.offset + offset, length)
+            return self._pread(chunk.shard, chunk.offset + offset, length)
         return self._read_held(chunk, offset, length)
 
-    def _pread(self, shard: str, path: Path, offset: int, length: int) -> bytes:
+    def _pread(self, shard: str, offset: int, length: int) -> bytes:
         """Bytes of a local shard, which is held open and was checked before."""
+
+        def open_shard() -> int:
+            path = self._storage.local_path(shard)
+            assert path is not None, f"{self._url} is local, but its shards have no path"
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
         try:
-            descriptor = self._shards.get_or_make(shard, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = self._shards.get_or_make(shard, open_shard)
             data = os.pread(descriptor, length, offset)
         except OSError as error:
             raise StorageError(
