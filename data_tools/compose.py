@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from data_tools import parts
 from data_tools.labels import LabelTable
 from data_tools.scan import Findings
+from data_tools.start import counted
 from pretrain.data.index import (
     INDEX_NAME,
     DatasetIndex,
@@ -77,11 +78,10 @@ def existing_identity(storage: Storage, url: str) -> str | None:
 
 def describe(index: DatasetIndex) -> str:
     classes = "no labels" if index.num_classes is None else f"{index.num_classes} classes"
-    captions = f", {index.num_captions} captions" if index.num_captions else ""
-    return (
-        f"{index.num_samples} samples, {classes}{captions}, {len(index.shard_names)} shards, "
-        f"{index.num_chunks} chunks, {int(index.shard_bytes.sum()) / 1e6:.1f} MB"
-    )
+    captions = f", {counted(index.num_captions, 'caption')}" if index.num_captions else ""
+    shards, chunks = counted(len(index.shard_names), "shard"), counted(index.num_chunks, "chunk")
+    megabytes = f"{int(index.shard_bytes.sum()) / 1e6:.1f} MB"
+    return f"{counted(index.num_samples, 'sample')}, {classes}{captions}, {shards}, {chunks}, {megabytes}"
 
 
 def tell(findings: Findings, index: DatasetIndex) -> None:

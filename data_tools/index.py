@@ -33,10 +33,12 @@ from data_tools.start import (
     add_chunk_samples,
     add_processes,
     check_chunk_samples,
+    counted,
     parse_class_names,
     read_class_names,
     wrong_if_unreachable,
 )
+from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.errors import DataError, UsageError
 from pretrain.storage import ObjectInfo, Storage, join_url, open_storage
 
@@ -199,7 +201,7 @@ def _publish(storage: Storage, url: str, composed: Composed, *, overwrite: bool)
 
 def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
     """The tars directly under the root, sorted by name. UsageError, saying what is there, if none is."""
-    shards, deeper, compressed, others = [], set(), 0, 0
+    shards, deeper, compressed, images, others = [], set(), 0, 0, 0
     for info in storage.list():
         folder, slash, _ = info.name.partition("/")
         if info.name.lower().endswith(".tar"):
@@ -208,6 +210,7 @@ def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
             else:
                 shards.append(info)
         compressed += info.name.lower().endswith(COMPRESSED)
+        images += info.name.lower().rpartition(".")[2] in IMAGE_SUFFIXES
         others += 1
     if shards:
         return shards
@@ -218,6 +221,13 @@ def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
         raise UsageError(
             f"{url}: its {compressed} tars are compressed, so chunks cannot be read out of them; unpack them"
         )
+    if not others:
+        raise UsageError(f"{url}: there is nothing there; check the path or URL")
+    if images:
+        raise UsageError(
+            f"{url}: no .tar files there, but {counted(images, 'image')}; make shards of them with "
+            f"`pretrain data pack {url} OUT`"
+        )
     raise UsageError(
-        f"{url}: no .tar files there ({others} other files); give the place that holds the shards"
+        f"{url}: no .tar files there ({counted(others, 'other file')}); give the place that holds the shards"
     )

@@ -35,6 +35,7 @@ __all__ = [
     "INDEX_VERSION",
     "NO_LABEL",
     "SAMPLES_NAME",
+    "UNFINISHED",
     "DatasetIndex",
     "Found",
     "IndexBuilder",
@@ -47,6 +48,12 @@ __all__ = [
 ]
 
 _DEFAULT_S3 = S3Settings()
+
+UNFINISHED = {  # a file that lies beside the shards while a command has not finished there
+    "pack-progress.json": "`pretrain data pack` has not finished here; run it again as before, it goes on",
+    "redact-progress.json": "`pretrain data redact` has not finished here; run it again as before, it goes on",
+    "sync-progress.json": "`pretrain data sync` to here has not finished; run it again as before, it goes on",
+}
 
 
 def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None = None) -> DatasetIndex:
@@ -98,10 +105,13 @@ def _no_index(storage: Storage, url: str) -> UsageError:
     """Is it the index that is missing, or all of it?"""
     try:
         is_empty = next(iter(storage.list()), None) is None
+        begun = next((name for name in UNFINISHED if storage.exists(name)), None)
     except (ObjectNotFoundError, AccessDeniedError) as error:
         return UsageError(str(error))
     if is_empty:
         return UsageError(f"{url}: there is nothing there; check the path or URL")
+    if begun is not None:
+        return UsageError(f"{url}: {UNFINISHED[begun]}")
     return UsageError(
         f"{url}: no {INDEX_NAME} there; shards need an index, make it with `pretrain data index {url}`"
     )

@@ -50,6 +50,7 @@ class ChunkRef(NamedTuple):
     num_bytes: int
     num_samples: int
     crc32: int
+    shard_sha256: bytes
 
 
 class RawSample(NamedTuple):
@@ -92,17 +93,16 @@ class _Bounded(OrderedDict[Any, Any]):
 class ChunkStore:
     """Reads samples of one dataset by `ChunkRef`. Pickles as its settings; caches are each process's own.
 
-    identity: the dataset's, which names its chunks in the cache. cache_dir: for remote datasets, shared by a
-    node's processes; cache_bytes: the most it may hold, None for a part of the disk (`default_cache_bytes`).
-    memory_bytes: how much of remote chunks a process keeps where no cache holds them. prefetch_bytes: what
-    may be fetched, or waiting to be, ahead of its use. One thread reads; prefetching has threads of its own.
+    cache_dir: for remote datasets, shared by a node's processes; cache_bytes: the most it may hold, None for
+    a part of the disk (`default_cache_bytes`). memory_bytes: how much of remote chunks a process keeps where
+    no cache holds them. prefetch_bytes: what may be fetched, or waiting to be, ahead of its use. One thread
+    reads; prefetching has threads of its own.
     """
 
     def __init__(
         self,
         *,
         url: str,
-        identity: str,
         cache_dir: Path | None,
         s3: S3Settings,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -111,14 +111,13 @@ class ChunkStore:
     ) -> None:
         self._settings: dict[str, Any] = {
             "url": url,
-            "identity": identity,
             "cache_dir": cache_dir,
             "s3": s3,
             "memory_bytes": memory_bytes,
             "cache_bytes": cache_bytes,
             "prefetch_bytes": prefetch_bytes,
         }
-        self._url, self._identity = url, identity
+        self._url = url
         # The index came from there: a store that does not answer now is away, and is waited for.
         self._storage = open_storage(url, s3=dataclasses.replace(s3, known_to_answer=True))
         self._remote = is_remote(url)
@@ -307,7 +306,8 @@ class ChunkStore:
         return self._cache
 
     def _cache_key(self, chunk: ChunkRef) -> str:
-        return f"{self._identity}/{chunk.number}"
+        # By content: what a redaction or an extension leaves as it was is not fetched again.
+        return f"{chunk.shard_sha256.hex()}/{chunk.offset}+{chunk.num_bytes}"
 
     def _fetch(self, chunk: ChunkRef) -> bytes:
         """The chunk's bytes from the store, checked. A remote one that differs is asked for once more:
@@ -348,7 +348,6 @@ class ChunkReader:
         self.index, self.s3, self.cache_dir = index, s3, cache_dir
         self.store = ChunkStore(
             url=index.url,
-            identity=index.identity,
             cache_dir=cache_dir,
             s3=s3,
             memory_bytes=memory_bytes,
@@ -358,13 +357,15 @@ class ChunkReader:
 
     def chunk(self, number: int) -> ChunkRef:
         index = self.index
+        shard = int(index.chunk_shard[number])
         return ChunkRef(
             number=number,
-            shard=index.shard_names[int(index.chunk_shard[number])],
+            shard=index.shard_names[shard],
             offset=int(index.chunk_offset[number]),
             num_bytes=int(index.chunk_bytes[number]),
             num_samples=int(index.chunk_samples[number]),
             crc32=int(index.chunk_crc32[number]),
+            shard_sha256=index.shard_sha256[shard].tobytes(),
         )
 
     def read(self, chunk: int, row: int) -> RawSample:
