@@ -3,6 +3,7 @@
 A process that opens a chunk for the first time reads all of it, holds its length, checksum and number of
 samples against the index, and notes where the images are. After that it reads images one by one: from the
 shard itself where that is a local file, else from the chunk's file in the node's cache, else from memory.
+A local shard that is another since then, by size or time, is held against the index again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import resource
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ MAX_OPEN_FILES = 2048  # and a quarter of what the system allows this process at
 DEFAULT_MEMORY_BYTES = 512 << 20  # of remote chunks a process keeps when no cache folder holds them
 DEFAULT_PREFETCH_BYTES = 64 << 20  # a process: eight chunks of the usual size
 CACHE_FOLDER = "chunks"  # below data.cache_dir, which holds other things too
+_BELIEVED_SECONDS = 60.0  # so that data full of bad images does not have its chunks checked for each
 _EVICTED_TIMES = 3  # in a row, between fetching a chunk and reading it; then it is kept in memory
 
 
@@ -50,6 +53,14 @@ class ChunkRef(NamedTuple):
     num_bytes: int
     num_samples: int
     crc32: int
+
+
+class _Framed(NamedTuple):
+    """A chunk that was held against the index."""
+
+    table: FrameTable
+    version: tuple[int, int] | None  # of the local shard then: bytes, and nanoseconds of its last change
+    checked: float  # when, by the monotonic clock
 
 
 class RawSample(NamedTuple):
@@ -130,7 +141,7 @@ class ChunkStore:
         def nothing(value: object) -> None:
             """Memory needs no closing."""
 
-        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=len, discard=nothing)
+        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=lambda framed: len(framed.table), discard=nothing)
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
         self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
@@ -178,7 +189,8 @@ class ChunkStore:
             DataError: the chunk's bytes differ from what the index says of them (remote: also when
                 fetched again), or the shard is gone. StorageError: the store gives nothing.
         """
-        table: FrameTable = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
+        framed: _Framed = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
+        table = framed.table
         offset, length = int(table.offsets[row]), int(table.lengths[row])
         key, suffix = table.key(row), IMAGE_SUFFIXES[table.suffixes[row]]
         return RawSample(
@@ -186,10 +198,19 @@ class ChunkStore:
             shard=chunk.shard,
             offset=chunk.offset + offset,
             suffix=suffix,
-            image=self._image(chunk, offset, length),
+            image=self._image(chunk, framed.version, offset, length),
             label=int(table.labels[row]),
             name=f"{join_url(self._url, chunk.shard)}: {key}.{suffix} at byte {chunk.offset + offset}",
         )
+
+    def read_again(self, chunk: ChunkRef, row: int) -> RawSample:
+        """As `read`, of bytes that were held against the index in the last minute: what looks damaged may have
+        become so on a disk since.
+        """
+        framed: _Framed | None = self._tables.get(chunk.number)
+        if framed is not None and time.monotonic() - framed.checked >= _BELIEVED_SECONDS:
+            self._tables.drop(chunk.number)
+        return self.read(chunk, row)
 
     def close(self) -> None:
         """Close files, stop prefetching. The store can be used again."""
@@ -199,27 +220,55 @@ class ChunkStore:
             for key in list(held):
                 held.drop(key)
 
-    def _open(self, chunk: ChunkRef) -> FrameTable:
+    def _open(self, chunk: ChunkRef) -> _Framed:
+        version = self._version(chunk.shard)  # before the bytes are read: a change from now on is noticed
+        return self._frame(chunk, self._checked(chunk), version)
+
+    def _frame(self, chunk: ChunkRef, data: bytes | memoryview, version: tuple[int, int] | None) -> _Framed:
         where = self._where(chunk)
-        table = frame_table(self._checked(chunk), where=where)
+        table = frame_table(data, where=where)
         if len(table) != chunk.num_samples:
             raise DataError(
                 f"{where}: {len(table)} samples, the index says {chunk.num_samples}; {self._verify_hint()}"
             )
-        return table
+        return _Framed(table, version, time.monotonic())
 
-    def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
-        if not self._remote:
-            path = self._storage.local_path(chunk.shard)
-            assert path is not None, f"{self._url} is local, but its shards have no path"
-            return self._pread(chunk.shard, path, chunk.offset + offset, length)
-        return self._read_held(chunk, offset, length)
+    def _image(
+        self, chunk: ChunkRef, version: tuple[int, int] | None, offset: int, length: int
+    ) -> bytes | memoryview:
+        if self._remote:
+            return self._read_held(chunk, offset, length)
+        data, now = self._pread(chunk.shard, chunk.offset + offset, length)
+        if now == version:
+            return data
+        # Another file, or other bytes in it, since the chunk was checked. If they are the same bytes, go on.
+        self._shards.drop(chunk.shard)
+        self._tables.drop(chunk.number)
+        version = self._version(chunk.shard)
+        whole = self._fetch(chunk)
+        self._tables.get_or_make(chunk.number, lambda: self._frame(chunk, whole, version))
+        return whole[offset : offset + length]
 
-    def _pread(self, shard: str, path: Path, offset: int, length: int) -> bytes:
-        """Bytes of a local shard, which is held open and was checked before."""
+    def _version(self, shard: str) -> tuple[int, int] | None:
+        if self._remote:
+            return None
+        try:
+            return _version_of(os.stat(self._path(shard)))
+        except OSError:
+            return None  # reading will say it
+
+    def _path(self, shard: str) -> Path:
+        path = self._storage.local_path(shard)
+        assert path is not None, f"{self._url} is local, but its shards have no path"
+        return path
+
+    def _pread(self, shard: str, offset: int, length: int) -> tuple[bytes, tuple[int, int]]:
+        """Bytes of a local shard, which is held open, and its version after they were read."""
+        path = self._path(shard)
         try:
             descriptor = self._shards.get_or_make(shard, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             data = os.pread(descriptor, length, offset)
+            version = _version_of(os.fstat(descriptor))
         except OSError as error:
             raise StorageError(
                 f"{self._url}: {shard}: {error.strerror or error}; it was readable before: check the disk"
@@ -228,7 +277,7 @@ class ChunkStore:
             raise DataError(
                 f"{self._url}: {shard} got shorter while it was read; shards must not change during a run"
             )
-        return data
+        return data, version
 
     def _checked(self, chunk: ChunkRef) -> bytes | memoryview:
         """The chunk's bytes, which match the index."""
@@ -376,6 +425,10 @@ def _must_be_kept(held: HeldChunk) -> bool:
     if not held.in_memory:
         held.close()
     return held.in_memory
+
+
+def _version_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
 def _matches(data: bytes | memoryview, chunk: ChunkRef) -> bool:
