@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
 def read_key_list(path: Path) -> list[bytes]:
     """The keys in a file, one a line, in its order and each once. Raises UsageError."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error}; give a text file with one key a line") from None
     keys = list(dict.fromkeys(line.strip() for line in lines if line.strip()))

@@ -202,11 +202,10 @@ def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
     shards, deeper, compressed, others = [], set(), 0, 0
     for info in storage.list():
         folder, slash, _ = info.name.partition("/")
-        if info.name.lower().endswith(".tar"):
-            if slash:
-                deeper.add(folder)
-            else:
-                shards.append(info)
+        if parts.is_shard(info.name):
+            shards.append(info)
+        elif slash and info.name.lower().endswith(".tar"):
+            deeper.add(folder)
         compressed += info.name.lower().endswith(COMPRESSED)
         others += 1
     if shards:

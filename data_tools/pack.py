@@ -137,7 +137,7 @@ def _look_at(storage: Storage, plan: Plan, *, overwrite: bool) -> str:
     refuse_a_file(storage, plan.url)
     parts.refuse_unfinished(storage, plan.url, but=PROGRESS_NAME)
     progress = read_progress(storage)
-    tars = {info.name for info in storage.list() if info.name.endswith(".tar") and "/" not in info.name}
+    tars = {info.name for info in storage.list() if parts.is_shard(info.name)}
     ours = {name for name in tars if _SHARD_NAME.fullmatch(name)} if overwrite or progress else set()
     if storage.exists(INDEX_NAME):
         try:
@@ -211,7 +211,7 @@ def _clear(storage: Storage) -> None:
         storage.delete(INDEX_NAME)
     for info in list(storage.list()):
         is_ours = info.name in (samples_name, CLASSES_NAME) or info.name.startswith("samples.safetensors")
-        if "/" not in info.name and (is_ours or info.name.endswith(".tar")):
+        if ("/" not in info.name and is_ours) or parts.is_shard(info.name):
             storage.delete(info.name)
     parts.clear(storage)
     storage.delete(PROGRESS_NAME)
@@ -300,5 +300,5 @@ def index_packed(storage: Storage, url: str) -> None:
     composed.put(storage)
     storage.delete(PROGRESS_NAME)
     parts.clear(storage)
-    tell(composed.findings, composed.index)
+    tell(composed.findings, composed.index, packed=True)
     print(f"{url}: packed {describe(composed.index)}")

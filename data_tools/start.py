@@ -77,8 +77,8 @@ def read_keys(path: str, *, option: str) -> list[str]:
         text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
     except OSError as error:
         raise UsageError(f"{option} {path}: {error}; give a text file with one key a line") from error
-    keys = list(dict.fromkeys(line for line in text.split("\n") if line.strip()))
-    keys = [key.removesuffix("\r") for key in keys]
+    lines = text.removeprefix("\ufeff").split("\n")  # the mark that some editors begin a file with
+    keys = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
     if not keys:
         raise UsageError(f"{option} {path}: holds no keys; write one a line")
     return keys
