@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         for note in images.notes:
             print(f"note: {note}", file=sys.stderr)
         plans = make_plans(images, args.out, options, args.val_fraction)
+        if open_storage(args.src).url in [open_storage(plan.url).url for plan in plans]:
+            raise UsageError(f"{args.out}: SRC and OUT are one place; give another for the shards")
         stores = [open_storage(plan.url) for plan in plans]
         with wrong_if_unreachable():  # before anything is written anywhere
             states = [

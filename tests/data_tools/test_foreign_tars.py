@@ -143,3 +143,11 @@ def test_freshly_packed_data_is_not_told_to_be_packed(tmp_path: Path, pretrain, 
     for seed in range(4):
         assert pretrain("data", "pack", tmp_path / "images", tmp_path / f"out{seed}", "--seed", seed) == 0
     assert "sorted by label" not in capsys.readouterr().err
+
+
+def test_shards_are_not_packed_among_their_images(tmp_path: Path, pretrain, capsys) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(image_bytes(0))
+    assert pretrain("data", "pack", tmp_path / "images", f"{tmp_path}/x/../images/") == 2
+    assert "SRC and OUT are one place" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["0.png"]
