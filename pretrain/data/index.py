@@ -8,6 +8,7 @@ index_builder.py makes them.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from pretrain.data.columns import file_digest
 from pretrain.data.index_builder import IndexBuilder, LabelSets, ShardEntry, write_index
-from pretrain.data.index_cache import fetched
+from pretrain.data.index_cache import CacheFullError, fetched
 from pretrain.data.index_format import (
     INDEX_NAME,
     INDEX_VERSION,
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _DEFAULT_S3 = S3Settings()
+_LOGGER = logging.getLogger(__name__)
 
 
 def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None = None) -> DatasetIndex:
@@ -67,7 +69,11 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None
         version = None if cache_dir is None else _remote_version(storage)
         if cache_dir is None or version is None:
             return parse_index(storage.url, np.frombuffer(storage.read(INDEX_NAME), np.uint8))
-        path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+        try:
+            path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+        except CacheFullError as error:
+            _say_in_memory(error)
+            return open_index(url, s3=s3)
         try:
             return parse_index(storage.url, _mapped(path, path.stat().st_size))
         except DataError:  # damaged on this disk, or in the bucket: what is fetched now tells
@@ -78,6 +84,10 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None
         raise _no_index(storage, url) from error
     except AccessDeniedError as error:
         raise UsageError(str(error)) from error
+
+
+def _say_in_memory(error: CacheFullError) -> None:
+    _LOGGER.warning("cache %s; the index is held in memory by each process", error)
 
 
 def _remote_version(storage: Storage) -> str | None:
@@ -127,15 +137,17 @@ def open_samples(
             )
 
     path = storage.local_path(name)
-    if path is None and cache_dir is None:
+    if path is None and cache_dir is not None:
+        check_file: Callable[[Path], None] = lambda file: check(file_digest(file))  # noqa: E731
+        try:
+            path = fetched(storage, name, version=index.samples_sha256, cache_dir=cache_dir, check=check_file)
+        except CacheFullError as error:
+            _say_in_memory(error)
+    elif path is not None:
+        storage.size(name)  # a missing one is an error of the store's kind
+        check(file_digest(path))
+    if path is None:
         data = storage.read(name)
         check(hashlib.sha256(data).hexdigest())
         return parse_samples(index, np.frombuffer(data, np.uint8), where=where)
-    if path is None:
-        assert cache_dir is not None
-        check_file: Callable[[Path], None] = lambda file: check(file_digest(file))  # noqa: E731
-        path = fetched(storage, name, version=index.samples_sha256, cache_dir=cache_dir, check=check_file)
-    else:
-        storage.size(name)  # a missing one is an error of the store's kind
-        check(file_digest(path))
     return parse_samples(index, _mapped(path, path.stat().st_size), where=where)
