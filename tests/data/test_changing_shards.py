@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from tiny_shards import jpeg, write_dataset
 
-from pretrain.data.augment import EvalTransform
+from pretrain.data.augment import EvalTransform, TrainTransform
 from pretrain.data.index import DatasetIndex
+from pretrain.data.loader import TrainLoader
+from pretrain.data.order import Order
 from pretrain.data.prepare import Arrays, Preparer, Wanted
 from pretrain.data.reader import ChunkReader
+from pretrain.data.stream import Stream
 from pretrain.data.tasks import AS_STORED
 from pretrain.errors import DataError
 from pretrain.storage import open_storage
@@ -144,3 +147,32 @@ def test_an_image_that_was_bad_when_it_was_indexed_is_undecodable(tmp_path: Path
     bad = write_dataset(tmp_path / "d", count=5, image=lambda i: b"not an image" if i == 2 else jpeg(i))
     reader = ChunkReader(bad)
     assert [bool(prepared(reader, 0, row)) for row in range(4)] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("how", ["gone", "cut short", "other bytes"])
+def test_what_a_store_does_not_give_ends_the_run_and_is_never_replaced(
+    index: DatasetIndex, how: str, workers: int
+) -> None:
+    shard = shard_of(index, 1)
+    data = shard.read_bytes()
+    if how == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(data[:3000] if how == "cut short" else data[::-1])
+    loader = TrainLoader(
+        readers=[ChunkReader(index)],
+        stream=Stream(Order(chunk_samples=index.chunk_samples, seed=1, lanes=2)),
+        transform=TrainTransform(image_size=8),
+        seed=1,
+        global_batch_size=40,
+        micro_batch_size=None,
+        rank=0,
+        world_size=1,
+        workers=workers,
+    )
+    with pytest.raises(DataError, match=shard.name) as caught:
+        next(loader.steps(0))
+    assert caught.value.exit_code == 3
+    assert loader.replaced() == []
+    loader.close()
