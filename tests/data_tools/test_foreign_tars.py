@@ -151,3 +151,27 @@ def test_shards_are_not_packed_among_their_images(tmp_path: Path, pretrain, caps
     assert pretrain("data", "pack", tmp_path / "images", f"{tmp_path}/x/../images/") == 2
     assert "SRC and OUT are one place" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["0.png"]
+
+
+def test_a_redaction_leaves_no_byte_of_a_sample_whatever_its_members(tmp_path: Path, pretrain) -> None:
+    secret = "Erika Mustermann"
+    members = []
+    for i, text in enumerate(("harmless", secret, "harmless")):
+        members += [
+            (f"{i:03d}.json", f'{{"caption": "{text}", "label": {i}}}'.encode()),
+            (f"{i:03d}.png", image_bytes(i)),
+            (f"{i:03d}.txt", text.encode()),
+            (f"{i:03d}.seg.npy", text.encode()),
+            (f"{i:03d}.NFO", text.encode()),
+        ]
+    members.append(("001.late", secret.encode()))  # not beside the others
+    write_tar(tmp_path / "d" / "a.tar", members, format=tarfile.PAX_FORMAT)
+    assert pretrain("data", "index", tmp_path / "d") == 0
+    (tmp_path / "keys").write_text("001\n")
+    assert pretrain("data", "redact", tmp_path / "d", "--keys", tmp_path / "keys") == 0
+    stored = contents(tmp_path / "d")
+    assert sorted(stored) == ["a-r1.tar", "index.safetensors", "samples-r1.safetensors"]
+    assert not [name for name, data in stored.items() if secret.encode() in data or image_bytes(1) in data]
+    with tarfile.open(tmp_path / "d" / "a-r1.tar") as tar:
+        assert tar.getnames() == [name for name, _ in members if not name.startswith("001")]
+    assert pretrain("data", "verify", tmp_path / "d") == 0
