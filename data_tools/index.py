@@ -17,6 +17,7 @@ the index. --merge also ends a packing in parts.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ from data_tools.start import (
     read_class_names,
     wrong_if_unreachable,
 )
-from pretrain.errors import DataError, UsageError
+from pretrain.data.index import open_index
+from pretrain.errors import DataError, ObjectNotFoundError, UsageError
 from pretrain.storage import ObjectInfo, Storage, join_url, open_storage
 
 INDEXING_VERSION = 2  # of what a part says for a given tar and options
@@ -184,6 +186,11 @@ def _publish(storage: Storage, url: str, composed: Composed, *, overwrite: bool)
     existing = existing_identity(storage, url)
     if existing == index.identity:
         parts.clear(storage)
+        held = open_index(url)
+        if not _holds(storage, held.samples_name, held.samples_sha256):
+            storage.put(held.samples_name, composed.samples_file)
+            print(f"{url}: {held.samples_name} was damaged or missing and is made again ({describe(index)})")
+            return 0
         print(f"{url}: the index is up to date ({describe(index)})")
         return 0
     if existing is not None and not overwrite:
@@ -195,6 +202,17 @@ def _publish(storage: Storage, url: str, composed: Composed, *, overwrite: bool)
     parts.clear(storage)
     print(f"{url}: indexed {describe(index)}")
     return 0
+
+
+def _holds(storage: Storage, name: str, sha256: str) -> bool:
+    """Whether an object is there with that content."""
+    digest = hashlib.sha256()
+    try:
+        for block in storage.stream(name):
+            digest.update(block)
+    except ObjectNotFoundError:
+        return False
+    return digest.hexdigest() == sha256
 
 
 def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:

@@ -117,6 +117,12 @@ def _no_index(storage: Storage, url: str) -> UsageError:
     )
 
 
+def _no_samples(index: DatasetIndex, where: str) -> ObjectNotFoundError:
+    return ObjectNotFoundError(
+        f"{where}: the index needs it, and it is not there; run `pretrain data index {index.url} --overwrite`"
+    )
+
+
 def open_samples(
     index: DatasetIndex, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None = None
 ) -> SampleTable:
@@ -143,11 +149,17 @@ def open_samples(
             path = fetched(storage, name, version=index.samples_sha256, cache_dir=cache_dir, check=check_file)
         except CacheFullError as error:
             _say_in_memory(error)
+        except ObjectNotFoundError as error:
+            raise _no_samples(index, where) from error
     elif path is not None:
-        storage.size(name)  # a missing one is an error of the store's kind
+        if not storage.exists(name):
+            raise _no_samples(index, where)
         check(file_digest(path))
     if path is None:
-        data = storage.read(name)
+        try:
+            data = storage.read(name)
+        except ObjectNotFoundError as error:
+            raise _no_samples(index, where) from error
         check(hashlib.sha256(data).hexdigest())
         return parse_samples(index, np.frombuffer(data, np.uint8), where=where)
     return parse_samples(index, _mapped(path, path.stat().st_size), where=where)
