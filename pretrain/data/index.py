@@ -8,6 +8,7 @@ index_builder.py makes them.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,7 @@ __all__ = [
 ]
 
 _DEFAULT_S3 = S3Settings()
+_NAMES_LOOKED_AT = 10_000  # to say whether there are shards
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -105,13 +107,18 @@ def _mapped(path: Path, size: int) -> np.ndarray:
 
 
 def _no_index(storage: Storage, url: str) -> UsageError:
-    """Is it the index that is missing, or all of it?"""
+    """Is it the index that is missing, or the shards, or all of it?"""
     try:
-        is_empty = next(iter(storage.list()), None) is None
+        names = [info.name.lower() for info in itertools.islice(storage.list(), _NAMES_LOOKED_AT)]
     except (ObjectNotFoundError, AccessDeniedError) as error:
         return UsageError(str(error))
-    if is_empty:
+    if not names:
         return UsageError(f"{url}: there is nothing there; check the path or URL")
+    if len(names) < _NAMES_LOOKED_AT and not any(name.endswith(".tar") for name in names):
+        return UsageError(
+            f"{url}: no {INDEX_NAME} there, and no shards; images are made into shards with "
+            f"`pretrain data pack {url} OUT`"
+        )
     return UsageError(
         f"{url}: no {INDEX_NAME} there; shards need an index, make it with `pretrain data index {url}`"
     )

@@ -11,7 +11,9 @@ import pytest
 from dataset_bytes import contents
 from small_images import image_bytes
 
+from data_tools import redact
 from pretrain.data.index import open_index, open_samples
+from pretrain.storage.local import LocalStorage
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], *, format: int = tarfile.GNU_FORMAT) -> Path:
@@ -175,3 +177,38 @@ def test_a_redaction_leaves_no_byte_of_a_sample_whatever_its_members(tmp_path: P
     with tarfile.open(tmp_path / "d" / "a-r1.tar") as tar:
         assert tar.getnames() == [name for name, _ in members if not name.startswith("001")]
     assert pretrain("data", "verify", tmp_path / "d") == 0
+
+
+@pytest.mark.parametrize("left", ["a text", "an old shard"])
+def test_a_redaction_that_left_something_behind_says_so_and_fails(
+    tmp_path: Path, pretrain, capsys, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    members = [member for i in range(3) for member in (*samples(1, first=i), (f"{i:03d}.txt", b"text"))]
+    write_tar(tmp_path / "d" / "a.tar", members)
+    assert pretrain("data", "index", tmp_path / "d") == 0
+    (tmp_path / "keys").write_text("001\n")
+    if left == "a text":  # a rewriting that errs, which nothing but reading the new shard can tell
+        split = redact.split_name
+        monkeypatch.setattr(redact, "copy_without", _copy_with_texts(redact.copy_without, split))
+    else:  # a store that does not delete
+        monkeypatch.setattr(LocalStorage, "delete", lambda storage, name: None)
+    assert pretrain("data", "redact", tmp_path / "d", "--keys", tmp_path / "keys") == 3
+    error = capsys.readouterr()
+    assert ("still holds 001.txt" if left == "a text" else "a.tar was deleted and is still there") in (
+        error.err
+    )
+    assert "removed" not in error.out
+    assert (tmp_path / "d" / "redact-progress.json").exists()
+
+
+def _copy_with_texts(copy_without, split_name):  # type: ignore[no-untyped-def]
+    """As `copy_without`, but a member KEY.txt is taken for one of another sample."""
+
+    def copy(blocks, file, *, keys, where):  # type: ignore[no-untyped-def]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                redact, "split_name", lambda name: None if name.endswith(".txt") else split_name(name)
+            )
+            copy_without(blocks, file, keys=keys, where=where)
+
+    return copy

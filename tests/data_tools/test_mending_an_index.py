@@ -65,3 +65,13 @@ def test_what_is_no_index_is_called_that(dataset: Path, capsys, content: bytes, 
     (dataset / INDEX_NAME).write_bytes(content)
     assert main(["data", "verify", str(dataset)]) == 3
     assert f"damaged ({problem})" in capsys.readouterr().err
+
+
+def test_a_folder_of_images_is_told_to_be_packed_and_one_of_tars_to_be_indexed(
+    dataset: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(["data", "verify", str(tmp_path / "images")]) == 2
+    assert f"`pretrain data pack {tmp_path / 'images'} OUT`" in capsys.readouterr().err
+    (dataset / INDEX_NAME).unlink()
+    assert main(["data", "verify", str(dataset)]) == 2
+    assert f"`pretrain data index {dataset}`" in capsys.readouterr().err
