@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -118,8 +119,19 @@ def litdata(spec: dict[str, Any]) -> Iterator[int]:
         def __getitem__(self, index: Any) -> tuple[np.ndarray, int]:
             return prepare(super().__getitem__(index))
 
+    source: Any = spec["converted"]["litdata"]
+    own: dict[str, Any] = {}
+    if "://" in source:
+        import litdata.streaming.downloader as downloader
+
+        # Its asynchronous client refuses endpoints without TLS, and has no option for it.
+        downloader._OBSTORE_CLIENT_OPTIONS = {
+            **(downloader._OBSTORE_CLIENT_OPTIONS or {}),
+            "allow_http": True,
+        }
+        own = {"cache_dir": f"{spec['cache_dir']}-litdata"}
     while True:
-        dataset = Images(spec["converted"]["litdata"], shuffle=True)
+        dataset = Images(source, shuffle=True, **own)
         loader = StreamingDataLoader(
             dataset, batch_size=BATCH, num_workers=workers_of(spec["processes"]), collate_fn=collate
         )
@@ -152,7 +164,11 @@ def streaming(spec: dict[str, Any]) -> Iterator[int]:
         def __getitem__(self, at: Any) -> tuple[np.ndarray, int]:
             return prepare(super().__getitem__(at))
 
-    dataset = Images(local=spec["converted"]["streaming"], shuffle=True, batch_size=BATCH)
+    place: dict[str, Any] = {"local": spec["converted"]["streaming"]}
+    if "://" in place["local"]:
+        os.environ.setdefault("S3_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL", ""))
+        place = {"remote": place["local"], "local": f"{spec['cache_dir']}-streaming"}
+    dataset = Images(**place, shuffle=True, batch_size=BATCH)
     while True:
         loader: Any = torch.utils.data.DataLoader(
             dataset, batch_size=BATCH, num_workers=workers_of(spec["processes"]), collate_fn=collate
@@ -233,6 +249,4 @@ if __name__ == "__main__":
     sys.stdout.write(f"\n{json.dumps(result)}\n")
     sys.stdout.flush()
     sys.stderr.flush()
-    import os
-
     os._exit(0)  # some peers' workers and shared memory keep a process from ending by itself

@@ -11,9 +11,11 @@ The second is images a second of whole loaders: this project's, and webdataset w
 plain URLs and through `pipe:`. Contestants take turns, so that whatever else the machine does meets all of them;
 shown are the median, the lowest and the highest of --repeats turns, and the ratio to webdataset of the medians.
 
-litdata and MosaicML streaming have formats of their own: the images are converted into a temporary folder, and only
-read from there. They pin old versions of numpy and transformers, so give them an environment of their own:
+litdata and MosaicML streaming have formats of their own: the images are converted into a temporary folder and read
+from there, or, for a dataset in a bucket, from --scratch, where they stay. They pin old versions of numpy and
+transformers, so give them an environment of their own:
     python -m venv peers && peers/bin/pip install torch pillow litdata mosaicml-streaming
+    pretrain benchmark data s3://bucket/shards --peer-python peers/bin/python --scratch s3://bucket/peers
 """
 
 from __future__ import annotations
@@ -63,6 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", nargs="+", choices=tuple(contestants.CONTESTANTS), help="these loaders (all there are)"
     )
     parser.add_argument("--peer-python", help="the Python that litdata and streaming are installed for")
+    parser.add_argument(
+        "--scratch", metavar="URL", help="where in a bucket to put the images in the formats of these two"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 
 
@@ -90,13 +95,22 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _print_stages(stages)
         peer_python = args.peer_python or sys.executable
-        names = args.only or [name for name in contestants.CONTESTANTS if _is_there(name, url, peer_python)]
+        if args.scratch and not is_remote(args.scratch):
+            raise UsageError(
+                f"--scratch {args.scratch} is no bucket; leave it out, a temporary folder will do"
+            )
+        can_convert = bool(args.scratch) or not is_remote(url)
+        names = args.only or [
+            name
+            for name in contestants.CONTESTANTS
+            if name not in contestants.CONVERSIONS or (can_convert and _is_installed(name, peer_python))
+        ]
         spec = {
             "url": url,
             "size": args.size,
             "seconds": args.seconds,
             "max_batches": 1 << 40,
-            "converted": _converted(names, url, index, folder, peer_python),
+            "converted": _converted(names, index, folder, peer_python, scratch=args.scratch),
         }
         loaders = measure_loaders(names, spec, index, args, folder=folder, peer_python=peer_python)
     if args.json:
@@ -229,29 +243,46 @@ def _in_a_process(python: str, spec: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _is_there(name: str, url: str, peer_python: str) -> bool:
-    if name not in contestants.CONVERSIONS:
-        return True
-    if is_remote(url):
-        return False  # their formats would have to be written to the bucket first
+def _is_installed(name: str, peer_python: str) -> bool:
     test = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({name!r}) is None)"
     return subprocess.run([peer_python, "-c", test], capture_output=True, check=False).returncode == 0
 
 
 def _converted(
-    names: list[str], url: str, index: DatasetIndex, folder: Path, peer_python: str
+    names: list[str], index: DatasetIndex, folder: Path, peer_python: str, *, scratch: str | None
 ) -> dict[str, str]:
     """Where the peers' own formats of the same images are."""
-    folders = {}
-    for name in set(names) & contestants.CONVERSIONS.keys():
-        if is_remote(url):
-            raise UsageError(f"{name} has a format of its own, which is not in {url}; leave it out of --only")
+    places: dict[str, str] = {}
+    wanted = [name for name in contestants.CONVERSIONS if name in names]
+    if not wanted:
+        return places
+    storage = open_storage(index.url)
+    if is_remote(index.url):
+        if not scratch:
+            raise UsageError(
+                f"{' and '.join(wanted)} read formats of their own, which are not in {index.url}: name a place in "
+                "the bucket with --scratch where they may be put, or leave them out of --only"
+            )
+        tars = []
+        for number, shard in enumerate(index.shard_names):
+            _progress(f"fetching shard {number + 1} of {len(index.shard_names)} for {' and '.join(wanted)}")
+            tars.append(folder / f"{number:06d}.tar")
+            with tars[-1].open("wb") as file:
+                file.writelines(storage.stream(shard))
+    else:
+        tars = [path for shard in index.shard_names if (path := storage.local_path(shard))]
+    for name in wanted:
         _progress(f"converting the images for {name}")
-        folders[name] = str(folder / name)
-        storage = open_storage(url)
-        tars = [str(storage.local_path(shard)) for shard in index.shard_names]
-        _in_a_process(peer_python, {"convert": name, "tars": tars, "folder": folders[name]})
-    return folders
+        places[name] = str(folder / name)
+        _in_a_process(peer_python, {"convert": name, "tars": list(map(str, tars)), "folder": places[name]})
+        if is_remote(index.url):
+            assert scratch is not None
+            target = open_storage(join_url(scratch, name))
+            for path in sorted(Path(places[name]).rglob("*")):
+                if path.is_file():
+                    target.put(path.relative_to(places[name]).as_posix(), path)
+            places[name] = target.url
+    return places
 
 
 def _shard_urls(index: DatasetIndex, *, pipe: bool) -> Iterator[str]:

@@ -264,9 +264,10 @@ class ChunkStore:
 
     def _pread(self, shard: str, offset: int, length: int) -> tuple[bytes, tuple[int, int]]:
         """Bytes of a local shard, which is held open, and its version after they were read."""
-        path = self._path(shard)
         try:
-            descriptor = self._shards.get_or_make(shard, lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            descriptor = self._shards.get_or_make(
+                shard, lambda: os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            )
             data = os.pread(descriptor, length, offset)
             version = _version_of(os.fstat(descriptor))
         except OSError as error:

@@ -2,8 +2,9 @@
 
 Pillow decodes whole images and resizes them without vector instructions. `_jpeg_region.c`, compiled when the
 package is installed where there is a C compiler, drives the libjpeg-turbo that came with Pillow so that it
-transforms only the rows and columns of the crop, and resizes by Pillow's own arithmetic: the same bytes come
-out, in half the time. Where it was not compiled, or Pillow's libjpeg is another, Pillow does it all.
+transforms only the rows and columns of the crop (`_jpeg_huffman.c` reads their codes for it), and resizes by
+Pillow's own arithmetic (`_resample.c`): the same bytes come out, in less than half the time. Where it was not
+compiled, or Pillow's libjpeg is another, Pillow does it all.
 """
 
 from __future__ import annotations

@@ -6,10 +6,12 @@ of damage and is ten times slower; it is the oracle in the tests.
 
 from __future__ import annotations
 
+import importlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ BLOCK = 512  # bytes; POSIX.1-1988 ustar
 PLAIN_FILE = ord("0")
 MAX_EXTENSION_BYTES = 1 << 20  # a PAX record or GNU long name above this is damage, not a name
 
+_DTYPES = (np.uint8, np.int64, np.int64)  # of PlainMembers
 _ZERO_BLOCK = bytes(BLOCK)
 _REGULAR = b"0\0007"  # file, old file, contiguous file
 _WITHOUT_DATA = b"123456"  # links, devices, directories, pipes: their size field counts no blocks
@@ -240,6 +243,26 @@ def plain_members(buffer: bytes) -> PlainMembers | None:
     Such a header has a matching checksum, an octal size and a name that fits its field and that nothing
     follows there. A tar that is None here is not therefore damaged: `member_at` tells.
     """
+    compiled = _compiled()
+    if compiled is None:
+        return plain_members_in_python(buffer)
+    if (found := compiled.plain(buffer)) is None:
+        return None
+    names, data, sizes = (np.frombuffer(column, dtype) for column, dtype in zip(found, _DTYPES, strict=True))
+    return PlainMembers(names.reshape(len(data), -1), data, sizes)
+
+
+@cache
+def _compiled() -> Any:
+    """`_tar_members.c`, or None where it was not compiled."""
+    try:
+        return importlib.import_module("pretrain.data._tar_members")
+    except ImportError:
+        return None
+
+
+def plain_members_in_python(buffer: bytes) -> PlainMembers | None:
+    """`plain_members` without compiled parts."""
     starts: list[int] = []
     at, end = 0, len(buffer)
     try:

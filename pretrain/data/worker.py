@@ -7,6 +7,7 @@ messages stay short: a short one arrives whole or not at all, and sending it nev
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -66,6 +67,7 @@ def work(
         if urgent.poll():
             _substitute(urgent, preparer, slots[-1], pulse)
 
+    gc.freeze()  # what was imported stays: collections need not look at it again and again
     while True:
         pulse.idle()
         try:

@@ -55,6 +55,19 @@ def test_loaders_are_timed_on_the_same_shards_from_a_bucket(
     check(capsys.readouterr().out, loaders=loaders)
 
 
+def test_formats_of_the_peers_own_need_a_place_in_the_bucket(
+    tmp_path: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "d", count=20)
+    store = open_storage(f"{s3_bucket}/no/place")
+    for path in (tmp_path / "d").iterdir():
+        store.put(path.name, path)
+    assert main(["benchmark", "data", store.url, "--only", "pretrain", "litdata", *QUICK]) == 2
+    assert "--scratch" in capsys.readouterr().err
+    assert main(["benchmark", "data", store.url, "--scratch", str(tmp_path / "x"), *QUICK]) == 2
+    assert "no bucket" in capsys.readouterr().err
+
+
 def test_a_loader_that_fails_is_named_with_its_own_words(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

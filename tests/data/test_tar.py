@@ -6,10 +6,12 @@ import io
 import tarfile
 from collections.abc import Callable
 
+import numpy as np
 import pytest
+from services.required import skip_or_fail
 
 from pretrain.data.framer import cut_chunks, frame
-from pretrain.data.tar import list_members
+from pretrain.data.tar import _compiled, list_members, plain_members, plain_members_in_python
 from pretrain.errors import DataError
 
 NAME = "d" * 120 + ".jpg"
@@ -81,3 +83,33 @@ def test_a_damaged_pax_record_is_an_error_and_never_another_name(kind: str) -> N
     for read in readers:
         with pytest.raises(DataError, match="damaged tar header at byte 0"):
             read()
+
+
+def test_plain_members_are_found_alike_with_and_without_compiled_parts() -> None:
+    """Sound tars, and damage to their headers, ends and everywhere else."""
+    if _compiled() is None:
+        skip_or_fail("the package was installed without its compiled parts")
+    rng = np.random.default_rng(0)
+    tars = []
+    for names in (("a.jpg",), ("b/" + "c" * 95 + ".j", "x"), ("long/" * 30,), tuple("abcdefg")):
+        file = io.BytesIO()
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for number, name in enumerate(names):
+                info = tarfile.TarInfo(name)
+                info.size = (0, 1, 511, 512, 513)[number % 5]
+                tar.addfile(info, io.BytesIO(b"x" * info.size))
+        whole = file.getvalue()
+        stripped = whole.rstrip(b"\0")
+        tars += [whole, stripped + b"\0" * (-len(stripped) % 512), whole[:-512], whole[:700]]
+    plain = 0
+    for round in range(400):
+        for tar_bytes in tars:
+            damaged = bytearray(tar_bytes)
+            for _ in range(round % 3):
+                damaged[rng.integers(min(len(damaged), 2048))] = rng.choice([0, 32, 48, 55, 56, 255])
+            ours, plainly = plain_members(bytes(damaged)), plain_members_in_python(bytes(damaged))
+            assert (ours is None) == (plainly is None)
+            if ours is not None and plainly is not None:
+                plain += 1
+                assert all(np.array_equal(one, other) for one, other in zip(ours, plainly, strict=True))
+    assert 100 < plain < 400 * len(tars)
