@@ -10,20 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import resource
 import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.data.bounded import Bounded
 from pretrain.data.frame_table import FrameTable, frame_table
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import DatasetIndex
 from pretrain.data.prefetch import Job, Prefetcher
-from pretrain.errors import DataError, PretrainError, StorageError
+from pretrain.data.shard_files import ShardFiles, Version
+from pretrain.errors import DataError, PretrainError
 from pretrain.storage import (
     ChunkCache,
     HeldChunk,
@@ -59,7 +59,7 @@ class _Framed(NamedTuple):
     """A chunk that was held against the index."""
 
     table: FrameTable
-    version: tuple[int, int] | None  # of the local shard then: bytes, and nanoseconds of its last change
+    version: Version | None  # of the local shard then
     checked: float  # when, by the monotonic clock
 
 
@@ -73,31 +73,6 @@ class RawSample(NamedTuple):
     image: bytes | memoryview
     label: int  # -1: none
     name: str  # shard, key and offset, for messages
-
-
-class _Bounded(OrderedDict[Any, Any]):
-    """The most recently used values, up to a total weight (the newest stays whatever it weighs)."""
-
-    def __init__(self, capacity: int, *, weigh: Callable[[Any], int], discard: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.capacity, self.total = capacity, 0
-        self._weigh, self._discard = weigh, discard
-
-    def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in self:
-            self.move_to_end(key)
-            return self[key]
-        value = make()
-        self.total += self._weigh(value)
-        while self and self.total > self.capacity:
-            self.drop(next(iter(self)))
-        self[key] = value
-        return value
-
-    def drop(self, key: Any) -> None:
-        value = self.pop(key)
-        self.total -= self._weigh(value)
-        self._discard(value)
 
 
 class ChunkStore:
@@ -141,12 +116,12 @@ class ChunkStore:
         def nothing(value: object) -> None:
             """Memory needs no closing."""
 
-        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=lambda framed: len(framed.table), discard=nothing)
+        self._tables = Bounded(MAX_FRAMED_SAMPLES, weigh=lambda framed: len(framed.table), discard=nothing)
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
-        self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
-        self._files = _Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
-        self._memory = _Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
+        self._shards = ShardFiles(self._storage, most_open=most_open)
+        self._files = Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
+        self._memory = Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -216,15 +191,17 @@ class ChunkStore:
         """Close files, stop prefetching. The store can be used again."""
         self._prefetcher.close()
         self._prefetcher = self._make_prefetcher()
-        for held in (self._shards, self._files, self._memory):
+        self._shards.close()
+        for held in (self._files, self._memory):
             for key in list(held):
                 held.drop(key)
 
     def _open(self, chunk: ChunkRef) -> _Framed:
-        version = self._version(chunk.shard)  # before the bytes are read: a change from now on is noticed
+        # Before the bytes are read: a change from now on is noticed.
+        version = None if self._remote else self._shards.version(chunk.shard)
         return self._frame(chunk, self._checked(chunk), version)
 
-    def _frame(self, chunk: ChunkRef, data: bytes | memoryview, version: tuple[int, int] | None) -> _Framed:
+    def _frame(self, chunk: ChunkRef, data: bytes | memoryview, version: Version | None) -> _Framed:
         where = self._where(chunk)
         table = frame_table(data, where=where)
         if len(table) != chunk.num_samples:
@@ -234,51 +211,20 @@ class ChunkStore:
         return _Framed(table, version, time.monotonic())
 
     def _image(
-        self, chunk: ChunkRef, version: tuple[int, int] | None, offset: int, length: int
+        self, chunk: ChunkRef, version: Version | None, offset: int, length: int
     ) -> bytes | memoryview:
         if self._remote:
             return self._read_held(chunk, offset, length)
-        data, now = self._pread(chunk.shard, chunk.offset + offset, length)
+        data, now = self._shards.read(chunk.shard, chunk.offset + offset, length)
         if now == version:
             return data
         # Another file, or other bytes in it, since the chunk was checked. If they are the same bytes, go on.
-        self._shards.drop(chunk.shard)
+        self._shards.let_go(chunk.shard)
         self._tables.drop(chunk.number)
-        version = self._version(chunk.shard)
+        version = self._shards.version(chunk.shard)
         whole = self._fetch(chunk)
         self._tables.get_or_make(chunk.number, lambda: self._frame(chunk, whole, version))
         return whole[offset : offset + length]
-
-    def _version(self, shard: str) -> tuple[int, int] | None:
-        if self._remote:
-            return None
-        try:
-            return _version_of(os.stat(self._path(shard)))
-        except OSError:
-            return None  # reading will say it
-
-    def _path(self, shard: str) -> Path:
-        path = self._storage.local_path(shard)
-        assert path is not None, f"{self._url} is local, but its shards have no path"
-        return path
-
-    def _pread(self, shard: str, offset: int, length: int) -> tuple[bytes, tuple[int, int]]:
-        """Bytes of a local shard, which is held open, and its version after they were read."""
-        try:
-            descriptor = self._shards.get_or_make(
-                shard, lambda: os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
-            )
-            data = os.pread(descriptor, length, offset)
-            version = _version_of(os.fstat(descriptor))
-        except OSError as error:
-            raise StorageError(
-                f"{self._url}: {shard}: {error.strerror or error}; it was readable before: check the disk"
-            ) from error
-        if len(data) != length:
-            raise DataError(
-                f"{self._url}: {shard} got shorter while it was read; shards must not change during a run"
-            )
-        return data, version
 
     def _checked(self, chunk: ChunkRef) -> bytes | memoryview:
         """The chunk's bytes, which match the index."""
@@ -426,10 +372,6 @@ def _must_be_kept(held: HeldChunk) -> bool:
     if not held.in_memory:
         held.close()
     return held.in_memory
-
-
-def _version_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def _matches(data: bytes | memoryview, chunk: ChunkRef) -> bool:

@@ -63,7 +63,7 @@ def test_a_shard_replaced_by_another_file_is_a_data_error_once_it_is_opened_agai
     new.write_bytes(other_image(shard, reader, 0, 1))
     os.replace(new, shard)
     assert bytes(reader.read(0, 1).image) == before  # the file that it holds open is the old one
-    reader.store._shards.drop(shard.name)  # as when many shards are read
+    reader.store._shards.let_go(shard.name)  # as when many shards are read
     with pytest.raises(DataError, match="crc32"):
         reader.read(0, 1)
 
