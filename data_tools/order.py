@@ -38,6 +38,9 @@ from pretrain.derived import cache_dir, s3_settings
 from pretrain.errors import UsageError
 from pretrain.storage import S3Settings
 
+MAX_SEED = 2**63 - 1  # as in a recipe
+_FARTHEST = 2**60  # positions are 64-bit words; a run of this length would take longer than there is time
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -59,14 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option, value, least in [
-        ("--seed", args.seed, 0),
-        ("--start", args.start, 0),
-        ("--count", args.count, 0),
-        ("--world-size", args.world_size, 1),
+    for option, value, least, most in [
+        ("--seed", args.seed, 0, MAX_SEED),
+        ("--start", args.start, 0, _FARTHEST),
+        ("--count", args.count, 0, _FARTHEST),
+        ("--world-size", args.world_size, 1, _FARTHEST),
+        ("--global-batch-size", args.global_batch_size, 2, _FARTHEST),
     ]:
-        if value is not None and value < least:
-            raise UsageError(f"{option} must be at least {least}: got {value}")
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{option} must be from {least} to {most}: got {value}")
     of_run = is_run(Path(args.url))
     if args.audit is not None:
         if not of_run:

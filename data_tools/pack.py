@@ -108,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
         for note in images.notes:
             print(f"note: {note}", file=sys.stderr)
         plans = make_plans(images, args.out, options, args.val_fraction)
+        if open_storage(args.src).url in [open_storage(plan.url).url for plan in plans]:
+            raise UsageError(f"{args.out}: SRC and OUT are one place; give another for the shards")
         stores = [open_storage(plan.url) for plan in plans]
         with wrong_if_unreachable():  # before anything is written anywhere
             states = [
@@ -141,7 +143,7 @@ def _look_at(storage: Storage, plan: Plan, *, overwrite: bool, alone: bool) -> s
     refuse_a_file(storage, plan.url)
     parts.refuse_unfinished(storage, plan.url, but=PROGRESS_NAME)
     progress = read_progress(storage)
-    tars = {info.name for info in storage.list() if info.name.endswith(".tar") and "/" not in info.name}
+    tars = {info.name for info in storage.list() if parts.is_shard(info.name)}
     ours = {name for name in tars if _SHARD_NAME.fullmatch(name)} if overwrite or progress else set()
     if storage.exists(INDEX_NAME):
         try:
@@ -223,7 +225,7 @@ def _clear(storage: Storage) -> None:
         storage.delete(INDEX_NAME)
     for info in list(storage.list()):
         is_ours = info.name in (samples_name, CLASSES_NAME) or info.name.startswith("samples.safetensors")
-        if "/" not in info.name and (is_ours or info.name.endswith(".tar")):
+        if ("/" not in info.name and is_ours) or parts.is_shard(info.name):
             storage.delete(info.name)
     parts.clear(storage)
     storage.delete(PROGRESS_NAME)
@@ -314,5 +316,5 @@ def index_packed(storage: Storage, url: str) -> None:
     composed.put(storage)
     storage.delete(PROGRESS_NAME)
     parts.clear(storage)
-    tell(composed.findings, composed.index)
+    tell(composed.findings, composed.index, packed=True)
     print(f"{url}: packed {describe(composed.index)}")

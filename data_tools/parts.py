@@ -73,6 +73,11 @@ def parse_share(text: str | None) -> Share | None:
     return Share(number=int(number), of=int(of))
 
 
+def is_shard(name: str) -> bool:
+    """Is an object of that name a tar directly under the dataset's place?"""
+    return "/" not in name and name.lower().endswith(".tar")
+
+
 def version_of(storage: Storage, info: ObjectInfo | None) -> str:
     """What changes when an object does, as far as can be told without reading it."""
     if info is None:

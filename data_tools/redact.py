@@ -154,7 +154,7 @@ def _plan(
     names: dict[str, str] = {}
     for shard in shards:
         old = index.shard_names[shard]
-        new = f"{_REVISION.sub('', old.removesuffix('.tar'))}-r{revision}.tar"
+        new = f"{_REVISION.sub('', old[: -len('.tar')])}-r{revision}.tar"
         while new in taken:
             new = new.removesuffix(".tar") + f"-r{revision}.tar"
         taken.add(new)
@@ -393,7 +393,9 @@ def find_keys(task: RewriteTask) -> str:
 
 def _mention_others(storage: Storage) -> None:
     known = (".tar", ".safetensors", "classes.txt")
-    kinds = Counter(info.name.rpartition(".")[2] for info in storage.list() if not info.name.endswith(known))
+    kinds = Counter(
+        info.name.rpartition(".")[2] for info in storage.list() if not info.name.lower().endswith(known)
+    )
     if kinds:
         shown = ", ".join(f"{count} .{kind}" for kind, count in kinds.most_common(5))
         print(f"note: not looked into, and may name what was removed: {shown}", file=sys.stderr)

@@ -80,8 +80,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(total=total, what=f"copying to {args.dst}", unit="B") as progress:
         copier.run(progress, threads=args.threads)
     _finish(source, target, index, index_file)
-    extra = [name for name in there if name.endswith(".tar") and "/" not in name]
-    extra = sorted(set(extra) - set(index.shard_names))
+    extra = sorted({name for name in there if parts.is_shard(name)} - set(index.shard_names))
     if args.delete:
         for name in extra:
             target.delete(name)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
-from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CTRL_C, PretrainError
+from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CRASHED, EXIT_CTRL_C, PretrainError
 from pretrain.signals import ctrl_c_waits
 
 
@@ -165,6 +167,15 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"pretrain {name}: {error.strerror}; free some space, also in {tempfile.gettempdir()}, where temporary "
+            "files go (TMPDIR names another place)",
+            file=sys.stderr,
+        )
+        return EXIT_CRASHED
 
 
 if __name__ == "__main__":
