@@ -14,12 +14,11 @@ import numpy as np
 
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.index import DatasetIndex, SampleTable, open_samples
-from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
 from pretrain.datasets import ExistingRun, GoneDataset
-from pretrain.derived import s3_settings
+from pretrain.derived import cache_dir, s3_settings
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 
 
@@ -70,7 +69,7 @@ class Audit:
         everything: list[DatasetIndex | GoneDataset] = [*run.data.indexes, *run.data.gone]
         self._ends = [sample_ends(dataset.chunk_samples) for dataset in everything]
         self._tables: list[SampleTable] = [
-            open_samples(index, s3=s3_settings(run.config), cache_dir=default_cache_dir())
+            open_samples(index, s3=s3_settings(run.config), cache_dir=cache_dir(run.config))
             for index in run.data.indexes
         ]
         self._ledger = {e["g"]: e for e in read_ledger(run.run_dir) if e["g"] < self.history.reached}

@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import numpy as np
+
 from data_tools import parts
 from data_tools.labels import LabelTable
 from data_tools.scan import Findings
+from data_tools.start import counted
 from pretrain.data.index import (
     INDEX_NAME,
+    NO_LABEL,
     DatasetIndex,
     IndexBuilder,
     open_index,
@@ -55,13 +59,31 @@ def compose(
         chunk_rule=chunk_rule,
         labels_overridden=labels is not None,
     )
-    findings = Findings()
+    findings, total = Findings(), 0
     for part in parts.read(storage, part_names):
         findings.add(part.findings)
-        if len(part.entry.keys):
-            builder.add_shard(part.entry if labels is None else labels.applied(part.entry))
+        if not len(part.entry.keys):
+            findings.note("empty", part.entry.name)
+            continue
+        entry = part.entry if labels is None else labels.applied(part.entry)
+        without = np.flatnonzero(np.asarray(entry.labels) == NO_LABEL)
+        if len(without):
+            findings.note("unlabelled", f"{entry.name}: {entry.keys[int(without[0])]}", len(without))
+        total += len(entry.keys)
+        builder.add_shard(entry)
     if labels is not None:
         labels.check_complete()
+    if findings.unlabelled and findings.scattered:
+        raise DataError(
+            f"{url}: the labels of {findings.scattered} samples do not lie beside their image in the tar (the first: "
+            f"{findings.first_scattered}), where webdataset and this program look for them; write the tars with all "
+            "files of a sample together, as `tar --sort=name` does"
+        )
+    if 0 < findings.unlabelled < total:
+        raise DataError(
+            f"{url}: {findings.unlabelled} of {total} samples have no label (the first: "
+            f"{findings.first_unlabelled}); label all of them or none"
+        )
     return Composed(builder, url, findings)
 
 
@@ -77,15 +99,19 @@ def existing_identity(storage: Storage, url: str) -> str | None:
 
 def describe(index: DatasetIndex) -> str:
     classes = "no labels" if index.num_classes is None else f"{index.num_classes} classes"
-    captions = f", {index.num_captions} captions" if index.num_captions else ""
-    return (
-        f"{index.num_samples} samples, {classes}{captions}, {len(index.shard_names)} shards, "
-        f"{index.num_chunks} chunks, {int(index.shard_bytes.sum()) / 1e6:.1f} MB"
-    )
+    captions = f", {counted(index.num_captions, 'caption')}" if index.num_captions else ""
+    shards, chunks = counted(len(index.shard_names), "shard"), counted(index.num_chunks, "chunk")
+    megabytes = f"{int(index.shard_bytes.sum()) / 1e6:.1f} MB"
+    return f"{counted(index.num_samples, 'sample')}, {classes}{captions}, {shards}, {chunks}, {megabytes}"
 
 
-def tell(findings: Findings, index: DatasetIndex) -> None:
-    """Print what a user should know about an index that was made."""
+def tell(findings: Findings, index: DatasetIndex, *, packed: bool = False) -> None:
+    """Print what a user should know about an index that was made; `packed`: of shards that we shuffled."""
+    if findings.empty and not packed:
+        print(
+            f"note: {findings.empty} tars hold no samples and are left out (the first: {findings.first_empty})",
+            file=sys.stderr,
+        )
     if findings.without_image:
         print(
             f"note: {findings.without_image} entries have no image and are no samples "
@@ -100,11 +126,12 @@ def tell(findings: Findings, index: DatasetIndex) -> None:
         )
     if findings.unreadable:
         print(
-            f"warning: {findings.unreadable} images are neither JPEG, PNG nor WebP, "
-            f"training would stop there (the first: {findings.first_unreadable})",
+            f"warning: {findings.unreadable} images are neither JPEG, PNG nor WebP (the first: "
+            f"{findings.first_unreadable}); in training other samples stand in for them, and more than "
+            "data.max_replaced_fraction end it",
             file=sys.stderr,
         )
-    if index.labels_sorted:
+    if index.labels_sorted and not packed:
         print(
             "warning: the samples lie sorted by label; training shuffles over a window of chunks only, "
             "so pack them again with `pretrain data pack`, which shuffles",

@@ -24,8 +24,9 @@ from pathlib import Path
 
 import numpy as np
 
+from data_tools.start import read_keys as read_key_file
 from data_tools.start import wrong_if_unreachable
-from pretrain.checkpoint.run_directory import RunDirectory, recorded_exit
+from pretrain.checkpoint.run_directory import RunDirectory, finished_step, recorded_exit
 from pretrain.checkpoint.segments import (
     Change,
     Share,
@@ -36,7 +37,6 @@ from pretrain.checkpoint.segments import (
     write_numbers,
 )
 from pretrain.data.index import DatasetIndex, open_index, open_samples
-from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.order import Int64s
 from pretrain.datasets import (
@@ -48,7 +48,7 @@ from pretrain.datasets import (
     open_run_data,
     require_run,
 )
-from pretrain.derived import s3_settings, total_steps
+from pretrain.derived import cache_dir, s3_settings, total_steps
 from pretrain.errors import UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
 
@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not (args.add or args.set or args.renew or args.remove or args.exclude):
         raise UsageError("nothing to change: give --add, --set, --renew, --remove or --exclude")
-    asked_keys = None if args.exclude is None else read_key_list(args.exclude)
+    asked_keys = None if args.exclude is None else read_key_file(args.exclude, option="--exclude")
     require_run(args.run_dir)
     with ExitStack() as stack, wrong_if_unreachable():
         attempt = 0
@@ -129,20 +129,8 @@ def run(args: argparse.Namespace) -> int:
             excluded_keys=0 if change.keys is None else change.keys.count,
         )
         journal.close()
-        print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it")
+        print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it{_if_finished(existing)}")
     return 0
-
-
-def read_key_list(path: Path) -> list[bytes]:
-    """The keys in a file, one a line, in its order and each once. Raises UsageError."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error}; give a text file with one key a line") from None
-    keys = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not keys:
-        raise UsageError(f"{path}: holds no keys; write one a line")
-    return keys
 
 
 def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argparse.Namespace) -> list[Share]:
@@ -158,7 +146,7 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
         shares[number] = replace(shares[number], weight=weight)
     for url in args.renew:
         number = _number_of(shares, url, option="--renew")
-        index = open_index(url, s3=s3_settings(existing.config))
+        index = open_index(url, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         if index.identity == shares[number].identity:
             raise UsageError(f"--renew {url}: its index is the one that the run is trained on; leave it out")
         shares[number] = _share(index, shares[number].weight)
@@ -166,7 +154,7 @@ def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argpar
         del shares[_number_of(shares, url, option="--remove")]
     for text in args.add:
         url, weight = _url_and_weight(text, default=1.0)
-        index = open_index(url, s3=s3_settings(existing.config))
+        index = open_index(url, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         same = [share.url for share in shares if share.identity == index.identity]
         if same:
             raise UsageError(
@@ -231,6 +219,11 @@ def _refuse_other_classes(existing: ExistingRun, data: RunData) -> None:
         )
 
 
+def _if_finished(existing: ExistingRun) -> str:
+    done = finished_step(existing.run_dir)
+    return "" if done is None else f", given more train.steps or train.epochs: it was finished at step {done}"
+
+
 Exclusions = tuple[list[bytes], Mapping[int, Int64s]]  # all keys, and by place in the segment the samples
 
 
@@ -255,7 +248,7 @@ def _exclusions(
             f"looking for {len(keys):,} keys among the {index.num_samples:,} samples of {index.url}",
             file=sys.stderr,
         )
-        table = open_samples(index, s3=s3_settings(existing.config), cache_dir=default_cache_dir())
+        table = open_samples(index, s3=s3_settings(existing.config), cache_dir=cache_dir(existing.config))
         samples, which = KeyFinder(Keys.of(keys)).search(table.keys)
         found.update(which.tolist())
         if len(samples) == index.num_samples:
@@ -267,7 +260,7 @@ def _exclusions(
     ]
     if unknown and not ignore_unknown:
         raise UsageError(
-            f"--exclude: {len(unknown)} of the keys are in no dataset of the run, such as {_some(unknown)}; "
+            f"--exclude: {len(unknown)} of the keys are in no dataset of the run, such as {_some(map(repr, unknown))}; "
             "correct them, or give --ignore-unknown"
         )
     return keys, numbers

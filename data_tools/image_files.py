@@ -94,7 +94,12 @@ def source_of(
     # A key ends at the base name's first dot, by webdataset's rule.
     key = key if key is not None else posixpath.join(folder, stem.replace(".", "_"))
     suffix = suffix.lower().lstrip(".")
-    if split_name(f"{key}.{suffix}") != (key, suffix) or key != key.strip("/") or "\n" in key:
+    goes_up = ".." in key.split("/")
+    if goes_up or posixpath.normpath(key) != key or key.startswith("/") or "\n" in key:
+        raise UsageError(
+            f"{file.shown_as}: {key!r} cannot be a key, as it is no plain path below a folder; rename it"
+        )
+    if split_name(f"{key}.{suffix}") != (key, suffix):
         raise UsageError(
             f"{file.shown_as}: {key!r} cannot be a key, as webdataset would not read it back; rename it"
         )

@@ -17,6 +17,7 @@ the index. --merge also ends a packing in parts.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from dataclasses import dataclass
@@ -33,11 +34,14 @@ from data_tools.start import (
     add_chunk_samples,
     add_processes,
     check_chunk_samples,
+    counted,
     parse_class_names,
     read_class_names,
     wrong_if_unreachable,
 )
-from pretrain.errors import DataError, UsageError
+from pretrain.data.framer import IMAGE_SUFFIXES
+from pretrain.data.index import open_index
+from pretrain.errors import DataError, ObjectNotFoundError, UsageError
 from pretrain.storage import ObjectInfo, Storage, join_url, open_storage
 
 INDEXING_VERSION = 2  # of what a part says for a given tar and options
@@ -184,6 +188,11 @@ def _publish(storage: Storage, url: str, composed: Composed, *, overwrite: bool)
     existing = existing_identity(storage, url)
     if existing == index.identity:
         parts.clear(storage)
+        held = open_index(url)
+        if not _holds(storage, held.samples_name, held.samples_sha256):
+            storage.put(held.samples_name, composed.samples_file)
+            print(f"{url}: {held.samples_name} was damaged or missing and is made again ({describe(index)})")
+            return 0
         print(f"{url}: the index is up to date ({describe(index)})")
         return 0
     if existing is not None and not overwrite:
@@ -197,17 +206,28 @@ def _publish(storage: Storage, url: str, composed: Composed, *, overwrite: bool)
     return 0
 
 
+def _holds(storage: Storage, name: str, sha256: str) -> bool:
+    """Whether an object is there with that content."""
+    digest = hashlib.sha256()
+    try:
+        for block in storage.stream(name):
+            digest.update(block)
+    except ObjectNotFoundError:
+        return False
+    return digest.hexdigest() == sha256
+
+
 def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
     """The tars directly under the root, sorted by name. UsageError, saying what is there, if none is."""
-    shards, deeper, compressed, others = [], set(), 0, 0
+    shards, deeper, compressed, images, others = [], set(), 0, 0, 0
     for info in storage.list():
         folder, slash, _ = info.name.partition("/")
-        if info.name.lower().endswith(".tar"):
-            if slash:
-                deeper.add(folder)
-            else:
-                shards.append(info)
+        if parts.is_shard(info.name):
+            shards.append(info)
+        elif slash and info.name.lower().endswith(".tar"):
+            deeper.add(folder)
         compressed += info.name.lower().endswith(COMPRESSED)
+        images += info.name.lower().rpartition(".")[2] in IMAGE_SUFFIXES
         others += 1
     if shards:
         return shards
@@ -218,6 +238,13 @@ def find_shards(storage: Storage, url: str) -> list[ObjectInfo]:
         raise UsageError(
             f"{url}: its {compressed} tars are compressed, so chunks cannot be read out of them; unpack them"
         )
+    if not others:
+        raise UsageError(f"{url}: there is nothing there; check the path or URL")
+    if images:
+        raise UsageError(
+            f"{url}: no .tar files there, but {counted(images, 'image')}; make shards of them with "
+            f"`pretrain data pack {url} OUT`"
+        )
     raise UsageError(
-        f"{url}: no .tar files there ({others} other files); give the place that holds the shards"
+        f"{url}: no .tar files there ({counted(others, 'other file')}); give the place that holds the shards"
     )

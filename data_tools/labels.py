@@ -1,11 +1,14 @@
 """Labels in a table's column: class names, integers, or lists of them. Called by manifests.py and compose.py.
 
 A CSV writes a list as `a|b`, and one without any label as `|`; Parquet has lists. If all labels are
-integers they are the labels themselves, else they are names of classes.
+integers (also written as 3.0, as what was once a column with gaps is) they are the labels themselves, else they
+are names of classes. NaN is no label.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,9 +41,9 @@ def labels_in(table: Table, class_names: Sequence[str] | None, *, column: str = 
         return Labels(single=nothing, sets=None, class_names=None)
     numbers = table.integers(column)
     if numbers is not None:
-        _check_range(table.url, numbers, class_names)
-        return Labels(single=numbers, sets=None, class_names=_listed(class_names))
-    values = table.values(column)
+        _check_range(table.url, int(numbers.min()), int(numbers.max()), class_names)
+        return Labels(single=numbers.astype(np.int64), sets=None, class_names=_listed(class_names))
+    values = [None if _says_nothing(value) else value for value in table.values(column)]
     empty = sum(value is None for value in values)
     if empty == len(values):
         return Labels(single=nothing, sets=None, class_names=None)
@@ -60,6 +63,10 @@ def labels_in(table: Table, class_names: Sequence[str] | None, *, column: str = 
     )
 
 
+def _says_nothing(value: Any) -> bool:
+    return (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
+
+
 def _items(value: Any) -> list[Any]:
     if isinstance(value, list):
         return value
@@ -69,32 +76,60 @@ def _items(value: Any) -> list[Any]:
 def _numbered(
     url: str, sets: list[list[Any]], class_names: Sequence[str] | None
 ) -> tuple[list[list[int]], list[str] | None]:
-    try:
-        numbers = [[_integer(item) for item in items] for items in sets]
-    except ValueError:
-        found = sorted({str(item) for items in sets for item in items})
+    """The labels as numbers, and the names of the classes if there are any."""
+    numbers = [[_number(url, item) for item in items] for items in sets]
+    if any(number is None for items in numbers for number in items):
+        texts = [[str(item).strip() for item in items] for items in sets]
+        found = sorted({text for items in texts for text in items})
         names = found if class_names is None else list(class_names)
         of = {name: label for label, name in enumerate(names)}
         unknown = [name for name in found if name not in of]
         if unknown:
-            raise UsageError(f"{url}: label {unknown[0]!r} is not among the class names given") from None
-        return [[of[str(item)] for item in items] for items in sets], names
-    _check_range(url, np.array([one for items in numbers for one in items], np.int64), class_names)
-    return numbers, _listed(class_names)
+            raise UsageError(f"{url}: label {unknown[0]!r} is not among the class names given")
+        return [[of[text] for text in items] for items in texts], names
+    integers = []
+    for items, values in zip(sets, numbers, strict=True):
+        for item, number in zip(items, values, strict=True):
+            if not isinstance(number, int):
+                raise _no_label(url, item)
+        integers.append([number for number in values if isinstance(number, int)])
+    flat = [number for items in integers for number in items]
+    if flat:
+        _check_range(url, min(flat), max(flat), class_names)
+    return integers, _listed(class_names)
 
 
-def _integer(item: Any) -> int:
-    if isinstance(item, bool) or item is None or (isinstance(item, float) and not item.is_integer()):
-        raise ValueError
-    return int(item)
+# Not what Python's int() takes: it reads 1_0 as ten, and digits of all scripts.
+_INTEGER = re.compile(r"\s*([+-]?[0-9]+)(?:\.0*)?\s*")
+_FRACTION = re.compile(r"\s*[+-]?([0-9]*\.[0-9]+|[0-9]+\.?)([eE][+-]?[0-9]+)?\s*")
 
 
-def _check_range(url: str, numbers: np.ndarray, class_names: Sequence[str] | None) -> None:
-    highest = 2**31 - 1 if class_names is None else len(class_names) - 1
-    wrong = numbers[(numbers < 0) | (numbers > highest)]
-    if len(wrong):
+def _number(url: str, item: Any) -> int | float | None:
+    """An integer; a float for another number, which is no label; None for what can only be a name."""
+    if isinstance(item, bool):
+        return None
+    if isinstance(item, str):
+        if whole := _INTEGER.fullmatch(item):
+            return int(whole[1]) if len(whole[1]) < 40 else 10**40  # Python refuses thousands of digits
+        return math.nan if _FRACTION.fullmatch(item) else None
+    if isinstance(item, float) and item.is_integer():
+        return int(item)
+    if isinstance(item, int | float):
+        return item
+    raise _no_label(url, item)
+
+
+def _no_label(url: str, item: Any) -> UsageError:
+    return UsageError(
+        f"{url}: label {item!r:.40} is neither an integer nor a name; number classes from 0, or name them"
+    )
+
+
+def _check_range(url: str, lowest: int, highest: int, class_names: Sequence[str] | None) -> None:
+    most = 2**31 - 1 if class_names is None else len(class_names) - 1
+    if lowest < 0 or highest > most:
         raise UsageError(
-            f"{url}: label {wrong[0]} is out of range, 0 to {'…' if class_names is None else highest} is possible"
+            f"{url}: label {lowest if lowest < 0 else highest} is out of range, from 0 to {most} is possible"
         )
 
 

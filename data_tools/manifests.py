@@ -10,6 +10,7 @@ import json
 import math
 import os
 import posixpath
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +23,7 @@ from pretrain.errors import DataError, ObjectNotFoundError, UsageError
 from pretrain.storage import Storage, is_remote, join_url, open_storage, split_url
 
 _KNOWN = ("path", "label", "key", "caption")
+_WAY_UP = re.compile(r"^(\.\./)+")
 
 
 def images_of_manifest(url: str, class_names: Sequence[str] | None) -> ImageSet:
@@ -31,9 +33,9 @@ def images_of_manifest(url: str, class_names: Sequence[str] | None) -> ImageSet:
         UsageError: it is no manifest, or what it says makes no sense. DataError: a file is missing.
     """
     table = read_table(url, needs=("path",))
-    paths = table.values("path")
-    if None in paths:
-        raise UsageError(f"{url}: row {paths.index(None) + 1} has no path")
+    paths = [path for path in table.texts("path") if path is not None]
+    if len(paths) < table.num_rows:
+        raise UsageError(f"{url}: row {table.values('path').index(None) + 1} has no path")
     files = _locate(url, split_url(url)[0], paths)
     labels = labels_in(table, class_names)
     keys = _texts(table, "key")
@@ -63,7 +65,7 @@ def images_of_manifest(url: str, class_names: Sequence[str] | None) -> ImageSet:
 def _texts(table: Table, column: str) -> list[str | None]:
     if column not in table.names:
         return [None] * table.num_rows
-    return [None if value is None else str(value) for value in table.values(column)]
+    return table.texts(column, also_integers=True)
 
 
 def _extras(table: Table) -> list[str | None]:
@@ -95,15 +97,17 @@ def _locate(url: str, parent: str, paths: list[str]) -> list[FoundFile]:
     stores: dict[str, Storage] = {}
 
     def place(path: str) -> tuple[Storage, str, str, str]:
+        if path.startswith("~"):
+            path = os.path.expanduser(path)
         full = path if is_remote(path) or path.startswith("/") else join_url(parent, path)
         if is_remote(full):
             bucket, _, name = full.removeprefix("s3://").partition("/")
             root = f"s3://{bucket}"
             name = posixpath.normpath(name)
         else:
-            root, name = "/", os.path.abspath(os.path.expanduser(full)).lstrip("/")
+            root, name = "/", os.path.abspath(full).lstrip("/")
         relative = name if is_remote(path) or path.startswith("/") else posixpath.normpath(path)
-        return stores.setdefault(root, open_storage(root)), name, relative.replace("../", ""), full
+        return stores.setdefault(root, open_storage(root)), name, _WAY_UP.sub("", relative), full
 
     def look(path: str) -> FoundFile:
         storage, name, relative, full = place(path)

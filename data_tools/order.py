@@ -28,16 +28,18 @@ from typing import Any
 import numpy as np
 
 from data_tools.audit import Audit
-from data_tools.data_change import read_key_list
-from data_tools.start import wrong_if_unreachable
+from data_tools.start import read_keys, wrong_if_unreachable
 from pretrain.data.index import DatasetIndex, open_index, open_samples
 from pretrain.data.index_cache import default_cache_dir
 from pretrain.data.order import PAD, Order, lanes_for, sample_ends, slice_batch
 from pretrain.data.stream import Stream
 from pretrain.datasets import GoneDataset, is_run, open_run
-from pretrain.derived import s3_settings
+from pretrain.derived import cache_dir, s3_settings
 from pretrain.errors import UsageError
 from pretrain.storage import S3Settings
+
+MAX_SEED = 2**63 - 1  # as in a recipe
+_FARTHEST = 2**60  # positions are 64-bit words; a run of this length would take longer than there is time
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,19 +62,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for option, value, least in [
-        ("--seed", args.seed, 0),
-        ("--start", args.start, 0),
-        ("--count", args.count, 0),
-        ("--world-size", args.world_size, 1),
+    for option, value, least, most in [
+        ("--seed", args.seed, 0, MAX_SEED),
+        ("--start", args.start, 0, _FARTHEST),
+        ("--count", args.count, 0, _FARTHEST),
+        ("--world-size", args.world_size, 1, _FARTHEST),
+        ("--global-batch-size", args.global_batch_size, 2, _FARTHEST),
     ]:
-        if value is not None and value < least:
-            raise UsageError(f"{option} must be at least {least}: got {value}")
+        if value is not None and not least <= value <= most:
+            raise UsageError(f"{option} must be from {least} to {most}: got {value}")
     of_run = is_run(Path(args.url))
     if args.audit is not None:
         if not of_run:
             raise UsageError(f"--audit: {args.url} is not a run's folder; an audit is of what a run has seen")
-        keys = read_key_list(args.audit)
+        keys = read_keys(args.audit, option="--audit")
         with wrong_if_unreachable():
             audit = Audit(open_run(Path(args.url)), keys)
         _print(audit.lines())
@@ -104,6 +107,7 @@ def _lines_of_run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         world_size=args.world_size,
         of_run=True,
         s3=s3_settings(existing.config),
+        cached_in=cache_dir(existing.config),
     )
 
 
@@ -121,7 +125,7 @@ def _lines_of_dataset(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 f"got {args.lanes}; a new run would take {lanes}"
             )
         lanes = args.lanes
-    index = open_index(args.url)
+    index = open_index(args.url, cache_dir=default_cache_dir())
     order = Order(chunk_samples=index.chunk_samples, seed=args.seed or 0, lanes=lanes)
     return list_order(
         Stream(order),
@@ -132,6 +136,7 @@ def _lines_of_dataset(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         world_size=args.world_size,
         of_run=False,
         s3=S3Settings(),
+        cached_in=default_cache_dir(),
     )
 
 
@@ -146,11 +151,12 @@ def list_order(
     world_size: int,
     of_run: bool,
     s3: S3Settings,
+    cached_in: Path,
 ) -> Iterator[dict[str, Any]]:
     """What stands at each of the positions [start, start + count), as {g, epoch, batch, rank, shard, key};
     `of_run` adds {segment, dataset}. Of datasets that are gone shard and key are None.
     """
-    tables = [open_samples(index, s3=s3, cache_dir=default_cache_dir()) for index in indexes]
+    tables = [open_samples(index, s3=s3, cache_dir=cached_in) for index in indexes]
     ends = [sample_ends(index.chunk_samples) for index in indexes]
     B = global_batch_size
     for batch_number in range(start // B, -(-(start + count) // B)):

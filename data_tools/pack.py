@@ -108,10 +108,12 @@ def run(args: argparse.Namespace) -> int:
         for note in images.notes:
             print(f"note: {note}", file=sys.stderr)
         plans = make_plans(images, args.out, options, args.val_fraction)
+        if open_storage(args.src).url in [open_storage(plan.url).url for plan in plans]:
+            raise UsageError(f"{args.out}: SRC and OUT are one place; give another for the shards")
         stores = [open_storage(plan.url) for plan in plans]
         with wrong_if_unreachable():  # before anything is written anywhere
             states = [
-                _look_at(store, plan, overwrite=args.overwrite)
+                _look_at(store, plan, overwrite=args.overwrite, alone=share is None)
                 for store, plan in zip(stores, plans, strict=True)
             ]
         for store, plan, state in zip(stores, plans, states, strict=True):
@@ -119,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
                 store.delete(PROGRESS_NAME)
                 print(f"{plan.url}: finished already ({describe(open_index(plan.url))})")
                 continue
-            if state == "new":
-                _begin(store, plan, share)
+            if state in ("new", "lenient"):
+                _begin(store, plan, share, clear=state == "new")
             _write_shards(store, plan, share, processes=processes, threads=args.threads)
             if share is None:
                 index_packed(store, plan.url)
@@ -132,12 +134,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _look_at(storage: Storage, plan: Plan, *, overwrite: bool) -> str:
-    """Is OUT "finished", "resumable" or "new"? UsageError if it holds what is not ours to replace."""
+def _look_at(storage: Storage, plan: Plan, *, overwrite: bool, alone: bool) -> str:
+    """Is OUT "finished", "resumable" or "new"? UsageError if it holds what is not ours to replace.
+
+    "lenient": resumable, now with --skip-bad, which it was begun without.
+    alone: no other machine packs here.
+    """
     refuse_a_file(storage, plan.url)
     parts.refuse_unfinished(storage, plan.url, but=PROGRESS_NAME)
     progress = read_progress(storage)
-    tars = {info.name for info in storage.list() if info.name.endswith(".tar") and "/" not in info.name}
+    tars = {info.name for info in storage.list() if parts.is_shard(info.name)}
     ours = {name for name in tars if _SHARD_NAME.fullmatch(name)} if overwrite or progress else set()
     if storage.exists(INDEX_NAME):
         try:
@@ -154,6 +160,13 @@ def _look_at(storage: Storage, plan: Plan, *, overwrite: bool) -> str:
             )
     elif progress is not None and progress["plan"] == plan.digest:
         return "resumable"
+    elif progress is not None and progress["options"] == _fingerprint(plan) and plan.options.skip_bad:
+        return "lenient"
+    elif progress is not None and alone and not overwrite and (done := len(parts.present(storage))):
+        raise UsageError(
+            f"{plan.url}: a packing of other images or options has not finished here ({done} of "
+            f"{progress['shards']} shards are); run that one again to go on with it, or give --overwrite to replace it"
+        )
     foreign = sorted(tars - ours)
     if foreign:
         raise UsageError(
@@ -172,8 +185,8 @@ def read_progress(storage: Storage) -> dict | None:
     return progress
 
 
-def _begin(storage: Storage, plan: Plan, share: Share | None) -> None:
-    """Remove what a former packing left, and note what is being packed."""
+def _begin(storage: Storage, plan: Plan, share: Share | None, *, clear: bool) -> None:
+    """Note what is being packed; `clear`: and remove what a former packing left."""
     progress = {
         "plan": plan.digest,
         "options": _fingerprint(plan),
@@ -183,8 +196,9 @@ def _begin(storage: Storage, plan: Plan, share: Share | None) -> None:
         "chunk_samples": plan.options.chunk_samples,
     }
     data = json.dumps(progress).encode()
-    if share is None:
-        _clear(storage)
+    if share is None or not clear:
+        if clear:
+            _clear(storage)
         storage.put(PROGRESS_NAME, data)
         return
     # Other machines begin as well. What is there of another packing is not ours to remove under them.
@@ -211,14 +225,16 @@ def _clear(storage: Storage) -> None:
         storage.delete(INDEX_NAME)
     for info in list(storage.list()):
         is_ours = info.name in (samples_name, CLASSES_NAME) or info.name.startswith("samples.safetensors")
-        if "/" not in info.name and (is_ours or info.name.endswith(".tar")):
+        if ("/" not in info.name and is_ours) or parts.is_shard(info.name):
             storage.delete(info.name)
     parts.clear(storage)
     storage.delete(PROGRESS_NAME)
 
 
 def _fingerprint(plan: Plan) -> str:
-    return json.dumps({"pack": plan.digest, "chunk_samples": plan.options.chunk_samples}, sort_keys=True)
+    return json.dumps(
+        {"pack": plan.if_all_decode, "chunk_samples": plan.options.chunk_samples}, sort_keys=True
+    )
 
 
 def _write_shards(
@@ -252,7 +268,7 @@ def _write_shards(
             pass
 
 
-_PRELOAD = ("data_tools.shard_writer", "webdataset")
+_PRELOAD = ("data_tools.shard_writer",)
 
 
 def _versions(storage: Storage) -> dict[str, str]:
@@ -300,5 +316,5 @@ def index_packed(storage: Storage, url: str) -> None:
     composed.put(storage)
     storage.delete(PROGRESS_NAME)
     parts.clear(storage)
-    tell(composed.findings, composed.index)
+    tell(composed.findings, composed.index, packed=True)
     print(f"{url}: packed {describe(composed.index)}")

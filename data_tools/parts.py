@@ -21,17 +21,12 @@ import numpy as np
 
 from data_tools.scan import Findings
 from pretrain.data.columns import array_digest, column_of, parse_columns, write_columns
-from pretrain.data.index import LabelSets, ShardEntry
+from pretrain.data.index import UNFINISHED, LabelSets, ShardEntry
 from pretrain.data.keys import Keys
 from pretrain.errors import DataError, ObjectNotFoundError, UsageError
 from pretrain.storage import ObjectInfo, Storage, join_url
 
 FOLDER = "index-parts"
-UNFINISHED = {  # a file that is there while a command has not finished
-    "pack-progress.json": "`pretrain data pack` has not finished here; run it again as before, it goes on",
-    "redact-progress.json": "`pretrain data redact` has not finished here; run it again as before, it goes on",
-    "sync-progress.json": "`pretrain data sync` to here has not finished; run it again as before, it goes on",
-}
 THREADS = 16  # small objects, fetched or deleted many at a time
 _PROPERTIES = ("name", "num_bytes", "image_side", "num_captions")
 _ARRAYS = {
@@ -76,6 +71,11 @@ def parse_share(text: str | None) -> Share | None:
             f"--part {text}: give I/N with I from 1 to N, as 2/3 on the second of three machines"
         )
     return Share(number=int(number), of=int(of))
+
+
+def is_shard(name: str) -> bool:
+    """Is an object of that name a tar directly under the dataset's place?"""
+    return "/" not in name and name.lower().endswith(".tar")
 
 
 def version_of(storage: Storage, info: ObjectInfo | None) -> str:

@@ -31,7 +31,11 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One dataset to write: which images in which shard. The digest says all that its bytes depend on."""
+    """One dataset to write: which images in which shard. The digest says all that its bytes depend on.
+
+    if_all_decode: the digest of what the bytes depend on when no image is bad. Then --skip-bad changes
+    nothing, so that shards finished without it count when a bad one has made somebody give it.
+    """
 
     url: str
     shards: list[list[Source]]
@@ -39,6 +43,7 @@ class Plan:
     num_classes: int | None
     options: Options
     digest: str
+    if_all_decode: str
 
 
 def make_plans(images: ImageSet, out: str, options: Options, val_fraction: float | None) -> list[Plan]:
@@ -83,6 +88,7 @@ def _make_plan(part: list[Source], images: ImageSet, url: str, options: Options)
         filled += needed
     what = hashlib.sha256()
     settings = {**vars(options), "version": PACK_VERSION, "class_names": images.class_names}
+    del settings["skip_bad"]
     what.update(json.dumps(settings, sort_keys=True).encode())
     for image in shuffled:
         facts = [image.key, image.suffix, image.label, image.size, image.labels, image.caption, image.extra]
@@ -93,7 +99,8 @@ def _make_plan(part: list[Source], images: ImageSet, url: str, options: Options)
         class_names=images.class_names,
         num_classes=images.num_classes,
         options=options,
-        digest=what.hexdigest(),
+        digest=hashlib.sha256(f"{what.hexdigest()} {options.skip_bad}".encode()).hexdigest(),
+        if_all_decode=what.hexdigest(),
     )
 
 

@@ -8,7 +8,8 @@ the command says that no key remains, or fails.
 Killed at any moment and run again with the same keys, it goes on. Until the index is replaced, readers see
 the old dataset, whole; after that, the new one. A run that still reads the old one ends with exit code 3
 when it comes to a deleted shard; started again, it is refused, because the dataset's identity has changed:
-`pretrain data-change RUN --renew URL` is how a run goes on without the removed samples.
+`pretrain data-change RUN --renew URL` is how a run goes on without the removed samples. When a run has seen
+them can be told only as long as they are there: `pretrain order RUN --audit KEYS`, first.
 
 Not reached from here: old versions in a bucket that keeps versions, copies made by `pretrain data sync`
 (sync again with --delete), caches of nodes (delete their folders), and files beside the shards.
@@ -35,7 +36,7 @@ from data_tools.contents import Layout, entry_of, opened
 from data_tools.parallel import check_processes, processes_for, report, run_tasks, task_storage
 from data_tools.progress import Progress
 from data_tools.scan import Findings, scan_shard
-from data_tools.start import add_processes, read_keys, wrong_if_unreachable
+from data_tools.start import add_processes, counted, read_keys, wrong_if_unreachable
 from pretrain.data.framer import split_name
 from pretrain.data.index import (
     SAMPLES_NAME,
@@ -83,7 +84,7 @@ class RewriteTask:
 
 def run(args: argparse.Namespace) -> int:
     processes = check_processes(args.processes)
-    keys = read_keys(args.keys, option="--keys")
+    keys = [key.decode("utf-8", "surrogateescape") for key in read_keys(args.keys, option="--keys")]
     index = open_index(args.url, cache_dir=default_cache_dir())
     storage = open_storage(args.url)
     with wrong_if_unreachable():
@@ -104,11 +105,12 @@ def run(args: argparse.Namespace) -> int:
         _rewrite(storage, index, keys, plan, processes)
         index = _switch(storage, index, keys, plan)
     _clean(storage, index, begun)
-    _prove(storage, index, keys, begun, processes)
+    read = _prove(storage, index, keys, begun, processes)
+    gone = "the key is not there" if len(keys) == 1 else f"none of the {len(keys)} keys is there"
+    print(f"{args.url}: read {counted(read, 'rewritten shard')} again: {gone}")
     storage.delete(PROGRESS_NAME)
-    removed, rewritten = begun["samples"], len(begun["shards"])
     print(
-        f"{args.url}: removed {removed} samples from {rewritten} shards, "
+        f"{args.url}: removed {counted(begun['samples'], 'sample')} from {counted(len(begun['shards']), 'shard')}, "
         f"{index.num_samples} remain; revision {index.revision}, identity {index.identity}"
     )
     _mention_others(storage)
@@ -136,7 +138,7 @@ def _plan(
     """What is to be done; None if it is nothing, or was only to be shown."""
     found = samples.find(keys)
     if found.unknown and not args.ignore_unknown:
-        before = f"; it was redacted {index.revision} times before" if index.revision else ""
+        before = "; it was redacted before" if index.revision else ""
         raise UsageError(
             f"{args.keys}: {len(found.unknown)} of {len(keys)} keys are of no sample in {args.url} "
             f"(the first: {found.unknown[0]!r}){before}; check them, or give --ignore-unknown"
@@ -152,7 +154,7 @@ def _plan(
     names: dict[str, str] = {}
     for shard in shards:
         old = index.shard_names[shard]
-        new = f"{_REVISION.sub('', old.removesuffix('.tar'))}-r{revision}.tar"
+        new = f"{_REVISION.sub('', old[: -len('.tar')])}-r{revision}.tar"
         while new in taken:
             new = new.removesuffix(".tar") + f"-r{revision}.tar"
         taken.add(new)
@@ -326,8 +328,8 @@ def _clean(storage: Storage, index: DatasetIndex, plan: dict[str, Any]) -> None:
 
 def _prove(
     storage: Storage, index: DatasetIndex, keys: list[str], plan: dict[str, Any], processes: int | None
-) -> None:
-    """Read the new shards, the index and the listing again.
+) -> int:
+    """Read the new shards, the index and the listing again. How many shards that were.
 
     Raises:
         DataError: a key, or an old shard, is still there.
@@ -362,7 +364,7 @@ def _prove(
         ):
             if problem:
                 raise DataError(problem)
-    print(f"{storage.url}: read {len(tasks)} rewritten shards again: none of the {len(keys)} keys is there")
+    return len(tasks)
 
 
 def find_keys(task: RewriteTask) -> str:
@@ -391,7 +393,9 @@ def find_keys(task: RewriteTask) -> str:
 
 def _mention_others(storage: Storage) -> None:
     known = (".tar", ".safetensors", "classes.txt")
-    kinds = Counter(info.name.rpartition(".")[2] for info in storage.list() if not info.name.endswith(known))
+    kinds = Counter(
+        info.name.rpartition(".")[2] for info in storage.list() if not info.name.lower().endswith(known)
+    )
     if kinds:
         shown = ", ".join(f"{count} .{kind}" for kind, count in kinds.most_common(5))
         print(f"note: not looked into, and may name what was removed: {shown}", file=sys.stderr)

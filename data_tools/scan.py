@@ -22,8 +22,14 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 class Findings:
     """What is worth telling the user, gathered over shards: a count and the first case of each."""
 
+    empty: int = 0  # tars without any sample
+    first_empty: str = ""  # the tar's name
     without_image: int = 0
     first_without_image: str = ""  # "SHARD: KEY"
+    scattered: int = 0  # of those, labels of a sample whose image lies elsewhere in the tar
+    first_scattered: str = ""
+    unlabelled: int = 0
+    first_unlabelled: str = ""
     unreadable: int = 0
     first_unreadable: str = ""
     skipped: int = 0  # images that `pack --skip-bad` left out
@@ -35,7 +41,7 @@ class Findings:
             setattr(self, kind, getattr(self, kind) + count)
 
     def add(self, other: Findings) -> None:
-        for kind in ("without_image", "unreadable", "skipped"):
+        for kind in ("empty", "without_image", "scattered", "unlabelled", "unreadable", "skipped"):
             self.note(kind, getattr(other, f"first_{kind}"), getattr(other, kind))
 
 
@@ -104,11 +110,18 @@ def scan_shard(
     columns: dict[str, list[int]] = {"offset": [], "bytes": [], "samples": [], "crc32": []}
     labels = _Labels()
     keys: list[str] = []
+    labels_alone: list[str] = []
+
+    def left_out(key: str, suffixes: set[str]) -> None:
+        findings.note("without_image", f"{name}: {key}")
+        if not suffixes.isdisjoint(("cls", "json")):
+            labels_alone.append(key)
+
     side = captions = 0
     for chunk in cut_chunks(
         watched(),
         where=where,
-        on_left_out=lambda key: findings.note("without_image", f"{name}: {key}"),
+        on_left_out=left_out,
         **limits,
     ):
         frames = frame(chunk.data, where=f"{where}, chunk at byte {chunk.offset}")
@@ -131,6 +144,10 @@ def scan_shard(
         columns["bytes"].append(len(chunk.data))
         columns["samples"].append(len(frames))
         columns["crc32"].append(zlib.crc32(chunk.data))
+    sampled = set(keys) if labels_alone else set()
+    for key in labels_alone:
+        if key in sampled:
+            findings.note("scattered", f"{name}: {key!r}")
     return ShardEntry(
         name=name,
         num_bytes=total,

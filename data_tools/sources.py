@@ -53,6 +53,10 @@ def _folder_files(url: str) -> list[FoundFile]:
     storage = open_storage(url)
     path = storage.local_path("x")
     if path is not None and not path.parent.is_dir():
+        if Path(url).exists():
+            raise UsageError(
+                f"{url}: is neither a folder, nor a .tar of one, nor a .csv or .parquet manifest"
+            )
         raise UsageError(f"{url}: there is no such folder")
     with wrong_if_unreachable():
         return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -71,14 +72,22 @@ def parse_class_names(text: str, *, where: str) -> list[str]:
     return names
 
 
-def read_keys(path: str, *, option: str) -> list[str]:
-    """One key a line, each once. UsageError if there is none, or the file cannot be read."""
+def read_keys(path: str | Path, *, option: str) -> list[bytes]:
+    """One key a line, in the file's order, each once. UsageError if there is none, or it cannot be read.
+
+    A key may begin or end with a space, so these count; what editors add (a byte order mark, CR) does not.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="surrogateescape")
+        data = Path(path).read_bytes()
     except OSError as error:
-        raise UsageError(f"{option} {path}: {error}; give a text file with one key a line") from error
-    keys = list(dict.fromkeys(line for line in text.split("\n") if line.strip()))
-    keys = [key.removesuffix("\r") for key in keys]
+        reason = error.strerror or error
+        raise UsageError(f"{option} {path}: {reason}; give a text file with one key a line") from error
+    lines = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    keys = list(dict.fromkeys(line.removesuffix(b"\r") for line in lines if line.strip()))
     if not keys:
         raise UsageError(f"{option} {path}: holds no keys; write one a line")
     return keys
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

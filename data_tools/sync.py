@@ -26,7 +26,7 @@ import numpy as np
 from data_tools import parts
 from data_tools.compose import CLASSES_NAME, describe
 from data_tools.progress import Progress
-from data_tools.start import refuse_a_file, wrong_if_unreachable
+from data_tools.start import counted, refuse_a_file, wrong_if_unreachable
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
 from pretrain.data.index_format import parse_index
 from pretrain.errors import DataError, UsageError
@@ -80,21 +80,20 @@ def run(args: argparse.Namespace) -> int:
     with Progress(total=total, what=f"copying to {args.dst}", unit="B") as progress:
         copier.run(progress, threads=args.threads)
     _finish(source, target, index, index_file)
-    extra = [name for name in there if name.endswith(".tar") and "/" not in name]
-    extra = sorted(set(extra) - set(index.shard_names))
+    extra = sorted({name for name in there if parts.is_shard(name)} - set(index.shard_names))
     if args.delete:
         for name in extra:
             target.delete(name)
     elif extra:
         print(
-            f"note: {len(extra)} shards there are not of this dataset (--delete removes them)",
+            f"note: {counted(len(extra), 'shard')} there not of this dataset (--delete removes such)",
             file=sys.stderr,
         )
     for name in there:
         if name.startswith("samples") and name.endswith(".safetensors") and name != index.samples_name:
             target.delete(name)  # of the index that was replaced
     print(
-        f"{args.dst}: {describe(index)}; {copier.copied} shards copied, "
+        f"{args.dst}: {describe(index)}; {counted(copier.copied, 'shard')} copied, "
         f"{len(index.shard_names) - copier.copied} were there"
     )
     return 0
@@ -162,7 +161,7 @@ def _finish(source: Storage, target: Storage, index: DatasetIndex, index_file: b
 
 def _other_bytes(url: str, names: list[str]) -> UsageError:
     return UsageError(
-        f"{url}: {len(names)} shards there have other bytes under the same name (the first: {names[0]}); "
+        f"{url}: {counted(len(names), 'shard')} there with other bytes under the same name (the first: {names[0]}); "
         "give another place, or --overwrite"
     )
 

@@ -33,7 +33,7 @@ class Table:
         return column if isinstance(column, list) else column.to_pylist()
 
     def integers(self, name: str) -> np.ndarray | None:
-        """int64[num_rows] of a Parquet column of integers without nulls, without an object each; else None."""
+        """int[num_rows] of a Parquet column of integers without nulls, without an object each; else None."""
         column = self._columns[name]
         if isinstance(column, list):
             return None
@@ -41,7 +41,18 @@ class Table:
 
         if not pyarrow.types.is_integer(column.type) or column.null_count:
             return None
-        return np.asarray(column.to_numpy(), np.int64)
+        return np.asarray(column.to_numpy())
+
+    def texts(self, name: str, *, also_integers: bool = False) -> list[str | None]:
+        """A column of texts, or of integers as their digits. UsageError if it holds something else."""
+        allowed = (str, int) if also_integers else (str,)
+        values = self.values(name)
+        for value in values:
+            if value is not None and type(value) not in allowed:
+                raise UsageError(
+                    f"{self.url}: column `{name}` holds {type(value).__name__} ({value!r:.40}), not texts"
+                )
+        return [None if value is None else str(value) for value in values]
 
     def keys(self, name: str) -> Keys:
         """A column of texts. UsageError if it holds something else, or nothing in some row."""
@@ -86,7 +97,7 @@ def _read_csv(url: str, data: bytes) -> Table:
     csv.field_size_limit(_LONGEST_FIELD)
     try:
         reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-        header = next(reader, [])
+        header = [name.strip() for name in next(reader, [])]
         columns: dict[str, list[str | None]] = {name: [] for name in header}
         if len(columns) < len(header):
             raise UsageError(f"{url}: two columns have one name: {', '.join(header)}")

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_tools import parts
 from data_tools.compose import CLASSES_NAME, describe
 from data_tools.contents import Layout, entry_of, opened
 from data_tools.labels import LabelTable
@@ -24,10 +25,10 @@ from data_tools.progress import Progress
 from data_tools.scan import image_size
 from data_tools.start import add_processes, wrong_if_unreachable
 from pretrain.data.decode import decode
-from pretrain.data.framer import Frame, frame, image_of, labels_of
+from pretrain.data.framer import Frame, cut_chunks, frame, image_of, labels_of
 from pretrain.data.index import DatasetIndex, SampleTable, ShardEntry, open_index, open_samples
 from pretrain.data.index_cache import default_cache_dir
-from pretrain.errors import DataError, ObjectNotFoundError
+from pretrain.errors import DataError, ObjectNotFoundError, StorageError
 from pretrain.storage import Storage, open_storage
 
 
@@ -90,9 +91,9 @@ def find_differences(
 ) -> Iterator[str]:
     """One line for each way in which the stored bytes are not what the index says."""
     with wrong_if_unreachable():
-        stored = {info.name: info.size for info in storage.list() if info.name.endswith(".tar")}
+        stored = {info.name: info.size for info in storage.list() if parts.is_shard(info.name)}
     for name in sorted(set(stored) - set(index.shard_names)):
-        if "/" not in name:
+        if _holds_samples(storage, name):
             yield f"{name}: not in the index"
     yield from _class_name_differences(storage, index)
     try:
@@ -118,6 +119,16 @@ def find_differences(
         check_shard, tasks, processes=processes, progress=progress, preload=("data_tools.verify",)
     ):
         yield from found
+
+
+def _holds_samples(storage: Storage, name: str) -> bool:
+    """Tars without samples are left out of an index; what is damaged may hold some."""
+    try:
+        return next(cut_chunks(storage.stream(name), where=name, max_samples=1), None) is not None
+    except StorageError:
+        raise
+    except DataError:
+        return True
 
 
 def _class_name_differences(storage: Storage, index: DatasetIndex) -> Iterator[str]:

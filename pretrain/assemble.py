@@ -240,7 +240,8 @@ def packed(source: str, config: RunConfig) -> str:
     out = cache_dir(config) / "packed" / f"{Path(source).stem}-{_listing_digest(Path(source))}"
     if not (out / INDEX_NAME).is_file():
         print(f"{source} holds images, not shards: packing them into {out}", file=sys.stderr)
-        command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out)]
+        # The place is ours: what another version may have begun there is replaced.
+        command = [sys.executable, "-m", "pretrain.cli", "data", "pack", source, str(out), "--overwrite"]
         code = subprocess.run(command).returncode
         if code:
             kind = DataError if code == DataError.exit_code else UsageError

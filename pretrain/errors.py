@@ -6,7 +6,9 @@ string, so that it survives the trip from a loader worker to its parent process.
 
 from __future__ import annotations
 
+import errno
 import sys
+import tempfile
 from collections.abc import Callable
 
 EXIT_FINISHED = 0
@@ -20,18 +22,6 @@ class PretrainError(Exception):
     """Base of every error this project raises on purpose."""
 
     exit_code = EXIT_CRASHED
-
-
-def exit_code_of(command: str, run: Callable[[], int]) -> int:
-    """What `run()` returns; or, of a user's error and of Ctrl-C, the exit code, after one line that says it."""
-    try:
-        return run()
-    except PretrainError as error:
-        print(f"pretrain {command}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"pretrain {command}: stopped by Ctrl-C", file=sys.stderr)
-        return EXIT_CTRL_C
 
 
 class UsageError(PretrainError):
@@ -74,3 +64,24 @@ class CheckpointMismatchError(CheckpointError):
 
 class WorkerError(PretrainError):
     """A loader worker died or hung, again after it was started again. The run may be restarted."""
+
+
+def exit_code_of(command: str, run: Callable[[], int]) -> int:
+    """What `run()` returns. A user's error, Ctrl-C and a full disk are said in a line, and give their exit code."""
+    try:
+        return run()
+    except PretrainError as error:
+        print(f"pretrain {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pretrain {command}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"pretrain {command}: {error.strerror}; free some space, also in {tempfile.gettempdir()}, where temporary "
+            "files go (TMPDIR names another place)",
+            file=sys.stderr,
+        )
+        return EXIT_CRASHED

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fr
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
 from pretrain.checkpoint.save import remove_torn_saves, set_aside
+from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
@@ -49,8 +51,16 @@ def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
     folders = committed(run_dir)
     if folders:
         manifest = read_manifest(folders[-1])
-        check_resumable(manifest, **identity, parameters=manifest.parameters, where=str(folders[-1]))
+        _check_same_run(manifest, identity, parameters=manifest.parameters, where=str(folders[-1]))
     return True
+
+
+def _check_same_run(
+    manifest: Manifest, identity: Mapping[str, Any], *, parameters: Mapping[str, list[int]], where: str
+) -> None:
+    # A key that came after the checkpoint was written: the run trained as its default says, for that is "off".
+    manifest = replace(manifest, config=with_defaults(manifest.config))
+    check_resumable(manifest, **identity, parameters=parameters, where=where)
 
 
 def resume(
@@ -75,7 +85,7 @@ def resume(
 
     def verified(folder: Path) -> CheckpointReader:
         reader = CheckpointReader(folder)
-        check_resumable(reader.manifest, **identity, parameters=parameters, where=str(folder))
+        _check_same_run(reader.manifest, identity, parameters=parameters, where=str(folder))
         check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
         return reader

@@ -167,6 +167,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         workers = 0 if debug else config.data.workers
         train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
+        reporter.watch_cache(train_loader.cached_bytes)
         eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
         device_transform, mixing = build_device_transform(config), build_mixing(config)
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)

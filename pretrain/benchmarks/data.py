@@ -10,6 +10,7 @@ samples in a tar), decoding (with random crop and resize) and augmenting (what t
 The second is images a second of whole loaders: this project's, and webdataset with Pillow and the usual recipe, on
 plain URLs and through `pipe:`. Contestants take turns, so that whatever else the machine does meets all of them;
 shown are the median, the lowest and the highest of --repeats turns, and the ratio to webdataset of the medians.
+webdataset gives each process whole shards: with fewer shards than processes it cannot run, and is left out there.
 
 litdata and MosaicML streaming have formats of their own: the images are converted into a temporary folder and read
 from there, or, for a dataset in a bucket, from --scratch, where they stay. They pin old versions of numpy and
@@ -89,11 +90,8 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as temporary:
         folder = Path(temporary)
-        url = args.url or made_images(folder / "images", count=args.images)
+        url = args.url or made_images(folder / "images", count=args.images, shards=max(args.processes))
         index = open_index(url)
-        stages = measure_stages(index, images=args.images, size=args.size)
-        if not args.json:
-            _print_stages(stages)
         peer_python = args.peer_python or sys.executable
         if args.scratch and not is_remote(args.scratch):
             raise UsageError(
@@ -105,6 +103,12 @@ def run(args: argparse.Namespace) -> int:
             for name in contestants.CONTESTANTS
             if name not in contestants.CONVERSIONS or (can_convert and _is_installed(name, peer_python))
         ]
+        left_out = _left_out(names, index, args)
+        for out in left_out:
+            print(f"note: {out['loader']} with {out['processes']} processes: {out['why']}", file=sys.stderr)
+        stages = measure_stages(index, images=args.images, size=args.size)
+        if not args.json:
+            _print_stages(stages)
         spec = {
             "url": url,
             "size": args.size,
@@ -112,7 +116,15 @@ def run(args: argparse.Namespace) -> int:
             "max_batches": 1 << 40,
             "converted": _converted(names, index, folder, peer_python, scratch=args.scratch),
         }
-        loaders = measure_loaders(names, spec, index, args, folder=folder, peer_python=peer_python)
+        pairs = [
+            (processes, name)
+            for processes in args.processes
+            for name in names
+            if not any(out["loader"] == name and out["processes"] == processes for out in left_out)
+        ]
+        loaders = measure_loaders(
+            pairs, spec, index, repeats=args.repeats, folder=folder, peer_python=peer_python
+        )
     if args.json:
         facts = {
             "url": url if args.url else None,
@@ -122,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
             "cores": os.cpu_count(),
             "stages_ms_an_image": stages,
             "loaders": loaders,
+            "left_out": left_out,
         }
         print(json.dumps(facts, indent=2))
     else:
@@ -165,18 +178,40 @@ def measure_stages(index: DatasetIndex, *, images: int, size: int) -> dict[str, 
     return {stage: 1000 * seconds / done for stage, seconds in spent.items()}
 
 
+def _left_out(names: list[str], index: DatasetIndex, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """{loader, processes, why} of what cannot run on so few shards.
+
+    Raises UsageError when --only asks for it: who names a loader wants its number, and not a gap.
+    """
+    shards, out = len(index.shard_names), []
+    for processes in args.processes:
+        for name in names:
+            needed = contestants.shards_needed(name, processes)
+            if shards >= needed:
+                continue
+            plural = "shards" if shards > 1 else "shard"
+            why = f"needs {needed} shards, one a process at least, and {index.url} has {shards} {plural}"
+            if args.only:
+                raise UsageError(
+                    f"--processes {processes}: {name} {why}; give --processes {shards} at most, leave {name} out "
+                    "of --only, or pack into more shards (pretrain data pack --shard-bytes)"
+                )
+            out.append({"loader": name, "processes": processes, "why": why})
+    return out
+
+
 def measure_loaders(
-    names: list[str],
+    pairs: list[tuple[int, str]],
     spec: dict[str, Any],
     index: DatasetIndex,
-    args: argparse.Namespace,
     *,
+    repeats: int,
     folder: Path,
     peer_python: str,
 ) -> list[dict[str, Any]]:
-    """One row a loader and number of processes, webdataset's first of each; turns are interleaved."""
+    """One row a (number of processes, loader) of `pairs`; turns are interleaved."""
     turns: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    plan = [(repeat, p, name) for repeat in range(args.repeats) for p in args.processes for name in names]
+    plan = [(repeat, processes, name) for repeat in range(repeats) for processes, name in pairs]
     for number, (repeat, processes, name) in enumerate(plan):
         _progress(f"{number + 1} of {len(plan)}: {name}, {processes} process(es), turn {repeat + 1}")
         own = {
@@ -189,32 +224,27 @@ def measure_loaders(
         python = peer_python if name in contestants.CONVERSIONS else sys.executable
         turns.setdefault((processes, name), []).append(_in_a_process(python, own))
     _progress("")
+    speeds = {pair: [turn["images"] / turn["seconds"] for turn in turns[pair]] for pair in pairs}
     rows = []
-    for processes in args.processes:
-        speeds = {
-            name: [turn["images"] / turn["seconds"] for turn in turns[processes, name]] for name in names
-        }
-        base = statistics.median(speeds["webdataset"]) if "webdataset" in speeds else None
-        for name in names:
-            median = statistics.median(speeds[name])
-            rows.append(
-                {
-                    "loader": name,
-                    "processes": processes,
-                    "images_per_second": median,
-                    "lowest": min(speeds[name]),
-                    "highest": max(speeds[name]),
-                    "ratio_to_webdataset": median / base if base else None,
-                    "first_batch_seconds": statistics.median(
-                        turn["first_batch_seconds"] for turn in turns[processes, name]
-                    ),
-                    "cpu_ms_an_image": statistics.median(
-                        1000 * turn["cpu_seconds"] / turn["images"] for turn in turns[processes, name]
-                    )
-                    if processes == 1
-                    else None,
-                }
-            )
+    for processes, name in pairs:
+        pair = processes, name
+        median, base = statistics.median(speeds[pair]), speeds.get((processes, "webdataset"))
+        rows.append(
+            {
+                "loader": name,
+                "processes": processes,
+                "images_per_second": median,
+                "lowest": min(speeds[pair]),
+                "highest": max(speeds[pair]),
+                "ratio_to_webdataset": median / statistics.median(base) if base else None,
+                "first_batch_seconds": statistics.median(turn["first_batch_seconds"] for turn in turns[pair]),
+                "cpu_ms_an_image": statistics.median(
+                    1000 * turn["cpu_seconds"] / turn["images"] for turn in turns[pair]
+                )
+                if processes == 1
+                else None,
+            }
+        )
     return rows
 
 
@@ -306,15 +336,16 @@ def _shard_urls(index: DatasetIndex, *, pipe: bool) -> Iterator[str]:
         yield f"pipe:cat '{path.resolve()}'" if pipe else str(path.resolve())
 
 
-def made_images(folder: Path, *, count: int) -> str:
-    """Shards of `count` JPEGs of 500×375, of a photograph's size in bytes, with an index."""
+def made_images(folder: Path, *, count: int, shards: int) -> str:
+    """At least so many shards of `count` JPEGs of 500×375, of a photograph's size in bytes, with an index."""
     import webdataset
 
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for shard, first in enumerate(range(0, count, 100)):
+    per_shard = max(1, min(100, count // shards))
+    for shard, first in enumerate(range(0, count, per_shard)):
         with webdataset.TarWriter(str(folder / f"{shard:04d}.tar"), encoder=False) as writer:
-            for number in range(first, min(first + 100, count)):
+            for number in range(first, min(first + per_shard, count)):
                 _progress(f"making image {number + 1} of {count}")
                 small = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
                 smooth = np.asarray(small.resize((500, 375), Image.Resampling.BICUBIC), np.int16)

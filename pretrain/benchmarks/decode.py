@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     if args.against and not args.url:
         raise UsageError("--against compares with a dataset that is named; give its URL first")
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as temporary:
-        index = open_index(args.url or made_images(Path(temporary) / "images", count=args.images))
+        index = open_index(args.url or made_images(Path(temporary) / "images", count=args.images, shards=1))
         images = read_images(index, args.images)
         plain = read_images(open_index(args.against), args.images) if args.against else images
         decoding = measure_decoders(images, plain, size=args.size, repeats=args.repeats)

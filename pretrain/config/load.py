@@ -98,6 +98,22 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     return config
 
 
+def with_defaults(config: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> dict[str, Any]:
+    """A config as plain data, such as a checkpoint of an older version holds, with its missing keys at their
+    defaults. What is there stays, known or not.
+    """
+    complete = dict(config)
+    for key, field in model.model_fields.items():
+        value = complete.get(key)
+        if key not in complete and not field.is_required():
+            default = field.get_default(call_default_factory=True)
+            complete[key] = default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+        elif isinstance(value, Mapping):
+            for section in _sections(field.annotation):
+                complete[key] = with_defaults(value, section)
+    return complete
+
+
 def read_recipe(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file. Raises ConfigError."""
     try:

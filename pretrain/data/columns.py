@@ -89,7 +89,11 @@ def _content(column: Column) -> Iterator[bytes | memoryview]:
 def parse_columns(buffer: np.ndarray, *, where: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """(arrays, our metadata) of a file's bytes uint8[...], as views. DataError if it is damaged."""
     try:
+        if len(buffer) < 16:
+            raise ValueError(f"it is {len(buffer)} bytes long")
         header_bytes = int(buffer[:8].view(np.uint64)[0])
+        if header_bytes < 2 or buffer[8] != ord("{"):
+            raise ValueError("it does not begin as an index does")
         header = json.loads(buffer[8 : 8 + header_bytes].tobytes())
         checksum, _, text = header.pop("__metadata__")[_METADATA_KEY].partition(" ")
         if hashlib.sha256(text.encode()).hexdigest() != checksum:

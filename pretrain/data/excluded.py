@@ -106,11 +106,21 @@ class ExcludingOrder:
         return filled
 
     def substitutes(self, position: int) -> Iterator[tuple[int, int]]:
-        """(chunk, row) of what may replace the sample that stands at `position`; see `Order.substitutes`."""
-        standing = self.stand_ins(np.array([position], np.int64))
-        for chunk, row in self.order.substitutes(int(standing[0])):
-            if not self.is_excluded(self.sample_numbers(np.array([chunk]), np.array([row])))[0]:
-                yield chunk, row
+        """(chunk, row) of what may replace the sample that stands at `position`; see `Order.substitutes`.
+
+        Excluded samples do not count as tried: a block that has few others leans on the next, as it does
+        for filling.
+        """
+        standing = int(self.stand_ins(np.array([position], np.int64))[0])
+        tried = 0
+        for others in self.order.from_next(standing):
+            for other in others.tolist():
+                chunks, rows = self.order.locate([other])
+                if not self.is_excluded(self.sample_numbers(chunks, rows))[0]:
+                    tried += 1
+                    yield int(chunks[0]), int(rows[0])
+            if tried >= self.order.enough_substitutes:
+                return
 
     def positions_of(self, chunks: Int64s, rows: Int64s, *, epoch: int) -> Standings:
         """Where samples stand in an epoch, those included where they stand in for excluded ones.

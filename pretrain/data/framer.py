@@ -181,12 +181,12 @@ def cut_chunks(
     target_bytes: int = 8 << 20,
     min_samples: int = 16,
     max_samples: int = 1024,
-    on_left_out: Callable[[str], None] | None = None,
+    on_left_out: Callable[[str, set[str]], None] | None = None,
 ) -> Iterator[RawChunk]:
     """Cut a shard, read as a stream of blocks of any size, into chunks that do not split a sample.
 
     A chunk ends at `max_samples`, or at `min_samples` once it holds `target_bytes`. Every chunk holds
-    at least one sample with an image; `on_left_out` is told the keys of samples that have none.
+    at least one sample with an image; `on_left_out` is told key and suffixes of samples that have none.
     Memory: one chunk and one block.
 
     Raises:
@@ -203,7 +203,7 @@ def cut_chunks(
         if not suffixes.isdisjoint(IMAGE_SUFFIXES):
             return 1
         if key is not None and on_left_out is not None:
-            on_left_out(key)
+            on_left_out(key, suffixes)
         return 0
 
     while (member := stream.member_at(at)) is not None:

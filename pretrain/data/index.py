@@ -8,6 +8,8 @@ index_builder.py makes them.
 from __future__ import annotations
 
 import hashlib
+import itertools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 
 from pretrain.data.columns import file_digest
 from pretrain.data.index_builder import IndexBuilder, LabelSets, ShardEntry, write_index
-from pretrain.data.index_cache import fetched
+from pretrain.data.index_cache import CacheFullError, fetched
 from pretrain.data.index_format import (
     INDEX_NAME,
     INDEX_VERSION,
@@ -35,6 +37,7 @@ __all__ = [
     "INDEX_VERSION",
     "NO_LABEL",
     "SAMPLES_NAME",
+    "UNFINISHED",
     "DatasetIndex",
     "Found",
     "IndexBuilder",
@@ -47,6 +50,14 @@ __all__ = [
 ]
 
 _DEFAULT_S3 = S3Settings()
+_NAMES_LOOKED_AT = 10_000  # to say whether there are shards
+_LOGGER = logging.getLogger(__name__)
+
+UNFINISHED = {  # a file that lies beside the shards while a command has not finished there
+    "pack-progress.json": "`pretrain data pack` has not finished here; run it again as before, it goes on",
+    "redact-progress.json": "`pretrain data redact` has not finished here; run it again as before, it goes on",
+    "sync-progress.json": "`pretrain data sync` to here has not finished; run it again as before, it goes on",
+}
 
 
 def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None = None) -> DatasetIndex:
@@ -67,7 +78,11 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None
         version = None if cache_dir is None else _remote_version(storage)
         if cache_dir is None or version is None:
             return parse_index(storage.url, np.frombuffer(storage.read(INDEX_NAME), np.uint8))
-        path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+        try:
+            path = fetched(storage, INDEX_NAME, version=version, cache_dir=cache_dir)
+        except CacheFullError as error:
+            _say_in_memory(error)
+            return open_index(url, s3=s3)
         try:
             return parse_index(storage.url, _mapped(path, path.stat().st_size))
         except DataError:  # damaged on this disk, or in the bucket: what is fetched now tells
@@ -78,6 +93,10 @@ def open_index(url: str, *, s3: S3Settings = _DEFAULT_S3, cache_dir: Path | None
         raise _no_index(storage, url) from error
     except AccessDeniedError as error:
         raise UsageError(str(error)) from error
+
+
+def _say_in_memory(error: CacheFullError) -> None:
+    _LOGGER.warning("cache %s; the index is held in memory by each process", error)
 
 
 def _remote_version(storage: Storage) -> str | None:
@@ -95,15 +114,29 @@ def _mapped(path: Path, size: int) -> np.ndarray:
 
 
 def _no_index(storage: Storage, url: str) -> UsageError:
-    """Is it the index that is missing, or all of it?"""
+    """Is it the index that is missing, or the shards, or all of it?"""
     try:
-        is_empty = next(iter(storage.list()), None) is None
+        names = [info.name.lower() for info in itertools.islice(storage.list(), _NAMES_LOOKED_AT)]
+        begun = next((name for name in UNFINISHED if storage.exists(name)), None)
     except (ObjectNotFoundError, AccessDeniedError) as error:
         return UsageError(str(error))
-    if is_empty:
+    if not names:
         return UsageError(f"{url}: there is nothing there; check the path or URL")
+    if begun is not None:
+        return UsageError(f"{url}: {UNFINISHED[begun]}")
+    if len(names) < _NAMES_LOOKED_AT and not any(name.endswith(".tar") for name in names):
+        return UsageError(
+            f"{url}: no {INDEX_NAME} there, and no shards; images are made into shards with "
+            f"`pretrain data pack {url} OUT`"
+        )
     return UsageError(
         f"{url}: no {INDEX_NAME} there; shards need an index, make it with `pretrain data index {url}`"
+    )
+
+
+def _no_samples(index: DatasetIndex, where: str) -> ObjectNotFoundError:
+    return ObjectNotFoundError(
+        f"{where}: the index needs it, and it is not there; run `pretrain data index {index.url} --overwrite`"
     )
 
 
@@ -127,15 +160,23 @@ def open_samples(
             )
 
     path = storage.local_path(name)
-    if path is None and cache_dir is None:
-        data = storage.read(name)
+    if path is None and cache_dir is not None:
+        check_file: Callable[[Path], None] = lambda file: check(file_digest(file))  # noqa: E731
+        try:
+            path = fetched(storage, name, version=index.samples_sha256, cache_dir=cache_dir, check=check_file)
+        except CacheFullError as error:
+            _say_in_memory(error)
+        except ObjectNotFoundError as error:
+            raise _no_samples(index, where) from error
+    elif path is not None:
+        if not storage.exists(name):
+            raise _no_samples(index, where)
+        check(file_digest(path))
+    if path is None:
+        try:
+            data = storage.read(name)
+        except ObjectNotFoundError as error:
+            raise _no_samples(index, where) from error
         check(hashlib.sha256(data).hexdigest())
         return parse_samples(index, np.frombuffer(data, np.uint8), where=where)
-    if path is None:
-        assert cache_dir is not None
-        check_file: Callable[[Path], None] = lambda file: check(file_digest(file))  # noqa: E731
-        path = fetched(storage, name, version=index.samples_sha256, cache_dir=cache_dir, check=check_file)
-    else:
-        storage.size(name)  # a missing one is an error of the store's kind
-        check(file_digest(path))
     return parse_samples(index, _mapped(path, path.stat().st_size), where=where)

@@ -137,6 +137,10 @@ class TrainLoader:
             add_counters(total, source.counters())
         return total
 
+    def cached_bytes(self) -> int:
+        """What the node's chunk cache holds at this moment, of all datasets; asked for from any thread."""
+        return max(reader.store.cached_bytes() for reader in self._readers)
+
     def close(self) -> None:
         """Stop the workers of all iterations under way."""
         for source in list(self._sources):

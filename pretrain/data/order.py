@@ -204,20 +204,29 @@ class Order:
         is the order in which a sample that cannot be used is replaced: a function of the position, like all
         else here.
         """
-        epochs, lanes, numbers, indices = self.blocks_of([position])
-        own = block = Block(int(epochs[0]), int(lanes[0]), int(numbers[0]))
-        places = self.block_positions(own)
-        others = np.roll(places, -int(indices[0]))[1:]
         tried = 0
-        while True:
+        for others in self.from_next(position):
             for other in others.tolist():
                 chunks, rows = self.locate([other])
                 yield int(chunks[0]), int(rows[0])
             tried += len(others)
-            block = self.next_block(block)
-            if tried >= self.block_rows // 2 or block == own:
+            if tried >= self.enough_substitutes:
                 return
-            others = self.block_positions(block)
+
+    @property
+    def enough_substitutes(self) -> int:
+        """With so many tried, no further block is gone through for one."""
+        return self.block_rows // 2
+
+    def from_next(self, position: int) -> Iterator[Int64s]:
+        """The positions of the block after `position`, wrapping round, without it; then block after block those
+        of the blocks that follow, once round the epoch.
+        """
+        epochs, lanes, numbers, indices = self.blocks_of([position])
+        own = block = Block(int(epochs[0]), int(lanes[0]), int(numbers[0]))
+        yield np.roll(self.block_positions(own), -int(indices[0]))[1:]
+        while (block := self.next_block(block)) != own:
+            yield self.block_positions(block)
 
     def blocks_of(self, positions: npt.ArrayLike) -> tuple[Int64s, Int64s, Int64s, Int64s]:
         """(epoch, lane, number of the block in its lane, place in the block) of positions, int64[n] each."""

@@ -114,18 +114,22 @@ class Preparer:
 
     def prepare_one(self, wanted: Wanted, out: Arrays, i: int, *, pulse: Pulse) -> Origin:
         """Fill row i of `out`, with zeros if the image does not decode, which the origin then says."""
-        pulse.reading(i)
-        raw = self._stores[wanted.dataset].read(wanted.chunk, wanted.row)
-        pulse.decoding(i, raw.name)
-        error = ""
-        try:
-            sample = self.transform(raw.image, name=raw.name, random=self._random.at(wanted.position))
-        except DataError as undecodable:
-            error = str(undecodable)
-            _clear(out, i)
-        else:
+        store = self._stores[wanted.dataset]
+        # What does not decode is read again, held against the index: a sample is given up for what it is,
+        # never for what a disk made of it.
+        for read in (store.read, store.read_again):
+            pulse.reading(i)
+            raw = read(wanted.chunk, wanted.row)
+            pulse.decoding(i, raw.name)
+            try:
+                sample = self.transform(raw.image, name=raw.name, random=self._random.at(wanted.position))
+            except DataError as undecodable:
+                error = str(undecodable)
+                continue
             out.images[i], out.draws[i] = sample.pixels, sample.draws
             out.labels[i] = raw.label if wanted.label == AS_STORED else wanted.label
+            return Origin(i, wanted.dataset, raw.shard, raw.key, raw.offset, "")
+        _clear(out, i)
         return Origin(i, wanted.dataset, raw.shard, raw.key, raw.offset, error)
 
     def _announce(self, task: Task) -> None:

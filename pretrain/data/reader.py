@@ -3,25 +3,27 @@
 A process that opens a chunk for the first time reads all of it, holds its length, checksum and number of
 samples against the index, and notes where the images are. After that it reads images one by one: from the
 shard itself where that is a local file, else from the chunk's file in the node's cache, else from memory.
+A local shard that is another since then, by size or time, is held against the index again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import resource
+import time
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pretrain.data.bounded import Bounded
 from pretrain.data.frame_table import FrameTable, frame_table
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import DatasetIndex
 from pretrain.data.prefetch import Job, Prefetcher
-from pretrain.errors import DataError, PretrainError, StorageError
+from pretrain.data.shard_files import ShardFiles, Version
+from pretrain.errors import DataError, PretrainError
 from pretrain.storage import (
     ChunkCache,
     HeldChunk,
@@ -38,6 +40,7 @@ MAX_OPEN_FILES = 2048  # and a quarter of what the system allows this process at
 DEFAULT_MEMORY_BYTES = 512 << 20  # of remote chunks a process keeps when no cache folder holds them
 DEFAULT_PREFETCH_BYTES = 64 << 20  # a process: eight chunks of the usual size
 CACHE_FOLDER = "chunks"  # below data.cache_dir, which holds other things too
+_BELIEVED_SECONDS = 60.0  # so that data full of bad images does not have its chunks checked for each
 _EVICTED_TIMES = 3  # in a row, between fetching a chunk and reading it; then it is kept in memory
 
 
@@ -50,6 +53,15 @@ class ChunkRef(NamedTuple):
     num_bytes: int
     num_samples: int
     crc32: int
+    shard_sha256: bytes
+
+
+class _Framed(NamedTuple):
+    """A chunk that was held against the index."""
+
+    table: FrameTable
+    version: Version | None  # of the local shard then
+    checked: float  # when, by the monotonic clock
 
 
 class RawSample(NamedTuple):
@@ -64,45 +76,19 @@ class RawSample(NamedTuple):
     name: str  # shard, key and offset, for messages
 
 
-class _Bounded(OrderedDict[Any, Any]):
-    """The most recently used values, up to a total weight (the newest stays whatever it weighs)."""
-
-    def __init__(self, capacity: int, *, weigh: Callable[[Any], int], discard: Callable[[Any], None]) -> None:
-        super().__init__()
-        self.capacity, self.total = capacity, 0
-        self._weigh, self._discard = weigh, discard
-
-    def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key in self:
-            self.move_to_end(key)
-            return self[key]
-        value = make()
-        self.total += self._weigh(value)
-        while self and self.total > self.capacity:
-            self.drop(next(iter(self)))
-        self[key] = value
-        return value
-
-    def drop(self, key: Any) -> None:
-        value = self.pop(key)
-        self.total -= self._weigh(value)
-        self._discard(value)
-
-
 class ChunkStore:
     """Reads samples of one dataset by `ChunkRef`. Pickles as its settings; caches are each process's own.
 
-    identity: the dataset's, which names its chunks in the cache. cache_dir: for remote datasets, shared by a
-    node's processes; cache_bytes: the most it may hold, None for a part of the disk (`default_cache_bytes`).
-    memory_bytes: how much of remote chunks a process keeps where no cache holds them. prefetch_bytes: what
-    may be fetched, or waiting to be, ahead of its use. One thread reads; prefetching has threads of its own.
+    cache_dir: for remote datasets, shared by a node's processes; cache_bytes: the most it may hold, None for
+    a part of the disk (`default_cache_bytes`). memory_bytes: how much of remote chunks a process keeps where
+    no cache holds them. prefetch_bytes: what may be fetched, or waiting to be, ahead of its use. One thread
+    reads; prefetching has threads of its own.
     """
 
     def __init__(
         self,
         *,
         url: str,
-        identity: str,
         cache_dir: Path | None,
         s3: S3Settings,
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
@@ -111,14 +97,13 @@ class ChunkStore:
     ) -> None:
         self._settings: dict[str, Any] = {
             "url": url,
-            "identity": identity,
             "cache_dir": cache_dir,
             "s3": s3,
             "memory_bytes": memory_bytes,
             "cache_bytes": cache_bytes,
             "prefetch_bytes": prefetch_bytes,
         }
-        self._url, self._identity = url, identity
+        self._url = url
         # The index came from there: a store that does not answer now is away, and is waited for.
         self._storage = open_storage(url, s3=dataclasses.replace(s3, known_to_answer=True))
         self._remote = is_remote(url)
@@ -130,12 +115,12 @@ class ChunkStore:
         def nothing(value: object) -> None:
             """Memory needs no closing."""
 
-        self._tables = _Bounded(MAX_FRAMED_SAMPLES, weigh=len, discard=nothing)
+        self._tables = Bounded(MAX_FRAMED_SAMPLES, weigh=lambda framed: len(framed.table), discard=nothing)
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         most_open = min(MAX_OPEN_FILES, max(16, allowed // 4))
-        self._shards = _Bounded(most_open, weigh=lambda descriptor: 1, discard=os.close)
-        self._files = _Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
-        self._memory = _Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
+        self._shards = ShardFiles(self._storage, most_open=most_open)
+        self._files = Bounded(most_open, weigh=lambda held: 1, discard=HeldChunk.close)
+        self._memory = Bounded(memory_bytes, weigh=lambda held: len(held.fresh), discard=HeldChunk.close)
 
     def __getstate__(self) -> dict[str, Any]:
         return self._settings
@@ -178,7 +163,8 @@ class ChunkStore:
             DataError: the chunk's bytes differ from what the index says of them (remote: also when
                 fetched again), or the shard is gone. StorageError: the store gives nothing.
         """
-        table: FrameTable = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
+        framed: _Framed = self._tables.get_or_make(chunk.number, lambda: self._open(chunk))
+        table = framed.table
         offset, length = int(table.offsets[row]), int(table.lengths[row])
         key, suffix = table.key(row), IMAGE_SUFFIXES[table.suffixes[row]]
         return RawSample(
@@ -186,53 +172,58 @@ class ChunkStore:
             shard=chunk.shard,
             offset=chunk.offset + offset,
             suffix=suffix,
-            image=self._image(chunk, offset, length),
+            image=self._image(chunk, framed.version, offset, length),
             label=int(table.labels[row]),
             name=f"{join_url(self._url, chunk.shard)}: {key}.{suffix} at byte {chunk.offset + offset}",
         )
+
+    def read_again(self, chunk: ChunkRef, row: int) -> RawSample:
+        """As `read`, of bytes that were held against the index in the last minute: what looks damaged may have
+        become so on a disk since.
+        """
+        framed: _Framed | None = self._tables.get(chunk.number)
+        if framed is not None and time.monotonic() - framed.checked >= _BELIEVED_SECONDS:
+            self._tables.drop(chunk.number)
+        return self.read(chunk, row)
 
     def close(self) -> None:
         """Close files, stop prefetching. The store can be used again."""
         self._prefetcher.close()
         self._prefetcher = self._make_prefetcher()
-        for held in (self._shards, self._files, self._memory):
+        self._shards.close()
+        for held in (self._files, self._memory):
             for key in list(held):
                 held.drop(key)
 
-    def _open(self, chunk: ChunkRef) -> FrameTable:
+    def _open(self, chunk: ChunkRef) -> _Framed:
+        # Before the bytes are read: a change from now on is noticed.
+        version = None if self._remote else self._shards.version(chunk.shard)
+        return self._frame(chunk, self._checked(chunk), version)
+
+    def _frame(self, chunk: ChunkRef, data: bytes | memoryview, version: Version | None) -> _Framed:
         where = self._where(chunk)
-        table = frame_table(self._checked(chunk), where=where)
+        table = frame_table(data, where=where)
         if len(table) != chunk.num_samples:
             raise DataError(
                 f"{where}: {len(table)} samples, the index says {chunk.num_samples}; {self._verify_hint()}"
             )
-        return table
+        return _Framed(table, version, time.monotonic())
 
-    def _image(self, chunk: ChunkRef, offset: int, length: int) -> bytes | memoryview:
-        if not self._remote:
-            return self._pread(chunk.shard, chunk.offset + offset, length)
-        return self._read_held(chunk, offset, length)
-
-    def _pread(self, shard: str, offset: int, length: int) -> bytes:
-        """Bytes of a local shard, which is held open and was checked before."""
-
-        def open_shard() -> int:
-            path = self._storage.local_path(shard)
-            assert path is not None, f"{self._url} is local, but its shards have no path"
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-        try:
-            descriptor = self._shards.get_or_make(shard, open_shard)
-            data = os.pread(descriptor, length, offset)
-        except OSError as error:
-            raise StorageError(
-                f"{self._url}: {shard}: {error.strerror or error}; it was readable before: check the disk"
-            ) from error
-        if len(data) != length:
-            raise DataError(
-                f"{self._url}: {shard} got shorter while it was read; shards must not change during a run"
-            )
-        return data
+    def _image(
+        self, chunk: ChunkRef, version: Version | None, offset: int, length: int
+    ) -> bytes | memoryview:
+        if self._remote:
+            return self._read_held(chunk, offset, length)
+        data, now = self._shards.read(chunk.shard, chunk.offset + offset, length)
+        if now == version:
+            return data
+        # Another file, or other bytes in it, since the chunk was checked. If they are the same bytes, go on.
+        self._shards.let_go(chunk.shard)
+        self._tables.drop(chunk.number)
+        version = self._shards.version(chunk.shard)
+        whole = self._fetch(chunk)
+        self._tables.get_or_make(chunk.number, lambda: self._frame(chunk, whole, version))
+        return whole[offset : offset + length]
 
     def _checked(self, chunk: ChunkRef) -> bytes | memoryview:
         """The chunk's bytes, which match the index."""
@@ -307,7 +298,8 @@ class ChunkStore:
         return self._cache
 
     def _cache_key(self, chunk: ChunkRef) -> str:
-        return f"{self._identity}/{chunk.number}"
+        # By content: what a redaction or an extension leaves as it was is not fetched again.
+        return f"{chunk.shard_sha256.hex()}/{chunk.offset}+{chunk.num_bytes}"
 
     def _fetch(self, chunk: ChunkRef) -> bytes:
         """The chunk's bytes from the store, checked. A remote one that differs is asked for once more:
@@ -348,7 +340,6 @@ class ChunkReader:
         self.index, self.s3, self.cache_dir = index, s3, cache_dir
         self.store = ChunkStore(
             url=index.url,
-            identity=index.identity,
             cache_dir=cache_dir,
             s3=s3,
             memory_bytes=memory_bytes,
@@ -358,13 +349,15 @@ class ChunkReader:
 
     def chunk(self, number: int) -> ChunkRef:
         index = self.index
+        shard = int(index.chunk_shard[number])
         return ChunkRef(
             number=number,
-            shard=index.shard_names[int(index.chunk_shard[number])],
+            shard=index.shard_names[shard],
             offset=int(index.chunk_offset[number]),
             num_bytes=int(index.chunk_bytes[number]),
             num_samples=int(index.chunk_samples[number]),
             crc32=int(index.chunk_crc32[number]),
+            shard_sha256=index.shard_sha256[shard].tobytes(),
         )
 
     def read(self, chunk: int, row: int) -> RawSample:

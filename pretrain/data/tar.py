@@ -47,6 +47,15 @@ class NeedMoreError(Exception):
         self.wanted = wanted
 
 
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\3\4": "zip",
+}
+
+
 def damaged(offset: int, what: str) -> str:
     return f"damaged tar header at byte {offset} ({what}); fetch or write the shard again"
 
@@ -129,6 +138,10 @@ def member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) -
                 raise DataError(f"{where}: the tar ends after the extension header at byte {base + start}")
             return None
         if not _checksum_matches(header):
+            if base + at == 0 and (kinds := [_MAGIC[magic] for magic in _MAGIC if header.startswith(magic)]):
+                raise DataError(
+                    f"{where}: is compressed ({kinds[0]}), so chunks cannot be read out of it; unpack it"
+                )
             raise DataError(f"{where}: {damaged(base + at, 'checksum')}")
         kind = header[156:157]
         try:
@@ -157,7 +170,10 @@ def member_at(buffer: bytes | bytearray, start: int, *, where: str, base: int) -
             size = found_size if found_size is not None else size
         at = end
     if kind == b"S":
-        raise DataError(f"{where}: the tar member at byte {base + at} is sparse, which is not supported")
+        raise DataError(
+            f"{where}: the tar member at byte {base + at} is sparse, which is not supported; "
+            "write the tar without --sparse"
+        )
     size = own_size if size is None else size
     if name is None:
         name = _text(header[:100].split(b"\0", 1)[0])

@@ -8,7 +8,7 @@ are where the run as a whole stands.
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -108,6 +108,11 @@ class MetricsServer:
         self._reading = {
             name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in READING.items()
         }
+        self._cache_bytes = Gauge(
+            "pretrain_cache_bytes",
+            "What the node's chunk cache takes on its disk now, of all runs and datasets.",
+            registry=registry,
+        )
         self._server, self._thread = None, None
         if port:
             self._server, self._thread = _serve(port, host, registry)
@@ -144,6 +149,10 @@ class MetricsServer:
         for name, gained in reading.items():
             if name in self._reading:
                 self._reading[name].inc(max(0.0, gained))
+
+    def watch_cache(self, cached_bytes: Callable[[], float]) -> None:
+        """Have the cache's size asked for at each scrape; other processes and runs change it, too."""
+        self._cache_bytes.set_function(cached_bytes)
 
     def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
         """One committed checkpoint; `committed_at` is Unix time in seconds."""

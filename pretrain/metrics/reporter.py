@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Reporter:
         self._server = server
         self._log_every_steps = log_every_steps
         self._reading: dict[str, float] = {}  # since this process started
+        self._cached_bytes: Callable[[], int] | None = None
         self._next_told_replaced = 1
         self.throughput = Throughput()
 
@@ -100,6 +101,12 @@ class Reporter:
         self.event(
             "checkpoint_rejected", note=f"passing over {path}: {reason}", path=str(path), reason=str(reason)
         )
+
+    def watch_cache(self, cached_bytes: Callable[[], int]) -> None:
+        """`cached_bytes`: what the node's chunk cache holds at the moment; asked for from any thread."""
+        self._cached_bytes = cached_bytes
+        if self._server:
+            self._server.watch_cache(cached_bytes)
 
     def step(
         self,
@@ -187,7 +194,8 @@ class Reporter:
             bytes=size_bytes,
             path=str(path),
         )
-        self.event("reading", note=None, step=step, samples=samples, **self._reading)
+        cache = {} if self._cached_bytes is None else {"cache_bytes": self._cached_bytes()}
+        self.event("reading", note=None, step=step, samples=samples, **self._reading, **cache)
         if self._journal:
             self._journal.sync()
         if self._server:

@@ -191,8 +191,14 @@ class LocalStorage:
 
 
 def _copy(source: Path, target_fd: int) -> None:
-    with _typed_errors(source), open(source, "rb", buffering=0) as file:
-        while piece := file.read(_COPY_BYTES):
+    with contextlib.ExitStack() as stack:
+        with _typed_errors(source):
+            file = stack.enter_context(open(source, "rb", buffering=0))
+        while True:
+            with _typed_errors(source):  # only reading: what writing raises is of the target
+                piece = file.read(_COPY_BYTES)
+            if not piece:
+                return
             view = memoryview(piece)
             while view:
                 view = view[os.write(target_fd, view) :]

@@ -42,6 +42,36 @@ def test_loaders_are_timed_on_the_same_shards_from_disk(
     check(capsys.readouterr().out, loaders=loaders)
 
 
+def test_with_fewer_shards_than_processes_webdataset_is_left_out_there_and_refused_where_it_was_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "d", count=200, per_shard=100)
+    shards = len(open_index(str(tmp_path / "d")).shard_names)
+    many = str(shards + 1)
+    command = ["benchmark", "data", str(tmp_path / "d"), "--json", *QUICK]
+    assert main([*command, "--repeats", "1", "--processes", "1", many, "--peer-python", sys.executable]) == 0
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    rows = [(row["loader"], row["processes"]) for row in told["loaders"]]
+    assert ("webdataset", 1) in rows
+    assert ("pretrain", shards + 1) in rows
+    left_out = {"webdataset", "webdataset pipe"}
+    assert {out["loader"] for out in told["left_out"]} == left_out
+    assert not [row for row in rows if row[0] in left_out and row[1] == shards + 1]
+    by_row = dict(zip(rows, told["loaders"], strict=True))
+    assert by_row["pretrain", 1]["ratio_to_webdataset"] is not None
+    assert by_row["pretrain", shards + 1]["ratio_to_webdataset"] is None
+    assert f"webdataset with {many} processes: needs {many} shards" in printed.err
+
+    assert main([*command, "--only", "pretrain", "webdataset", "--processes", "1", many]) == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert f"webdataset needs {many} shards" in said.err
+    assert f"has {shards} shards" in said.err
+    assert f"--processes {shards} at most" in said.err
+    assert main([*command, "--only", "pretrain", "--processes", many]) == 0
+
+
 @pytest.mark.slow
 def test_loaders_are_timed_on_the_same_shards_from_a_bucket(
     tmp_path: Path, s3_bucket: str, capsys: pytest.CaptureFixture[str]

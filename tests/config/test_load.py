@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pretrain.config.load import as_yaml, known_keys, load_config, parse_config
+from pretrain.config.load import as_yaml, known_keys, load_config, parse_config, with_defaults
 from pretrain.errors import ConfigError
 from pretrain.recipe import describe
 
@@ -216,3 +216,17 @@ def test_rand_augment_is_off_until_one_of_its_keys_is_given(recipe: Path) -> Non
     assert (given.ops, given.magnitude) == (2, 15.0)
     with pytest.raises(ConfigError, match="magnitude"):
         load_config(recipe, ["data.rand_augment.magnitude=31"])
+
+
+def test_a_config_of_an_older_version_is_completed_with_the_defaults() -> None:
+    recipe = {**RECIPE, "data": {"train": "SHARDS", "rand_augment": {"magnitude": 15.0}, "mixup": 0.8}}
+    whole = parse_config(recipe, source="test").model_dump(mode="json")
+    assert with_defaults(whole) == whole
+    older = {name: section for name, section in whole.items() if name not in ("storage", "objective")}
+    older["data"] = {**recipe["data"], "once_there": 1}
+    older["model"] = {"size": "tiny"}
+    completed = with_defaults(older)
+    assert completed["data"].pop("once_there") == 1
+    assert parse_config(completed, source="test").model_dump(mode="json") == whole
+    assert "ops" not in older["data"]["rand_augment"], "what was given is as it was"
+    assert "data" not in with_defaults({}), "what has no default stays missing"

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.data.excluded import ExcludingOrder
-from pretrain.data.order import Order
+from pretrain.data.order import Block, Order
 
 
 def sample_numbers(order: Order, chunks: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -118,16 +118,43 @@ def test_substitutes_go_on_from_what_stands_there_and_pass_over_what_is_excluded
     position = data.draw(st.integers(0, 3 * N))
     chunks, rows = without.locate([position])
     standing = (int(chunks[0]), int(rows[0]))
-    # The position of what stands there has the same block left, so the order's own rule says the rest.
-    standing_at = without.stand_ins(np.array([position]))
-    expected = [
-        place
-        for place in order.substitutes(int(standing_at[0]))
-        if int(sample_numbers(order, np.array([place[0]]), np.array([place[1]]))[0]) not in excluded
-    ]
+    # What stands there has a position of its own, from which the walk goes on, block after block.
+    standing_at = int(without.stand_ins(np.array([position]))[0])
+    epoch, lane, number, index = (int(column[0]) for column in order.blocks_of([standing_at]))
+    own = block = Block(epoch, lane, number)
+    places = order.block_positions(own).tolist()
+    places = places[index + 1 :] + places[:index]
+    expected: list[tuple[int, int]] = []
+    while True:
+        chunks, rows = order.locate(places)
+        left = ~np.isin(sample_numbers(order, chunks, rows), excluded)
+        expected += zip(chunks[left].tolist(), rows[left].tolist(), strict=True)
+        block = order.next_block(block)
+        if len(expected) >= order.block_rows // 2 or block == own:
+            break
+        places = order.block_positions(block).tolist()
     got = list(without.substitutes(position))
     assert got == expected
     assert standing not in got
+    assert len(got) >= min(order.block_rows // 2, N - len(excluded) - 1)
+    # Those of before, when excluded ones counted as tried, still come first: what was replaced stays replaced.
+    former = [place for place in order.substitutes(standing_at) if place in got]
+    assert got[: len(former)] == former
+
+
+def test_the_last_sample_left_in_its_block_has_substitutes_in_the_next() -> None:
+    order = Order(chunk_samples=np.full(60, 4), seed=9, lanes=4, block_chunks=2)
+    own = Block(0, 1, 2)
+    block = order.block_positions(own)
+    last = int(block[3])
+    without = ExcludingOrder(
+        order, np.sort(sample_numbers(order, *order.locate(np.setdiff1d(block, [last]))))
+    )
+    following = order.block_positions(order.next_block(own))
+    chunks, rows = order.locate(following)
+    expected = list(zip(chunks.tolist(), rows.tolist(), strict=True))
+    for position in (last, int(block[0])):  # where it stands, and where it stands in
+        assert list(without.substitutes(position)) == expected
 
 
 def test_a_block_with_nothing_left_is_filled_by_the_next_of_its_lane() -> None:

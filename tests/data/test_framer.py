@@ -180,7 +180,11 @@ def test_a_chunk_never_splits_a_sample_and_never_is_without_one() -> None:
     left_out: list[str] = []
     chunks = list(
         cut_chunks(
-            blocks(tar_of(members)), where="t", min_samples=1, max_samples=1, on_left_out=left_out.append
+            blocks(tar_of(members)),
+            where="t",
+            min_samples=1,
+            max_samples=1,
+            on_left_out=lambda key, _: left_out.append(key),
         )
     )
     assert [len(by_us(chunk.data)) for chunk in chunks] == [1] * 10

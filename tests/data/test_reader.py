@@ -266,5 +266,5 @@ def test_a_pickled_store_is_small_whatever_was_read(tmp_path: Path) -> None:
     before = len(pickle.dumps(reader.store))
     read_all(reader)
     assert len(pickle.dumps(reader.store)) == before < 1500
-    fresh = ChunkStore(url=index.url, identity=index.identity, cache_dir=None, s3=S3Settings())
+    fresh = ChunkStore(url=index.url, cache_dir=None, s3=S3Settings())
     assert fresh.read(reader.chunk(3), 1) == reader.read(3, 1)

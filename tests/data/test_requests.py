@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import sys
@@ -82,6 +83,7 @@ def refs(server: Radosgw) -> list[ChunkRef]:
     client, chunk_bytes, made = server.client(), SAMPLES_A_CHUNK * SAMPLE_BYTES, []
     for shard in range(SHARDS):
         data, name = shard_bytes(shard), f"shard-{shard:03d}.tar"
+        digest = hashlib.sha256(data).digest()
         client.put_object(Bucket="tiny", Key=name, Body=data)
         for chunk in range(CHUNKS_A_SHARD):
             own = data[chunk * chunk_bytes : (chunk + 1) * chunk_bytes]
@@ -93,6 +95,7 @@ def refs(server: Radosgw) -> list[ChunkRef]:
                     num_bytes=chunk_bytes,
                     num_samples=SAMPLES_A_CHUNK,
                     crc32=zlib.crc32(own),
+                    shard_sha256=digest,
                 )
             )
     return made
@@ -105,7 +108,7 @@ def tiny_order() -> Order:
 
 
 def tiny_store(refs: list[ChunkRef], **settings: Any) -> ChunkStore:
-    return ChunkStore(url="s3://tiny", identity="tiny", s3=S3Settings(), **settings)
+    return ChunkStore(url="s3://tiny", s3=S3Settings(), **settings)
 
 
 def read_epoch(

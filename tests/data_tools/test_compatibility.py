@@ -141,6 +141,29 @@ def test_webdataset_reads_every_member_of_what_pack_writes(tmp_path: Path, pretr
         assert sample["png"].shape == (10, 12, 3)
 
 
+def test_a_packed_shard_is_what_webdatasets_writer_makes_of_its_samples(tmp_path: Path, pretrain) -> None:
+    keys = ["plain", "ein größerer Schlüssel", "k" * 99, "k" * 120, "folder/" + "k" * 160, "é" * 60]
+    rows = ["path,key,label,caption,source"]
+    for i, key in enumerate(keys):
+        (tmp_path / f"{i}.png").write_bytes(image_bytes(i, size=(12 + 9 * i, 10)))
+        rows.append(f"{i}.png,{key},{i},words {i},ort {i} – ü")
+    (tmp_path / "m.csv").write_text("\n".join(rows) + "\n")
+    assert pretrain("data", "pack", tmp_path / "m.csv", tmp_path / "out") == 0
+    data = (tmp_path / "out" / "000000.tar").read_bytes()
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        for member in tar:
+            key, _, suffix = member.name.rpartition(".")
+            samples.setdefault(key, {})[suffix] = tar.extractfile(member).read()
+    assert samples.keys() == set(keys)
+    assert all(sample.keys() == {"png", "cls", "txt", "json"} for sample in samples.values())
+    file = io.BytesIO()
+    with webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as writer:
+        for key, sample in samples.items():
+            writer.write({"__key__": key, **sample})
+    assert data == file.getvalue()
+
+
 # -- the framer against webdataset's iterator, over tars that hypothesis makes ----------------------
 
 PART = st.text(alphabet="ab0-_ é.", min_size=1, max_size=6)

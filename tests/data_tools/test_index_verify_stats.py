@@ -154,7 +154,15 @@ def test_places_that_cannot_be_indexed_are_refused_with_a_reason(tmp_path: Path,
         assert not (tmp_path / "d" / "index.safetensors").exists()
         return capsys.readouterr().err
 
-    assert "no .tar files" in refused()
+    assert "there is nothing there" in refused()
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "list.txt").write_text("x")
+    assert "no .tar files there (1 other file)" in refused()
+    (tmp_path / "d" / "a.jpeg").write_bytes(b"x")
+    assert f"but 1 image; make shards of them with `pretrain data pack {tmp_path / 'd'} OUT`" in refused()
+    for path in (tmp_path / "d").iterdir():
+        path.unlink()
+    (tmp_path / "d").rmdir()
     write_foreign(tmp_path / "d", shards=1, per_shard=2)
     tar = (tmp_path / "d" / "00000.tar").read_bytes()
     (tmp_path / "d" / "00000.tar").rename(tmp_path / "d" / "00000.tar.gz")

@@ -95,6 +95,9 @@ def test_seeds_give_different_orders(dataset: str, capsys: pytest.CaptureFixture
     ("arguments", "words"),
     [
         (["--global-batch-size", "7"], "even"),
+        (["--global-batch-size", "8", "--start", "99999999999999999999"], "--start"),
+        (["--global-batch-size", "8", "--seed", str(2**64)], "--seed"),
+        (["--global-batch-size", str(2**62)], "--global-batch-size"),
         (["--global-batch-size", "8", "--world-size", "0"], "--world-size"),
         (["--global-batch-size", "8", "--start", "-1"], "--start"),
         (["--global-batch-size", "8", "--lanes", "3"], "--lanes"),

@@ -209,6 +209,8 @@ def test_sources_that_make_no_sense_are_refused_with_a_reason(
         return capsys.readouterr().err
 
     assert "no such folder" in refused(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("x")
+    assert "notes.txt: is neither a folder, nor" in refused(tmp_path / "notes.txt")
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(tmp_path / "empty")
     (tmp_path / "empty" / "a.txt").write_text("x")
@@ -305,8 +307,16 @@ def test_killed_in_the_middle_and_run_again_gives_the_bytes_of_an_uninterrupted_
     assert not (out / "index.safetensors").exists()
     finished = {name: os.stat(out / name).st_mtime_ns for name in finished_shards(out)}
     assert len(finished) >= 2
-    assert pretrain("data", "index", out) == 2  # half a dataset is not to be indexed
-    capsys.readouterr()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"run_dir: {tmp_path / 'run'}\nmodel: {{size: tiny}}\ndata: {{train: {out}}}\n"
+        "train: {global_batch_size: 2, steps: 1}\n"
+    )
+    for words in (["index"], ["stats"], ["verify"]):  # half a dataset is none
+        assert pretrain("data", *words, out) == 2
+        assert "`pretrain data pack` has not finished here; run it again" in capsys.readouterr().err
+    assert pretrain("train", recipe) == 2
+    assert "`pretrain data pack` has not finished here; run it again" in capsys.readouterr().err
     assert pretrain("data", "pack", source, out, *options) == 0
     assert f"going on after {len(finished)} of" in capsys.readouterr().err
     whole = contents(tmp_path / "whole")
@@ -337,14 +347,22 @@ def test_a_shard_damaged_between_two_runs_is_written_again(make_folder, tmp_path
     assert pretrain("data", "verify", out) == 0
 
 
-def test_interrupted_and_run_with_other_options_starts_clean(make_folder, tmp_path: Path, pretrain) -> None:
+def test_interrupted_and_run_with_other_options_keeps_what_there_is_or_starts_clean(
+    make_folder, tmp_path: Path, pretrain, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = make_folder(60)
     out = tmp_path / "out"
     process = run_in_a_process("data", "pack", source, out, "--shard-bytes", 20_000)
     wait_for_shards(out, 3, process)
     process.kill()
     process.communicate()
-    assert pretrain("data", "pack", source, out, "--seed", 9) == 0
+    before = contents(out)
+    assert pretrain("data", "pack", source, out, "--seed", 9) == 2
+    said = capsys.readouterr().err
+    assert "a packing of other images or options has not finished here" in said
+    assert "--overwrite" in said
+    assert contents(out) == before
+    assert pretrain("data", "pack", source, out, "--seed", 9, "--overwrite") == 0
     assert [path.name for path in out.glob("*.tar")] == ["000000.tar"]
     assert pretrain("data", "verify", out) == 0
 
@@ -371,6 +389,17 @@ def test_commands_start_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_packing_needs_no_torch_to_the_end(make_folder, tmp_path: Path) -> None:
+    code = f"""if True:
+        import sys
+        from pretrain.cli import main
+        assert main(["data", "pack", {str(make_folder(3))!r}, {str(tmp_path / "out")!r}]) == 0
+        print({{"torch", "webdataset"}} & sys.modules.keys())
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_an_out_that_is_a_file_is_wrong_usage(make_folder, tmp_path: Path, pretrain, capsys) -> None:

@@ -196,8 +196,19 @@ def test_an_error_in_a_worker_is_the_users_error(make_folder, tmp_path: Path, pr
     words = ["data", "pack", source, tmp_path / "out", "--shard-bytes", 10_000, "--processes", 2]
     assert pretrain(*words) == 3
     assert "broken.png" in capsys.readouterr().err
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
     assert pretrain(*words, "--skip-bad") == 0
-    assert "1 images do not decode and are left out" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 images do not decode and are left out" in said
+    assert "going on after" in said
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished, "none was written again"
+    assert pretrain(*words[:4], "--shard-bytes", 10_000, "--skip-bad") == 0  # "finished already"
+    assert pretrain(*words) == 2, "strictly, it is another dataset"
+    whole = ["data", "pack", source, tmp_path / "whole", "--shard-bytes", 10_000, "--skip-bad"]
+    assert pretrain(*whole) == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+    capsys.readouterr()
     assert pretrain(*words, "--skip-bad") == 0
     assert "finished already" in capsys.readouterr().out
 

@@ -266,6 +266,17 @@ def test_keys_that_are_unknown_or_none_are_refused(dataset: Path, tmp_path: Path
     assert contents(dataset) == before
 
 
+def test_a_list_of_keys_may_be_of_any_editor(dataset: Path, tmp_path: Path, pretrain, capsys) -> None:
+    (tmp_path / "k.txt").write_bytes(
+        "".join(f"{key}\r\n" for key in ["\ufeff" + KEYS[0], *KEYS[1:]]).encode()
+    )
+    assert pretrain("data", "redact", dataset, "--keys", tmp_path / "k.txt") == 0
+    assert f"removed {len(KEYS)} samples" in capsys.readouterr().out
+    (tmp_path / "k.txt").write_text(KEYS[0] + " \n")  # a key may end in a space: this is another one
+    assert pretrain("data", "redact", dataset, "--keys", tmp_path / "k.txt") == 2
+    assert f"the first: '{KEYS[0]} '" in capsys.readouterr().err
+
+
 def test_a_damaged_shard_is_not_rewritten(dataset: Path, keys: Path, pretrain, capsys) -> None:
     index = open_index(str(dataset))
     found = open_samples(index).find(KEYS)

@@ -128,7 +128,7 @@ def test_only_what_changed_is_copied_to_an_older_version_and_delete_removes_the_
     assert pretrain("data", "redact", dataset, "--keys", tmp_path / "keys.txt") == 0
     capsys.readouterr()
     assert pretrain("data", "sync", dataset, mirror) == 0
-    assert "; 1 shards copied" in capsys.readouterr().out
+    assert "; 1 shard copied" in capsys.readouterr().out
     assert open_index(str(mirror)).identity == open_index(str(dataset)).identity
     assert len(shards(mirror)) == len(shards(dataset)) + 1  # the old one is still there
     assert pretrain("data", "sync", dataset, mirror, "--delete") == 0

@@ -92,7 +92,7 @@ ROWS = {
     "a text file named .jpg to index": Row(
         command="data index {root}/text",
         code=0,
-        says=("1 images are neither JPEG, PNG nor WebP, training would stop there", "{text_key}.jpg"),
+        says=("1 images are neither JPEG, PNG nor WebP", "{text_key}.jpg", "other samples stand in for them"),
     ),
     "a text file named .jpg to train on": Row(
         command=f"{TRAIN} data.train={{root}}/text train.steps=130",

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks
 from small_run import RECIPE, losses, pretrain
 
 from pretrain.checkpoint.load import CheckpointReader
-from pretrain.checkpoint.manifest import KINDS, committed, find_newest
+from pretrain.checkpoint.manifest import KINDS, MANIFEST_NAME, committed, find_newest, read_manifest
 from pretrain.metrics.journal import read_journal
 
 TRAIN = ["-m", "pretrain.train"]
@@ -155,3 +156,31 @@ def test_a_finished_run_started_again_says_so_and_changes_nothing(
     done = pretrain("train", str(uninterrupted.parent / "recipe.yaml"))
     assert (done.returncode, "finished at step 12" in done.stdout) == (0, True)
     assert before == {p: p.stat().st_mtime_ns for p in uninterrupted.rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_older_than_some_keys_goes_on_as_their_defaults_say_and_not_otherwise(
+    tmp_path: Path, uninterrupted: Path, shards: Path
+) -> None:
+    newer = ("rand_augment", "three_augment", "erasing", "mixup", "cutmix")
+    run_dir = tmp_path / "run"
+    first = committed(uninterrupted)[0]
+    folder = run_dir / "checkpoints" / first.name
+    shutil.copytree(first, folder)
+    manifest = read_manifest(folder)
+    known = {name: value for name, value in manifest.config["data"].items() if name not in newer}
+    assert len(known) == len(manifest.config["data"]) - len(newer)
+    older = replace(manifest, config={**manifest.config, "data": known})
+    (folder / MANIFEST_NAME).write_text(older.to_json())
+    recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards, train={"steps": 12})
+
+    done = pretrain("train", str(recipe), "data.mixup=0.8", "data.rand_augment={ops: 2}")
+    assert done.returncode == 4
+    assert "data.mixup: 0.0 in the checkpoint, 0.8 now" in done.stderr
+    assert "data.rand_augment.ops: None in the checkpoint, 2 now" in done.stderr
+    assert "data.cutmix" not in done.stderr
+
+    done = pretrain("train", str(recipe))
+    assert done.returncode == 0, done.stderr
+    expected = {step: loss for step, loss in losses(uninterrupted).items() if step > 3}
+    assert losses(run_dir) == pytest.approx(expected, rel=1e-5)
+    assert find_newest(run_dir).name == "step-00000012"

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pretrain.errors import UsageError
 from pretrain.metrics.prometheus import MetricsServer
+from pretrain.storage import ChunkCache
 
 
 def free_port() -> int:
@@ -61,6 +62,7 @@ def observe_everything(server) -> None:
         )
     server.observe_checkpoint(seconds=3.0, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
+    server.watch_cache(lambda: 123 << 20)
 
 
 def scrape(server) -> str:
@@ -102,9 +104,20 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_cache_hits_total": 15,
         "pretrain_worker_restarts_total": 0,
         "pretrain_checkpoint_bytes": 1e9,
+        "pretrain_cache_bytes": 123 << 20,
         "pretrain_checkpoint_last_commit_timestamp_seconds": 1.7e9,
     }
     assert {name: samples[name] for name in expected} == expected
+
+
+def test_a_caches_size_is_what_it_is_when_it_is_scraped(server, tmp_path):
+    assert samples_of(scrape(server))["pretrain_cache_bytes"] == 0
+    cache = ChunkCache(tmp_path, max_bytes=5 * 4096)
+    server.watch_cache(cache.used_bytes)
+    for number, held in enumerate([1, 3, 5, 4, 4]):  # of two blocks each, but the first; then some must go
+        data = bytes(100 if number == 0 else 5000)
+        cache.get(str(number), len(data), lambda data=data: data).close()
+        assert samples_of(scrape(server))["pretrain_cache_bytes"] == cache.used_bytes() == held * 4096
 
 
 def test_a_loss_that_is_not_a_number_does_not_break_the_endpoint(server):
