@@ -96,11 +96,8 @@ def pretrain(spec: dict[str, Any]) -> Iterator[int]:
         workers=workers_of(spec["processes"]),
     )
     for (batch,) in loader.steps(0):
-        images = batch["images"].numpy()
-        for i in np.flatnonzero(
-            batch["draws"][:, 0].numpy() < 0.5
-        ):  # as DeviceTransform; the others flip here, too
-            images[i] = images[i, :, :, ::-1]
+        images, flips = batch["images"], batch["draws"][:, 0] < 0.5
+        images[flips] = images[flips].flip(-1)  # as DeviceTransform; the others flip here, too
         yield BATCH
 
 

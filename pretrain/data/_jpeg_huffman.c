@@ -209,11 +209,13 @@ static int decode_mcu(Jpeg jpeg, JpegBlock **blocks)
                 break;
             }
             REFILL();
-            if (ADVANCE(entry) >= OTHER && LENGTH(entry)) {
+            if (ADVANCE(entry) < OTHER) { /* one by one near the end: what follows may be the next block's */
+                SYMBOL(symbol, &table->codes, 1);
+            } else if (LENGTH(entry)) {
                 symbol = SYMBOL_IN(entry);
                 DROP(LENGTH(entry));
-            } else { /* one by one near the end: what follows may be the next block's */
-                SYMBOL(symbol, &table->codes, 1);
+            } else {
+                SYMBOL(symbol, &table->codes, HUFFMAN_LOOK + 1);
             }
             const unsigned int size = symbol & 15;
             k += symbol >> 4;

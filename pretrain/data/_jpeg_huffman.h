@@ -4,7 +4,7 @@
 
 #include "_libjpeg.h"
 
-enum { HUFFMAN_LOOK = 10 }; /* bits looked up at once */
+enum { HUFFMAN_LOOK = 11 }; /* bits looked up at once */
 
 typedef struct {
     const uint8_t *symbols;
