@@ -4,12 +4,14 @@
 # make test-all  the long suites too
 # make fuzz      ten minutes of damaged input for what reads tars, indexes and images
 #
-# PYTHON               the interpreter for .venv (3.10 or newer)
-# PRETRAIN_TORCH       pip's requirement for torch, for example a CPU build
-# PRETRAIN_PIP_ARGS    further arguments for pip, for example --index-url or --find-links
+# PYTHON                     the interpreter for .venv (3.10 or newer)
+# PRETRAIN_TORCH             pip's requirement for torch, for example a CPU build
+# PRETRAIN_PIP_ARGS          further arguments for pip, for example --index-url or --find-links
+# PRETRAIN_TEST_PROCESSES    how many `make test` runs at once; 0 is one after another, in pytest's own process
 PYTHON ?= python3
 PRETRAIN_TORCH ?= torch==2.13.0
 PRETRAIN_PIP_ARGS ?=
+PRETRAIN_TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRAIN_PIP_ARGS) -c constraints.txt
@@ -19,11 +21,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRA
 demo: .venv/installed
 	$(BIN)/pretrain demo
 
+# Two processes, for much of the tests is waiting; a file's tests stay together, as they share what they set up.
+# The long suites have the machine to themselves: some of them measure.
 test: .venv/installed
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PRETRAIN_TEST_PROCESSES) --dist loadfile -m "not slow and not gpu"
 
-test-all: .venv/installed
-	$(BIN)/python -m pytest
+test-all: test
+	$(BIN)/python -m pytest -m "slow or gpu"
 
 fuzz: .venv/installed
 	$(PIP) -e ".[dev,fuzz]"

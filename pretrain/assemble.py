@@ -9,7 +9,9 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ from pretrain.data.reader import ChunkReader
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
+    backbone_spec,
     cache_bytes,
     cache_dir,
     check_validation_labels,
@@ -41,37 +44,23 @@ from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
-from pretrain.models.build import build_vit
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.optim.schedules import cosine_lr
 from pretrain.signals import ctrl_c_waits
-
-
-def build_backbone(config: RunConfig) -> VisionTransformer:
-    model = config.model
-    return build_vit(
-        name=model.name,
-        size=model.size,
-        image_size=model.image_size,
-        patch_size=model.patch_size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-        pooling=model.pooling,
-        position_embedding=model.position_embedding,
-        drop_path_rate=model.drop_path_rate,
-        weight_init="mae" if config.objective.name == "mae" else "timm",
-    )
 
 
 def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE:
     """The objective with fresh float32 weights that depend on `config.seed` alone."""
     torch.manual_seed(config.seed)
-    backbone = build_backbone(config)
     objective = config.objective
+    backbone = build_backbone(
+        backbone_spec(config),
+        drop_path_rate=config.model.drop_path_rate,
+        weight_init="mae" if objective.name == "mae" else "timm",
+    )
     if objective.name == "mae":
         return MAE(
             backbone,
@@ -291,6 +280,17 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
+    )
+
+
+def build_schedule(config: RunConfig, *, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step; the first is step 0."""
+    return partial(
+        cosine_lr,
+        peak=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=total_steps,
+        min_lr=config.optim.min_lr,
     )
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import argparse
 import ast
-import errno
 import importlib
 import importlib.util
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
-from pretrain.errors import EXIT_BROKEN_PIPE, EXIT_CRASHED, EXIT_CTRL_C, PretrainError
+from pretrain.errors import EXIT_BROKEN_PIPE, exit_code_of
 from pretrain.signals import ctrl_c_waits
 
 
 class Command(NamedTuple):
-    """`front`, where a command has one, holds its arguments and what can be refused without torch."""
+    """`front`, where a command has one, holds its arguments and what can be refused without torch: the module's
+    `run(args, resolved)` is only called for what the front's `resolve(args)` gives back, unless that is None.
+    """
 
     module: str
     summary: str
@@ -143,39 +143,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
-        front = importlib.import_module(command.front or command.module)
-        parser = argparse.ArgumentParser(
-            prog=f"pretrain {name}",
-            description=_help_of(command),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        front.add_arguments(parser)
-        args = parser.parse_intermixed_args(arguments)
-        if command.front:
-            config = front.resolve(args)
-            if config is None:
-                return 0
-        with ctrl_c_waits():
-            module = importlib.import_module(command.module)
-        return module.run(args)
-    except PretrainError as error:
-        print(f"pretrain {name}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(f"pretrain {name}: stopped by Ctrl-C", file=sys.stderr)
-        return EXIT_CTRL_C
+        return exit_code_of(name, lambda: _run(name, command, arguments))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"pretrain {name}: {error.strerror}; free some space, also in {tempfile.gettempdir()}, where temporary "
-            "files go (TMPDIR names another place)",
-            file=sys.stderr,
-        )
-        return EXIT_CRASHED
+
+
+def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
+    front = importlib.import_module(command.front or command.module)
+    parser = argparse.ArgumentParser(
+        prog=f"pretrain {name}",
+        description=_help_of(command),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    front.add_arguments(parser)
+    args = parser.parse_intermixed_args(arguments)
+    if command.front is None:
+        return front.run(args)
+    resolved = front.resolve(args)
+    if resolved is None:
+        return 0
+    with ctrl_c_waits():
+        module = importlib.import_module(command.module)
+    return module.run(args, resolved)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pretrain.checkpoint.segments import (
     SEGMENTS_NAME,
     Change,
     Share,
+    keep_chunk_sizes,
     kept_chunk_sizes,
     read_changes,
     read_numbers,
@@ -74,6 +75,11 @@ class RunData:
                         f"from sample {position}, before its data was changed; bring it, or the newer checkpoint, "
                         "back from a copy"
                     )
+
+    def keep_order(self, run_dir: Path) -> None:
+        """So that what was consumed can be told when a dataset is no longer what it was. Raises PretrainError."""
+        for index in self.indexes:
+            keep_chunk_sizes(run_dir, index.identity, index.chunk_samples)
 
     def cut_short(self, number: int, *, until: int) -> list[dict[str, Any]]:
         """Of each dataset of a segment that ends at `until`: {url, epoch, seen, of}, how many samples of its

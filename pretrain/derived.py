@@ -19,7 +19,6 @@ from pretrain.data.order import lanes_for
 from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
-from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
 from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_remote
 
@@ -51,32 +50,9 @@ def cache_bytes(config: RunConfig) -> int:
     return config.data.cache_bytes or default_cache_bytes(cache_dir(config) / CACHE_FOLDER)
 
 
-def backbone_spec(
-    config: RunConfig, *, num_classes: int | None = None, class_names: tuple[str, ...] | None = None
-) -> BackboneSpec:
+def backbone_spec(config: RunConfig) -> BackboneSpec:
     """The backbone a recipe describes, in plain values."""
-    model = config.model
-    size = resolve_size(
-        size=model.size,
-        embed_dim=model.embed_dim,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        mlp_ratio=model.mlp_ratio,
-    )
-    return BackboneSpec(
-        image_size=model.image_size,
-        patch_size=model.patch_size,
-        embed_dim=size.embed_dim,
-        depth=size.depth,
-        num_heads=size.num_heads,
-        mlp_ratio=size.mlp_ratio,
-        pooling=model.pooling,
-        position_embedding=model.position_embedding,
-        num_classes=num_classes,
-        class_names=class_names,
-        mean=config.data.mean,
-        std=config.data.std,
-    )
+    return BackboneSpec.of_recipe(config.model.model_dump(), config.data.model_dump())
 
 
 def is_image_source(url: str) -> bool:

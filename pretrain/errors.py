@@ -4,6 +4,13 @@ A message says the problem, what was got, and what to do next. Every error is bu
 string, so that it survives the trip from a loader worker to its parent process.
 """
 
+from __future__ import annotations
+
+import errno
+import sys
+import tempfile
+from collections.abc import Callable
+
 EXIT_FINISHED = 0
 EXIT_CRASHED = 1
 EXIT_INTERRUPTED = 75
@@ -57,3 +64,24 @@ class CheckpointMismatchError(CheckpointError):
 
 class WorkerError(PretrainError):
     """A loader worker died or hung, again after it was started again. The run may be restarted."""
+
+
+def exit_code_of(command: str, run: Callable[[], int]) -> int:
+    """What `run()` returns. A user's error, Ctrl-C and a full disk are said in a line, and give their exit code."""
+    try:
+        return run()
+    except PretrainError as error:
+        print(f"pretrain {command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"pretrain {command}: stopped by Ctrl-C", file=sys.stderr)
+        return EXIT_CTRL_C
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"pretrain {command}: {error.strerror}; free some space, also in {tempfile.gettempdir()}, where temporary "
+            "files go (TMPDIR names another place)",
+            file=sys.stderr,
+        )
+        return EXIT_CRASHED

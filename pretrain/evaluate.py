@@ -30,8 +30,9 @@ from pretrain.data.loader import Batch, EvalLoader
 from pretrain.data.reader import ChunkReader
 from pretrain.errors import UsageError
 from pretrain.formats.incoming import Incoming, read_backbone
-from pretrain.formats.loading import build_backbone, rebuild
+from pretrain.formats.loading import rebuild
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
+from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 from pretrain.models.vit import VisionTransformer
 from pretrain.probes.features import extract_features

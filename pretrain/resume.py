@@ -6,6 +6,7 @@ Called by train.py, all ranks together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
 
 
-def claim(run_dir: Path, held: list[RunDirectory]) -> int:
-    """Take the run's folder for this attempt, on rank 0. Returns the attempt's number.
+def claim(run_dir: Path, stack: ExitStack) -> int:
+    """Take the run's folder for this attempt, on rank 0, until `stack` is closed. Returns the attempt's number.
 
-    The hold goes into `held`, to be closed at the end. Raises UsageError when the folder is not to be had.
+    Raises UsageError when the folder is not to be had.
     """
     run = RunDirectory.claim(run_dir)
-    held.append(run)
+    stack.callback(run.close)
     try:
         unmark_finished(run_dir)  # it was the end of a shorter run
         remove_torn_saves(run_dir)

@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,30 +27,27 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
-    Data,
     build_device_transform,
     build_engine,
     build_eval_loader,
     build_mixing,
     build_objective,
     build_reporter,
+    build_schedule,
     build_train_loader,
     open_data,
 )
 from pretrain.checkpoint.run_directory import (
-    RunDirectory,
-    finished_step,
     mark_finished,
     recorded_exit,
     write_whole,
 )
 from pretrain.checkpoint.save import save_checkpoint
-from pretrain.checkpoint.segments import keep_chunk_sizes
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
 from pretrain.data.ledger import Ledger, check_budget
-from pretrain.data.loader import EvalLoader
+from pretrain.data.loader import Batch, EvalLoader
 from pretrain.derived import dataset_facts, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
@@ -67,26 +62,18 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.engine.base import Engine, parameter_shapes
-from pretrain.errors import EXIT_CTRL_C, EXIT_FINISHED, DataError, PretrainError, UsageError
-from pretrain.formats.folder import exported_step
+from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError, exit_code_of
+from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
-from pretrain.optim.schedules import cosine_lr
 from pretrain.resume import claim, has_checkpoint, is_finished, resume
 from pretrain.signals import StopSignals, exit_code_for
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    recipe.add_arguments(parser)
-
-
-def run(args: argparse.Namespace) -> int:
-    """The exit code of the recipe that the command line names, or of its `--dry-run`."""
-    config = recipe.resolve(args)
-    if config is None:
-        return EXIT_FINISHED
+def run(args: argparse.Namespace, config: RunConfig) -> int:
+    """`pretrain train`: the exit code of training `config`, the recipe that the arguments named."""
     try:
         code = train(config, debug=args.debug)
     except RuntimeError as error:
@@ -111,7 +98,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     world = join()
-    torch.use_deterministic_algorithms(config.train.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:
+        torch.use_deterministic_algorithms(config.train.deterministic)  # imports a second's worth of torch
     torch.autograd.set_detect_anomaly(debug)
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
@@ -134,10 +122,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
-        held: list[RunDirectory] = []
-        attempt = from_main(world, lambda: claim(run_dir, held))
-        for hold in held:
-            stack.callback(hold.close)
+        attempt = from_main(world, lambda: claim(run_dir, stack))
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
         reporter = together(
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
@@ -159,10 +144,10 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             on_rejected=reporter.checkpoint_rejected,
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
-        from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config)))
+        from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
         together(lambda: data.require_from(samples))
-        from_main(world, lambda: keep_order_of(data, run_dir))
+        from_main(world, lambda: data.keep_order(run_dir))
         replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
         reporter.start(
             step=step,
@@ -188,6 +173,14 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
         batches = train_loader.steps(samples)
+        lr_of = build_schedule(config, total_steps=last_step)
+
+        def prepared(host_batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            """Images as the network sees them, and the rest of a micro-batch, on the device."""
+            batch = to_device(host_batch, engine.device)
+            images = device_transform(batch["images"], batch["draws"])
+            return (images, batch) if mixing is None else mixing(images, batch)
+
         undescribed = debug
 
         stop = stack.enter_context(StopSignals(announce=not world.launched))
@@ -198,34 +191,20 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             if data.num_classes is not None:
                 for host_batch in micro_batches:
                     check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
+            if undescribed:
+                print(describe_batch(*prepared(micro_batches[0])), file=sys.stderr)
+                undescribed = False
 
-            # The loss is the mean over the true global batch, however it is split: every share is
-            # divided by the one global count, known before the first backward.
-            local_count = sum(objective.count(host_batch) for host_batch in micro_batches)
-            count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
-            lr = learning_rate(config, step, last_step)
-            sums = Sums(engine.device)
-            reading = train_loader.gained()
-            sums.add(count=local_count, **reading)
-            for host_batch in micro_batches:
-                batch = to_device(host_batch, engine.device)
-                images = device_transform(batch["images"], batch["draws"])
-                if mixing is not None:
-                    images, batch = mixing(images, batch)
-                if undescribed:
-                    print(describe_batch(images, batch), file=sys.stderr)
-                    undescribed = False
-                loss_sum, metric_sums = engine.forward(images, batch)
-                engine.backward(loss_sum / count.to(loss_sum.dtype))
-                sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
-            grad_norm = engine.step(lr)
+            sums, lr = Sums(engine.device), lr_of(step)
+            gained = train_loader.gained()  # by reading what this step trains on
+            grad_norm = take_step(engine, micro_batches, prepared, lr=lr, sums=sums)
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
-            sums.add(terminate=terminate, ctrl_c=ctrl_c)
+            sums.add(terminate=terminate, ctrl_c=ctrl_c, **gained)
             totals = sums.over_ranks()
-            step, samples = step + 1, samples + config.train.global_batch_size
-            reading = {name: totals.pop(name) for name in reading}
+            step, samples = step + 1, samples + global_batch_size
+            reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
             exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
@@ -284,20 +263,29 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         return EXIT_FINISHED
 
 
-def keep_order_of(data: Data, run_dir: Path) -> None:
-    """So that what was consumed can be told when a dataset is no longer what it was."""
-    for index in data.indexes:
-        keep_chunk_sizes(run_dir, index.identity, index.chunk_samples)
+def take_step(
+    engine: Engine,
+    micro_batches: Sequence[Batch],
+    prepared: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
+    *,
+    lr: float,
+    sums: Sums,
+) -> torch.Tensor:
+    """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
+    count, images and the objective's metrics. Returns the gradient's global norm.
 
-
-def learning_rate(config: RunConfig, step: int, last_step: int) -> float:
-    return cosine_lr(
-        step,
-        peak=config.optim.lr,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=last_step,
-        min_lr=config.optim.min_lr,
-    )
+    The loss is the mean over the true global batch, however it is split: every share is divided by the one
+    global count, known before the first backward.
+    """
+    local_count = sum(engine.module.count(host_batch) for host_batch in micro_batches)
+    count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
+    sums.add(count=local_count)
+    for host_batch in micro_batches:
+        images, batch = prepared(host_batch)
+        loss_sum, metric_sums = engine.forward(images, batch)
+        engine.backward(loss_sum / count.to(loss_sum.dtype))
+        sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
+    return engine.step(lr)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
@@ -377,27 +365,6 @@ def save(
     )
 
 
-def export_at_the_end(config: RunConfig) -> None:
-    """`export.formats`, where they are not there yet: each in a process of its own, for export.py is a sibling.
-
-    Raises PretrainError when one fails; the run itself stays finished.
-    """
-    step = finished_step(Path(config.run_dir))
-    for name in config.export.formats:
-        out = Path(config.run_dir) / "exports" / name
-        if exported_step(out) == step:
-            continue
-        if exported_step(out) is not None:  # of this run, when it was shorter
-            shutil.rmtree(out)
-        command = [sys.executable, "-m", "pretrain.cli", "export", config.run_dir, str(out), "--format", name]
-        code = subprocess.run(command).returncode
-        if code:
-            raise PretrainError(
-                f"the run is finished, but its export to {name} failed with exit code {code}; once that is mended, "
-                f"start it again, or: pretrain export {config.run_dir} {out} --format {name}"
-            )
-
-
 def main() -> int:
     """What a launcher starts as `python -m pretrain.train`."""
     parser = argparse.ArgumentParser(
@@ -405,16 +372,14 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
+    recipe.add_arguments(parser)
     args = parser.parse_intermixed_args()
-    try:
-        return run(args)
-    except PretrainError as error:
-        print(f"pretrain train: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("pretrain train: stopped by Ctrl-C", file=sys.stderr)
-        return EXIT_CTRL_C
+
+    def command() -> int:
+        config = recipe.resolve(args)
+        return EXIT_FINISHED if config is None else run(args, config)
+
+    return exit_code_of("train", command)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pretrain.checkpoint.manifest import (
     KINDS,
     Manifest,
     Slice,
+    check_coverage,
     find_newest,
     read_manifest,
+    slice_sha256,
 )
-from pretrain.checkpoint.save import check_coverage, tensor_sha256
 from pretrain.engine.fragments import Fragment
 from pretrain.errors import CheckpointError
 
@@ -59,7 +60,7 @@ class CheckpointReader:
             raise CheckpointError(
                 f"{path}: {piece.tensor_name} is {values.dtype} {tuple(values.shape)}; {_ADVICE}"
             )
-        digest = tensor_sha256(values)
+        digest = slice_sha256(values.numpy())
         if digest != piece.sha256:
             raise CheckpointError(
                 f"{path}: {piece.tensor_name} has sha256 {digest}, the manifest says {piece.sha256}; {_ADVICE}"

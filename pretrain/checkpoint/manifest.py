@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from pretrain.errors import CheckpointError
 
@@ -68,6 +72,35 @@ class Manifest:
 def _digest(body: dict[str, Any]) -> str:
     text = json.dumps({k: v for k, v in body.items() if k != "sha256"}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_coverage(manifest: Manifest, where: Path) -> None:
+    """Every element of every parameter stands in exactly one slice of each kind, else CheckpointError."""
+    ranges: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for slices in manifest.files.values():
+        for piece in slices:
+            ranges.setdefault((piece.parameter, piece.kind), []).append((piece.start, piece.count))
+    for parameter, shape in manifest.parameters.items():
+        size = math.prod(shape)
+        for kind in KINDS:
+            covered = 0
+            for start, count in sorted(ranges.pop((parameter, kind), [])):
+                if start != covered:
+                    raise CheckpointError(
+                        f"{where}: {kind} of {parameter} has a gap or overlap at element {min(start, covered)}"
+                    )
+                covered += count
+            if covered != size:
+                raise CheckpointError(f"{where}: {kind} of {parameter} has {covered} of {size} elements")
+    if ranges:
+        raise CheckpointError(
+            f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}"
+        )
+
+
+def slice_sha256(values: npt.NDArray[np.float32]) -> str:
+    """Of the bytes of a slice's values, which are contiguous."""
+    return hashlib.sha256(values.data).hexdigest()
 
 
 def step_folder(step: int) -> str:

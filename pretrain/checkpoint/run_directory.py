@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.errors import EXIT_CRASHED, EXIT_CTRL_C, PretrainError, UsageError
+from pretrain.storage.files import sync
 
 FINISHED = "finished.json"
 ATTEMPTS = "attempts"
@@ -122,14 +123,14 @@ def recorded_exit(path: Path, attempt: int, rank: int) -> Iterator[Ending]:
             print(f"{folder}: how rank {rank} ended cannot be written: {error}", file=sys.stderr)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Put `text` at `path`, durably, whole or not at all. Raises PretrainError when it cannot be written."""
+def write_whole(path: Path, data: bytes) -> None:
+    """Put `data` at `path`, durably, whole or not at all. Raises PretrainError when it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        with temporary.open() as file:
-            os.fsync(file.fileno())
+        temporary.write_bytes(data)
+        sync(temporary)
         temporary.rename(path)
+        sync(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise PretrainError(
@@ -139,7 +140,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def mark_finished(path: Path, **facts: Any) -> None:
     """Record that the run reached its last step. Raises PretrainError when that cannot be written."""
-    write_whole(Path(path) / FINISHED, json.dumps({**facts, "time": time.time()}) + "\n")
+    write_whole(Path(path) / FINISHED, json.dumps({**facts, "time": time.time()}).encode() + b"\n")
 
 
 def finished_step(path: Path) -> int | None:

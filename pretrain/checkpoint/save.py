@@ -5,9 +5,7 @@ Called by train.py. Until the rename the files lie in a staging folder that nobo
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +21,15 @@ from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
     Manifest,
     Slice,
+    check_coverage,
     committed,
+    slice_sha256,
     step_folder,
 )
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.fragments import Fragment
-from pretrain.errors import CheckpointError, PretrainError
+from pretrain.errors import PretrainError
+from pretrain.storage.files import open_to_readers, sync
 
 STAGING_SUFFIX = ".saving"
 
@@ -37,11 +38,6 @@ STAGING_SUFFIX = ".saving"
 class SavedCheckpoint:
     path: Path
     bytes: int
-
-
-def tensor_sha256(tensor: torch.Tensor) -> str:
-    """Of a contiguous CPU tensor's bytes."""
-    return hashlib.sha256(tensor.numpy().data).hexdigest()
 
 
 def save_checkpoint(
@@ -124,18 +120,18 @@ def _write_slices(staging: Path, fragments: list[Fragment], rank: int) -> None:
                 kind=kind,
                 start=fragment.start,
                 count=fragment.count,
-                sha256=tensor_sha256(tensor),
+                sha256=slice_sha256(tensor.numpy()),
             )
             tensors[piece.tensor_name] = tensor
             slices.append(piece)
     path = staging / f"rank-{rank:05d}.safetensors"
     try:
         save_file(tensors, path)
-        path.chmod(0o666 & ~umask())  # safetensors makes its files private; a run's readers are others too
-        _fsync(path)
+        open_to_readers(path)
+        sync(path)
         done = staging / f"rank-{rank:05d}.done"
         done.write_text(json.dumps([asdict(piece) for piece in slices]), encoding="utf-8")
-        _fsync(done)
+        sync(done)
     except (OSError, SafetensorError) as error:
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
@@ -162,12 +158,12 @@ def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) 
     try:
         path = staging / MANIFEST_NAME
         path.write_text(manifest.to_json(), encoding="utf-8")
-        _fsync(path)
-        _fsync(staging)
+        sync(path)
+        sync(staging)
         # The same step again, after a rollback: the new one replaces it.
         replaced = _unlist(final) if final.exists() else None
         staging.rename(final)
-        _fsync(final.parent)
+        sync(final.parent)
         if replaced is not None:
             shutil.rmtree(replaced)
     except OSError as error:
@@ -175,32 +171,6 @@ def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) 
             f"{final}: cannot be committed: {error}; free space, or set run_dir elsewhere"
         ) from None
     return written
-
-
-def check_coverage(manifest: Manifest, where: Path) -> None:
-    """Every element of every parameter stands in exactly one slice of each kind, else CheckpointError."""
-    ranges: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    for slices in manifest.files.values():
-        for piece in slices:
-            ranges.setdefault((piece.parameter, piece.kind), []).append((piece.start, piece.count))
-    for parameter, shape in manifest.parameters.items():
-        size = 1
-        for side in shape:
-            size *= side
-        for kind in KINDS:
-            covered = 0
-            for start, count in sorted(ranges.pop((parameter, kind), [])):
-                if start != covered:
-                    raise CheckpointError(
-                        f"{where}: {kind} of {parameter} has a gap or overlap at element {min(start, covered)}"
-                    )
-                covered += count
-            if covered != size:
-                raise CheckpointError(f"{where}: {kind} of {parameter} has {covered} of {size} elements")
-    if ranges:
-        raise CheckpointError(
-            f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}"
-        )
 
 
 def _retain(run_dir: Path, keep_last: int) -> None:
@@ -211,18 +181,3 @@ def _retain(run_dir: Path, keep_last: int) -> None:
             raise PretrainError(
                 f"{old}: cannot be removed: {error}; check the disk and its permissions"
             ) from None
-
-
-def umask() -> int:
-    """What this process's new files deny to others; the system tells it only while setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

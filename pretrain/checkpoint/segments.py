@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -89,7 +88,7 @@ def read_changes(run_dir: Path) -> tuple[Change, ...]:
 def write_changes(run_dir: Path, changes: Sequence[Change]) -> None:
     """Whole or not at all. Raises PretrainError."""
     body = {"format_version": FORMAT_VERSION, "changes": [asdict(change) for change in changes]}
-    write_whole(Path(run_dir) / SEGMENTS_NAME, json.dumps(body, indent=1) + "\n")
+    write_whole(Path(run_dir) / SEGMENTS_NAME, json.dumps(body, indent=1).encode() + b"\n")
 
 
 def write_keys(run_dir: Path, name: str, keys: Sequence[bytes]) -> ListFile:
@@ -152,14 +151,9 @@ def _write_list(run_dir: Path, name: str, data: bytes, *, count: int) -> ListFil
     path = Path(run_dir) / FILES / name
     try:
         path.parent.mkdir(exist_ok=True)
-        temporary = path.with_name(f".{name}.tmp")
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.rename(path)
     except OSError as error:
         raise PretrainError(f"{path}: cannot be written: {error}; free space and try again") from None
+    write_whole(path, data)
     return ListFile(name=name, count=count, sha256=hashlib.sha256(data).hexdigest())
 
 

@@ -6,7 +6,6 @@ Reading never unpickles: safetensors and JSON only.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 from torch import Tensor
 
-from pretrain.checkpoint.save import umask
 from pretrain.errors import CheckpointError, PretrainError
+from pretrain.storage.files import open_to_readers, sync
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -26,8 +25,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     # transformers refuses a file that does not say which framework wrote it.
     try:
         save_file(own, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~umask())  # safetensors makes files that only their owner reads
-        _flush(path)
+        open_to_readers(path)
+        sync(path)
     except (OSError, SafetensorError) as error:
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or name another folder"
@@ -36,7 +35,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _flush(path)
+    sync(path)
 
 
 def read_tensors(source: Path | bytes, *, where: str) -> dict[str, Tensor]:
@@ -60,8 +59,3 @@ def read_json(text: str | bytes, *, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} holds a JSON {type(values).__name__}, not an object")
     return values
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

@@ -17,7 +17,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pretrain.checkpoint.save import umask
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
@@ -28,6 +27,7 @@ from pretrain.formats.loading import NUM_PREFIX_TOKENS, rebuild
 from pretrain.formats.timm import write_timm
 from pretrain.models.pos_embed import resample_pos_embed
 from pretrain.models.spec import BackboneSpec
+from pretrain.storage.files import open_to_readers
 
 FORMATS = ("timm", "hf")
 WRITERS = {"timm": write_timm, "hf": write_hugging_face}
@@ -91,7 +91,7 @@ def export_backbone(
     except OSError as error:
         raise UsageError(f"{out}: cannot be written: {error}; name another folder") from error
     try:
-        building.chmod(0o777 & ~umask())  # mkdtemp's folders are closed to others
+        open_to_readers(building)
         WRITERS[format](building, weights, spec, head=head or None, crop_fraction=chosen.crop_fraction)
         check = _check(building, format, spec, weights, head, chosen)
         _write_record(building, format, incoming, check, chosen, left_out, resampled)

@@ -24,7 +24,6 @@ from pretrain.formats.hugging_face import from_hugging_face, is_hugging_face, re
 from pretrain.formats.naming import Parts, sort_out, why_left_out
 from pretrain.formats.timm import is_timm, read_timm_config
 from pretrain.models.pos_embed import sincos_pos_embed
-from pretrain.models.sizes import resolve_size
 from pretrain.models.spec import BackboneSpec
 from pretrain.storage import S3Settings, Storage, is_remote, join_url, open_storage, split_url
 
@@ -127,7 +126,7 @@ def _read_run(path: Path) -> Incoming:
         else:
             left_out[name] = why_left_out(name) or "the objective's own"
     head = tensors.get("head.weight")
-    spec = spec_of_run(manifest, num_classes=None if head is None else head.shape[0], where=where)
+    spec = _spec_of_run(manifest, num_classes=None if head is None else head.shape[0], where=where)
     if spec.position_embedding == "sincos":  # fixed, so a checkpoint of trained parameters lacks it
         tensors.setdefault("pos_embed", sincos_pos_embed(spec.grid, spec.embed_dim))
     parts = sort_out(tensors, spec, where=where)
@@ -143,35 +142,16 @@ def _read_run(path: Path) -> Incoming:
     return _incoming(spec, parts, source, left_out)
 
 
-def spec_of_run(manifest: Manifest, *, num_classes: int | None, where: str) -> BackboneSpec:
+def _spec_of_run(manifest: Manifest, *, num_classes: int | None, where: str) -> BackboneSpec:
     """The backbone that a checkpoint's resolved recipe builds; num_classes is its head's, if any."""
     try:
-        model, data = dict(manifest.config["model"]), manifest.config["data"]
-        size = resolve_size(
-            size=model.get("size"),
-            embed_dim=model.get("embed_dim"),
-            depth=model.get("depth"),
-            num_heads=model.get("num_heads"),
-            mlp_ratio=model.get("mlp_ratio"),
-        )
         names = manifest.dataset.get("class_names")
-        return BackboneSpec.from_dict(
-            {
-                "name": model["name"],
-                "image_size": model["image_size"],
-                "patch_size": model["patch_size"],
-                "embed_dim": size.embed_dim,
-                "depth": size.depth,
-                "num_heads": size.num_heads,
-                "mlp_ratio": size.mlp_ratio,
-                "pooling": model["pooling"],
-                "position_embedding": model["position_embedding"],
-                "num_classes": num_classes,
-                # a head wider than the dataset's classes (objective.num_classes) has no names to give
-                "class_names": names if num_classes and names and len(names) == num_classes else None,
-                "mean": data["mean"],
-                "std": data["std"],
-            }
+        return BackboneSpec.of_recipe(
+            manifest.config["model"],
+            manifest.config["data"],
+            num_classes=num_classes,
+            # a head wider than the dataset's classes (objective.num_classes) has no names to give
+            class_names=names if num_classes and names and len(names) == num_classes else None,
         )
     except (KeyError, TypeError) as error:
         raise CheckpointError(

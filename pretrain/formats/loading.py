@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pretrain.errors import CheckpointError
 from pretrain.formats.incoming import Incoming
 from pretrain.formats.naming import final_norm, listed
-from pretrain.models.build import build_vit
+from pretrain.models.build import build_backbone
 from pretrain.models.layers import Block
 from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
@@ -149,21 +149,6 @@ def rebuild(spec: BackboneSpec, weights: Mapping[str, Tensor]) -> VisionTransfor
     # Its own positions, whatever they are: an export may hold a fixed table at another size.
     backbone.load_state_dict(dict(weights), strict=True)
     return backbone.eval()
-
-
-def build_backbone(spec: BackboneSpec) -> VisionTransformer:
-    """The backbone that spec describes, with fresh weights from torch's global generator."""
-    return build_vit(
-        name=spec.name,
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        num_heads=spec.num_heads,
-        mlp_ratio=spec.mlp_ratio,
-        pooling=cast(Literal["cls", "avg"], spec.pooling),
-        position_embedding=cast(Literal["learned", "sincos"], spec.position_embedding),
-    )
 
 
 def _persistent_buffers(module: nn.Module) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """What a backbone is, in plain values: enough to build it again, here or in another library.
 
-Written into exports and read back from them (formats/), made from a run's config by
-formats/incoming.py. Knows no torch, so that a dry run can ask what could be exported.
+Made from a run's recipe, written into exports and read back from them (formats/). Knows no torch, so
+that a dry run can ask what could be exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pretrain.errors import CheckpointError
-from pretrain.models.sizes import mlp_width
+from pretrain.models.sizes import mlp_width, resolve_size
 
+SIZE_KEYS = ("size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 POOLINGS = ("cls", "avg")
 POSITION_EMBEDDINGS = ("learned", "sincos")
 
@@ -58,6 +59,35 @@ class BackboneSpec:
             wrong = f"{len(self.class_names)} class names for {self.num_classes} classes"
         if wrong:
             raise CheckpointError(f"the backbone's description does not fit together: {wrong}")
+
+    @classmethod
+    def of_recipe(
+        cls,
+        model: Mapping[str, Any],
+        data: Mapping[str, Any],
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+    ) -> BackboneSpec:
+        """What a resolved recipe's sections `model` and `data` describe; num_classes is the head's, if there is one.
+
+        Raises KeyError for sections that lack something, ConfigError for dimensions that do not go together.
+        """
+        size = resolve_size(**{name: model.get(name) for name in SIZE_KEYS})
+        plain = {
+            name: model[name]
+            for name in ("name", "image_size", "patch_size", "pooling", "position_embedding")
+        }
+        return cls.from_dict(
+            {
+                **plain,
+                **asdict(size),
+                "num_classes": num_classes,
+                "class_names": class_names,
+                "mean": data["mean"],
+                "std": data["std"],
+            }
+        )
 
     @property
     def grid(self) -> int:

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step. Called by train.py before each optimizer step."""
+"""Learning rates as functions of the step. Called by train.py, which gets them from assemble.py."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError
 from pretrain.storage.base import ObjectInfo, check_name
+from pretrain.storage.files import sync
 
 # Half-written files carry this prefix, stand beside their target (a rename does not cross file
 # systems), and are never listed.
@@ -178,7 +179,7 @@ class LocalStorage:
             yield partial
         finally:
             partial.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        sync(path.parent)
 
     def delete(self, name: str) -> None:
         path = self.local_path(name)
@@ -201,15 +202,3 @@ def _copy(source: Path, target_fd: int) -> None:
             view = memoryview(piece)
             while view:
                 view = view[os.write(target_fd, view) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # some network mounts cannot sync a folder, and need not
-            raise
-    finally:
-        os.close(descriptor)

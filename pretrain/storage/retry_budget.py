@@ -20,6 +20,9 @@ from pathlib import Path
 from pretrain.storage.node import locked, node_folder, open_lock_file
 
 _RECORD = struct.Struct("<dd")  # tokens, and the system-wide monotonic clock's time in seconds
+_LARGEST_DEBT = (
+    1e6  # more retries than any node has waiting: a debt beyond it is damage, and would never be paid
+)
 _LOCK_SECONDS = 0.2  # a holder needs microseconds; a frozen one is not waited for
 
 
@@ -69,10 +72,8 @@ class RetryBudget:
     def _after(self, record: bytes, tokens: float) -> bytes:
         now = self._clock()
         held, since = _RECORD.unpack(record) if len(record) == _RECORD.size else (self._burst, now)
-        if not (
-            since <= now and held <= self._burst
-        ):  # from before a reboot, of other settings, or no numbers
-            held, since = self._burst, now
+        if not (0 <= since <= now and -_LARGEST_DEBT <= held <= self._burst):
+            held, since = self._burst, now  # from before a reboot, of other settings, or no record at all
         refilled = min(self._burst, held + (now - since) * self._per_second)
         return _RECORD.pack(min(self._burst, refilled + tokens), now)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 from launching import ROOT, clean_environment
+
+from pretrain.metrics.journal import read_journal, steps_of
 
 RECIPE = {
     "seed": 3,
@@ -34,3 +37,9 @@ def pretrain(*arguments: str, timeout: float = 120, **environment: str) -> subpr
         env=clean_environment(**environment),
         cwd=ROOT,
     )
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    """By step, as the journal has them."""
+    steps = steps_of(read_journal(run_dir / "journal.jsonl"))
+    return {step: record["loss"] for step, record in steps.items()}

@@ -9,17 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 from launching import run_ranks
-from small_run import RECIPE, pretrain
+from small_run import RECIPE, losses, pretrain
 
 from pretrain.checkpoint.manifest import find_newest, read_manifest
-from pretrain.metrics.journal import read_journal, steps_of
 
 B = RECIPE["train"]["global_batch_size"]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    steps = steps_of(read_journal(run_dir / "journal.jsonl"))
-    return {step: record["loss"] for step, record in steps.items()}
 
 
 def run_pretrain(*arguments: str, expect: int = 0) -> str:

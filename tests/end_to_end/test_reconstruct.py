@@ -34,12 +34,3 @@ def test_the_picture_keeps_visible_patches_and_fills_the_others(
     assert 0.2 < kept.mean() < 0.3, "a quarter of the patches is visible"
     assert (filled[kept] == original[kept]).all()
     assert (filled[~kept] != masked[~kept]).mean() > 0.5
-
-
-def test_a_run_that_masks_nothing_and_one_that_is_not_there_are_refused(
-    recipe: Path, shards: Path, tmp_path: Path
-) -> None:
-    assert pretrain("train", str(recipe), "train.steps=1", "--debug").returncode == 0
-    for run, told in (("run", "which masks nothing"), ("none", "there is no such run")):
-        refused = pretrain("reconstruct", str(tmp_path / run), str(shards), str(tmp_path / "x.png"))
-        assert (refused.returncode, told in refused.stderr) == (2, True)

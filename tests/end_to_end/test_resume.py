@@ -15,18 +15,13 @@ import pytest
 import torch
 import yaml
 from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks, wait_for, wait_for_ranks
-from small_run import RECIPE, pretrain
+from small_run import RECIPE, losses, pretrain
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import KINDS, MANIFEST_NAME, committed, find_newest, read_manifest
-from pretrain.metrics.journal import read_journal, steps_of
+from pretrain.metrics.journal import read_journal
 
 TRAIN = ["-m", "pretrain.train"]
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    steps = steps_of(read_journal(run_dir / "journal.jsonl"))
-    return {step: record["loss"] for step, record in steps.items()}
 
 
 def last_step(run_dir: Path) -> int:

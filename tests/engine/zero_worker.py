@@ -18,7 +18,7 @@ from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, join, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
-from pretrain.models.build import build_vit
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.optim.parameter_groups import parameter_groups
 
@@ -29,7 +29,7 @@ WEIGHT_DECAY, CLIP = 0.1, 1.0
 
 def make_objective() -> Classification:
     torch.manual_seed(0)
-    backbone = build_vit(
+    backbone = VisionTransformer(
         image_size=IMAGE, patch_size=PATCH, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.1
     )
     return Classification(backbone, num_classes=CLASSES, label_smoothing=0.1, seed=5)
@@ -136,11 +136,10 @@ def run_transfer(world, folder: Path, *, before: int, after: int, precision: str
     load_fragments(reader, other.fragments())
     other.optimizer_steps = reader.manifest.optimizer_steps
     other.publish_weights()
-    equal = all(
-        torch.equal(mine, gather(other, kind)[name])
-        for kind in KINDS
-        for name, mine in gather(engine, kind).items()
-    )
+    equal = True
+    for kind in KINDS:
+        mine, theirs = gather(engine, kind), gather(other, kind)
+        equal &= all(torch.equal(mine[name], theirs[name]) for name in mine)
     went_on, _ = train(engine, world, range(3, 6), batch_size=16, micro=8)
     resumed, _ = train(other, world, range(3, 6), batch_size=16, micro=8)
     return {"equal": equal, "steps": other.optimizer_steps, "went_on": went_on, "resumed": resumed}
@@ -148,17 +147,18 @@ def run_transfer(world, folder: Path, *, before: int, after: int, precision: str
 
 def gather(engine: ZeroEngine, kind: str) -> dict[str, torch.Tensor]:
     """Whole float32 masters or moments from all ranks; each element must come from exactly one rank."""
-    whole = {}
-    for name, shape in parameter_shapes(engine.module).items():
-        size = torch.Size(shape).numel()
-        values, owners = torch.zeros(size), torch.zeros(size)
-        for fragment in engine.owned_fragments():
-            if fragment.name == name:
-                values[fragment.start : fragment.start + fragment.count] = fragment.tensors[kind].cpu()
-                owners[fragment.start : fragment.start + fragment.count] += 1
-        assert bool((sum_over_ranks(owners) == 1).all()), f"{name}: not owned exactly once"
-        whole[name] = sum_over_ranks(values)
-    return whole
+    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(engine.module).items()}
+    flat, owners = torch.zeros(sum(sizes.values())), torch.zeros(sum(sizes.values()))
+    value_of, owners_of = (
+        dict(zip(sizes, all.split(list(sizes.values())), strict=True)) for all in (flat, owners)
+    )
+    for fragment in engine.owned_fragments():
+        value_of[fragment.name].narrow(0, fragment.start, fragment.count).copy_(fragment.tensors[kind])
+        owners_of[fragment.name].narrow(0, fragment.start, fragment.count).add_(1)
+    sum_over_ranks(flat), sum_over_ranks(owners)  # in place: one collective each, for all parameters
+    for name, owned in owners_of.items():
+        assert bool((owned == 1).all()), f"{name}: not owned exactly once"
+    return value_of
 
 
 def main() -> None:

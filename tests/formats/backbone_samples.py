@@ -1,11 +1,15 @@
 """Small backbones with weights that make mistakes visible."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from pretrain.formats.loading import build_backbone
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.distributed import World
+from pretrain.engine.fragments import Fragment
 from pretrain.formats.naming import backbone_shapes
+from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 
 MEAN, STD = (0.41, 0.42, 0.43), (0.21, 0.22, 0.23)
@@ -63,3 +67,40 @@ def resolved_config(spec: BackboneSpec, **data: Any) -> dict[str, Any]:
         "data": {"train": "/nowhere", "val": None, "mean": list(spec.mean), "std": list(spec.std), **data},
         "storage": {"addressing_style": None, "checksums": None},
     }  # fmt: skip
+
+
+def write_run(
+    run_dir: Path,
+    spec: BackboneSpec,
+    parameters: dict[str, torch.Tensor],
+    *,
+    step: int = 12,
+    class_names: tuple[str, ...] | None = None,
+    **data: Any,
+) -> Path:
+    """A run folder with one more committed checkpoint, written by the code that training uses."""
+    fragments = []
+    for parameter, value in parameters.items():
+        flat = value.flatten()
+        moments = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        fragments.append(Fragment(name=parameter, start=0, tensors={"weight": flat, **moments}))
+    facts = {
+        "step": step,
+        "samples": step * 8,
+        "optimizer_steps": step,
+        "attempt": 1,
+        "world_size": 1,
+        "zero_stage": 0,
+        "config": resolved_config(spec, **data),
+        "dataset": {
+            "identity": "ab" * 32,
+            "url": data.get("train"),
+            "num_classes": class_names and len(class_names),
+            "class_names": class_names and list(class_names),
+        },
+        "order": {},
+        "parameters": {parameter: list(value.shape) for parameter, value in parameters.items()},
+    }
+    world = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
+    save_checkpoint(run_dir, fragments, world=world, keep_last=5, facts=facts)
+    return run_dir

@@ -3,64 +3,32 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from backbone_samples import resolved_config
+from backbone_samples import write_run
 
-from pretrain.checkpoint.save import save_checkpoint
-from pretrain.distributed import World
-from pretrain.engine.fragments import Fragment
 from pretrain.models.spec import BackboneSpec
 
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """A run folder with committed checkpoints, written by the code that training uses."""
+    """`write_run` into a folder of this test's."""
 
     def make(
-        spec: BackboneSpec,
-        parameters: dict[str, torch.Tensor],
-        *,
-        step: int = 12,
-        class_names: tuple[str, ...] | None = None,
-        name: str = "run",
-        **data: Any,
+        spec: BackboneSpec, parameters: dict[str, torch.Tensor], *, name: str = "run", **facts: Any
     ) -> Path:
-        fragments = []
-        for parameter, value in parameters.items():
-            flat = value.flatten()
-            moments = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
-            fragments.append(Fragment(name=parameter, start=0, tensors={"weight": flat, **moments}))
-        facts = {
-            "step": step,
-            "samples": step * 8,
-            "optimizer_steps": step,
-            "attempt": 1,
-            "world_size": 1,
-            "zero_stage": 0,
-            "config": resolved_config(spec, **data),
-            "dataset": {
-                "identity": "ab" * 32,
-                "url": data.get("train"),
-                "num_classes": class_names and len(class_names),
-                "class_names": class_names and list(class_names),
-            },
-            "order": {},
-            "parameters": {parameter: list(value.shape) for parameter, value in parameters.items()},
-        }
-        world = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
-        save_checkpoint(tmp_path / name, fragments, world=world, keep_last=5, facts=facts)
-        return tmp_path / name
+        return write_run(tmp_path / name, spec, parameters, **facts)
 
     return make
 
 
-CONSUMER_PREFIX = """
-import re, sys, json, torch
+# Runs one script after another: importing transformers and timm takes longer than what is asked of them.
+CONSUMER = """
+import contextlib, io, json, os, re, sys, traceback, torch
 kept = []
 for _ in range(50):  # a torchvision that was built for another torch
     try:
@@ -73,31 +41,45 @@ for _ in range(50):  # a torchvision that was built for another torch
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]: del sys.modules[name]
 from safetensors.torch import load_file, save_file
 torch.set_grad_enabled(False)
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    request = json.loads(line)
+    os.chdir(request["place"])
+    names = {**globals(), "given": load_file("in.safetensors"), "out": {}, "answer": {}}
+    try:
+        exec(request["script"], names)
+        assert "pretrain" not in sys.modules
+        tensors = {name: value.contiguous() for name, value in names["out"].items()}
+        save_file({"nothing": torch.zeros(1), **tensors}, "out.safetensors")
+        print(json.dumps({"answer": names["answer"]}), file=answers, flush=True)
+    except BaseException:
+        print(json.dumps({"failed": traceback.format_exc()}), file=answers, flush=True)
 """
 
 
-@pytest.fixture(scope="module")
-def consume(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def consume(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     """Run a receiver's few lines in a Python that never imports this project; returns (out, answer)."""
+    from safetensors.torch import load_file, save_file
+
+    consumer = subprocess.Popen(
+        [sys.executable, "-c", CONSUMER],
+        cwd=tmp_path_factory.mktemp("receiver"),  # not ours: nothing of this project is to be on its path
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
     def run(script: str, tensors: dict[str, torch.Tensor] | None = None) -> Any:
-        from safetensors.torch import load_file, save_file
-
         place = tmp_path_factory.mktemp("consumer")
         save_file(tensors or {"nothing": torch.zeros(1)}, place / "in.safetensors")
-        text = (
-            CONSUMER_PREFIX
-            + "given = load_file('in.safetensors')\nout = {}\nanswer = {}\n"
-            + script
-            + "\nassert 'pretrain' not in sys.modules"
-            + "\nout = {k: v.contiguous() for k, v in out.items()}"
-            + "\nsave_file({**out, 'nothing': torch.zeros(1)}, 'out.safetensors')\n"
-            + "open('answer.json', 'w').write(json.dumps(answer))\n"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", text], cwd=place, capture_output=True, text=True, check=False, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return load_file(place / "out.safetensors"), json.loads((place / "answer.json").read_text("utf-8"))
+        assert consumer.stdin
+        assert consumer.stdout
+        print(json.dumps({"place": str(place), "script": script}), file=consumer.stdin, flush=True)
+        answer = json.loads(consumer.stdout.readline() or '{"failed": "it has ended"}')
+        assert "failed" not in answer, answer["failed"]
+        return load_file(place / "out.safetensors"), answer["answer"]
 
-    return run
+    yield run
+    consumer.communicate(timeout=60)

@@ -13,9 +13,9 @@ from backbone_samples import MEAN, SMALL, STD, our_features, random_weights
 from PIL import Image
 
 from pretrain.cli import main
-from pretrain.formats.loading import build_backbone
 from pretrain.formats.timm import write_timm
 from pretrain.metrics.journal import read_journal
+from pretrain.models.build import build_backbone
 
 TRAIN, VAL = 36, 18
 HUES = np.array([[200, 90, 80], [80, 200, 90], [90, 80, 200]])

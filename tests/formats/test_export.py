@@ -7,21 +7,22 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from backbone_samples import CLASSES, SMALL, our_features, random_head, random_weights, some_images
+from backbone_samples import CLASSES, SMALL, our_features, random_head, random_weights, some_images, write_run
 from PIL import Image
 from safetensors.torch import load_file
 
 from pretrain.cli import main
 from pretrain.errors import CheckpointError, UsageError
+from pretrain.export import describe
 from pretrain.formats import folder
 from pretrain.formats.check_images import images_for_check, textures
 from pretrain.formats.files import write_tensors
-from pretrain.formats.folder import export_backbone
+from pretrain.formats.folder import Exported, export_backbone
 from pretrain.formats.incoming import Source, read_backbone
 from pretrain.models.pos_embed import resample_pos_embed
 from pretrain.models.spec import BackboneSpec
@@ -42,55 +43,65 @@ def run_dir(make_run: Callable[..., Path]) -> Path:
     return make_run(SMALL, parameters(), class_names=CLASSES)
 
 
-@pytest.mark.parametrize("format", ["timm", "hf"])
-def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is_from(
-    format: str, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "deep" / "out"
-    assert main(["export", str(run_dir), str(out), "--format", format]) == 0
-    record = json.loads((out / "export.json").read_text("utf-8"))
+class Made(NamedTuple):
+    format: str
+    out: Path
+    exported: Exported
+    printed: str
+
+
+@pytest.fixture(scope="module", params=["timm", "hf"])
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """An export with classes at another image size, from a run that has more than a backbone and a head."""
+    root = tmp_path_factory.mktemp(request.param)
+    run = write_run(root / "run", SMALL, {**parameters(), **TASK}, class_names=CLASSES)
+    out = root / "deep" / "out"
+    exported = export_backbone(run, out, format=request.param, image_size=56)
+    return Made(request.param, out, exported, describe(exported))
+
+
+def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is_from(made: Made) -> None:
+    record = json.loads((made.out / "export.json").read_text("utf-8"))
     assert record["verified"] is True
     assert 0 < record["max_difference"] <= record["tolerance"] == 1e-4
-    assert record["versions"].keys() == {"torch", {"timm": "timm", "hf": "transformers"}[format]}
+    assert record["versions"].keys() == {"torch", {"timm": "timm", "hf": "transformers"}[made.format]}
+    checkpoint = made.out.parents[1] / "run" / "checkpoints" / "step-00000012"
     assert record["source"] == {
-        "kind": "run", "url": str(run_dir / "checkpoints" / "step-00000012"), "step": 12, "samples": 96,
-        "dataset_identity": "ab" * 32,
+        "kind": "run", "url": str(checkpoint), "step": 12, "samples": 96, "dataset_identity": "ab" * 32,
     }  # fmt: skip
     assert "generated textures" in record["images"]["from"]
-    printed = capsys.readouterr().out
-    assert "max difference" in printed
-    assert "head of 3 classes (tabby, café au lait, forklift)" in printed
-    incoming = read_backbone(out)
+    assert "max difference" in made.printed
+    assert "head of 3 classes (tabby, café au lait, forklift)" in made.printed
+    incoming = read_backbone(made.out)
     assert incoming.spec.class_names == CLASSES
     assert incoming.source.step == 12
-    assert list(tmp_path.glob("deep/.*")) == [], "the folder it was built in is still there"
-    mask = os.umask(0)
-    os.umask(mask)
-    assert out.stat().st_mode & 0o777 == 0o777 & ~mask
-    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o666 & ~mask}
-
-
-@pytest.mark.parametrize(("format", "rule"), [("timm", "timm"), ("hf", "hf")])
-def test_another_image_size_is_resampled_by_the_consumers_own_rule(
-    format: str, rule: Any, make_run: Callable[..., Path], tmp_path: Path, consume: Callable[..., Any]
-) -> None:
-    run = make_run(SMALL, parameters(head=False))
-    exported = export_backbone(run, tmp_path / "out", format=format, image_size=56)  # type: ignore[arg-type]
-    assert exported.check.verified
-    assert exported.resampled == "4×4 to 7×7 patches"
-    assert exported.left_out == {
+    assert made.exported.left_out == {
         "decoder.pred.weight": "the pretraining task's decoder",
         "mask_token": "used by the pretraining task only",
     }
+    assert list(made.out.parent.glob(".*")) == [], "the folder it was built in is still there"
+    mask = os.umask(0)
+    os.umask(mask)
+    assert made.out.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in made.out.iterdir()} == {0o666 & ~mask}
+
+
+def test_another_image_size_is_resampled_by_the_consumers_own_rule(
+    made: Made, tmp_path: Path, consume: Callable[..., Any]
+) -> None:
+    assert made.exported.check.verified
+    assert made.exported.resampled == "4×4 to 7×7 patches"
     weights = random_weights(SMALL)
-    incoming = read_backbone(tmp_path / "out")
-    positions = resample_pos_embed(weights["pos_embed"], 7, 1, rule=rule)
-    assert torch.equal(incoming.backbone["pos_embed"], positions)
-    assert incoming.spec == dataclasses.replace(SMALL, image_size=56)
+    incoming = read_backbone(made.out)
+    rule: Any = made.format
+    assert torch.equal(
+        incoming.backbone["pos_embed"], resample_pos_embed(weights["pos_embed"], 7, 1, rule=rule)
+    )
+    with_classes = {"num_classes": len(CLASSES), "class_names": CLASSES}
+    assert incoming.spec == dataclasses.replace(SMALL, image_size=56, **with_classes)
 
     # The consumer's own way to another size, from a folder of the size that was trained.
-    (tmp_path / "trained").mkdir()
-    folder.WRITERS[format](tmp_path / "trained", weights, SMALL)
+    folder.WRITERS[rule](tmp_path, weights, SMALL)
     images = some_images(56)
     script = {
         "timm": """
@@ -103,8 +114,8 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained(FOLDER).eval()
 out["features"] = model(given["images"], interpolate_pos_encoding=True).pooler_output
 """,
-    }[format]
-    out, _ = consume(f"FOLDER = {str(tmp_path / 'trained')!r}\n{script}", {"images": images})
+    }[made.format]
+    out, _ = consume(f"FOLDER = {str(tmp_path)!r}\n{script}", {"images": images})
     ours = our_features(incoming.spec, incoming.backbone, images)
     torch.testing.assert_close(out["features"], ours, atol=1e-4, rtol=0)
 
@@ -147,17 +158,6 @@ def without_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocked.mkdir()
     (blocked / "timm.py").write_text("raise ImportError('No module named timm, says the test')")
     monkeypatch.setenv("PYTHONPATH", f"{blocked}:{Path.cwd()}")
-
-
-@pytest.mark.usefixtures("without_timm")
-def test_without_the_library_the_export_stands_unverified_and_says_so(
-    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm"]) == 0
-    record = json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))
-    assert (record["verified"], record["max_difference"]) == (False, None)
-    assert "No module named timm" in record["notice"]
-    assert "not verified: timm cannot be imported" in capsys.readouterr().out
 
 
 def test_an_average_pooled_head_is_refused_for_transformers_and_goes_without_it(
@@ -251,8 +251,10 @@ def test_generated_textures_are_the_same_every_time_and_unlike_each_other() -> N
     assert first.float().std(dim=(2, 3)).min() > 10
 
 
-@pytest.mark.usefixtures("without_timm")  # quicker, and no part of what is asked here
-def test_exporting_needs_no_deepspeed_webdataset_or_boto3(run_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("without_timm")
+def test_exporting_needs_no_deepspeed_webdataset_or_boto3_and_without_timm_says_it_is_unverified(
+    run_dir: Path, tmp_path: Path
+) -> None:
     code = f"""
 import sys
 for name in ("deepspeed", "webdataset", "boto3", "botocore", "accelerate"):
@@ -263,3 +265,7 @@ sys.exit(main(["export", {str(run_dir)!r}, {str(tmp_path / "out")!r}, "--format"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    record = json.loads((tmp_path / "out" / "export.json").read_text("utf-8"))
+    assert (record["verified"], record["max_difference"]) == (False, None)
+    assert "No module named timm" in record["notice"]
+    assert "not verified: timm cannot be imported" in done.stdout

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import read_backbone
-from pretrain.formats.loading import build_backbone, load_into, rebuild
+from pretrain.formats.loading import load_into, rebuild
 from pretrain.formats.timm import write_timm
+from pretrain.models.build import build_backbone
 from pretrain.models.heads import LinearHead
 from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec

@@ -212,33 +212,8 @@ def change_tar(data: bytes, draw: random.Random) -> bytes:
         return data[:at] + bytes(BLOCK) + data[at + BLOCK :]
     start, end, values = draw.choice(
         [
-            (
-                0,
-                100,
-                [
-                    b"a.jpg",
-                    b"a.cls",
-                    b"b/a.PNG",
-                    b"../x.jpg",
-                    b"__x__/a.jpg",
-                    b"a",
-                    b".jpg",
-                    b"a.b.jpg",
-                    b"\xff\xfe.jpg",
-                ],
-            ),
-            (
-                124,
-                136,
-                [
-                    b"00000000000\0",
-                    b"00000001000\0",
-                    b"77777777777\0",
-                    b"\x80" + bytes(10) + b"\x05",
-                    b"\xff" * 12,
-                    b"9",
-                ],
-            ),
+            (0, 100, _NAMES),
+            (124, 136, _SIZES),
             (156, 157, [bytes([value]) for value in b"01234567xgLKSDVX\0"]),
             (257, 265, [b"ustar\x0000", b"ustar  \0", b"ustar\0\0\0", b"ustar\x0001"]),
             (345, 500, [b"prefix", b"a/b", b"\0" * 155]),

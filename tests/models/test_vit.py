@@ -8,9 +8,10 @@ from timm_reference import import_timm, timm_vit
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import sample_keys
-from pretrain.models.build import build_vit
+from pretrain.models.build import build_backbone
 from pretrain.models.layers import Attention, PatchProjection, attention, layer_norm, plain_attention
 from pretrain.models.sizes import VIT_SIZES, resolve_size
+from pretrain.models.spec import BackboneSpec
 from pretrain.models.vit import VisionTransformer
 
 SMALL = {"image_size": 24, "patch_size": 4, "embed_dim": 32, "depth": 3, "num_heads": 4}
@@ -38,13 +39,7 @@ def shaken(module):
     return module
 
 
-def images(count=3, side=24):
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.mark.parametrize("pooling", ["cls", "avg"])
-def test_tokens_and_features_equal_timms_with_the_same_weights(pooling):
-    ours = shaken(small_vit(pooling=pooling)).eval()
+def timms_with_the_weights_of(ours):
     theirs = timm_vit(
         img_size=24,
         patch_size=4,
@@ -52,9 +47,26 @@ def test_tokens_and_features_equal_timms_with_the_same_weights(pooling):
         depth=3,
         num_heads=4,
         num_classes=0,
-        global_pool="token" if pooling == "cls" else "avg",
+        global_pool="token" if ours.pooling == "cls" else "avg",
     )
     theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs
+
+
+def built_as_a_recipe_says(**model):
+    plain = {"name": "vit", "pooling": "cls", "position_embedding": "learned"}
+    grey = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+    return build_backbone(BackboneSpec.of_recipe({**plain, **model}, grey))
+
+
+def images(count=3, side=24):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("pooling", ["cls", "avg"])
+def test_tokens_and_features_equal_timms_with_the_same_weights(pooling):
+    ours = shaken(small_vit(pooling=pooling)).eval()
+    theirs = timms_with_the_weights_of(ours)
     with torch.no_grad():
         tokens = theirs.forward_features(images())
         torch.testing.assert_close(ours.tokens(images()), tokens, rtol=0, atol=2e-6)
@@ -65,16 +77,7 @@ def test_tokens_and_features_equal_timms_with_the_same_weights(pooling):
 @pytest.mark.parametrize("pooling", ["cls", "avg"])
 def test_gradients_equal_timms_with_the_same_weights(pooling):
     ours = shaken(small_vit(pooling=pooling)).train()
-    theirs = timm_vit(
-        img_size=24,
-        patch_size=4,
-        embed_dim=32,
-        depth=3,
-        num_heads=4,
-        num_classes=0,
-        global_pool="token" if pooling == "cls" else "avg",
-    )
-    theirs.load_state_dict(ours.state_dict())
+    theirs = timms_with_the_weights_of(ours)
     ours(images()).square().sum().backward()
     theirs(images()).square().sum().backward()
     wanted = dict(theirs.named_parameters())
@@ -87,7 +90,7 @@ def test_every_named_size_has_timms_parameters_name_by_name(size):
     timm = import_timm()
     with torch.device("meta"):
         theirs = timm.create_model(TIMM_NAMES[size], num_classes=0)
-        ours = build_vit(size=size, image_size=224, patch_size=theirs.patch_embed.patch_size[0])
+        ours = built_as_a_recipe_says(size=size, image_size=224, patch_size=theirs.patch_embed.patch_size[0])
     assert ours.blocks[0].attn.num_heads == theirs.blocks[0].attn.num_heads
     wanted = {name: tuple(value.shape) for name, value in theirs.state_dict().items()}
     assert {name: tuple(value.shape) for name, value in ours.state_dict().items()} == wanted
@@ -96,7 +99,7 @@ def test_every_named_size_has_timms_parameters_name_by_name(size):
 
 def test_initial_weights_have_the_spread_of_timms_jax_scheme():
     torch.manual_seed(0)
-    ours = build_vit(image_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
+    ours = built_as_a_recipe_says(image_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
     theirs = timm_vit(
         img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3, num_classes=0, weight_init="jax"
     )
@@ -295,7 +298,9 @@ def test_a_size_that_is_unknown_or_incomplete_is_refused(kwargs, message):
 
 def test_free_dimensions_build_what_they_say():
     size = resolve_size(embed_dim=64, depth=2, num_heads=4, mlp_ratio=3.0)
-    vit = build_vit(image_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_ratio=3.0)
+    vit = built_as_a_recipe_says(
+        image_size=16, patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_ratio=3.0
+    )
     assert (len(vit.blocks), vit.embed_dim, vit.blocks[0].mlp.fc1.out_features) == (size.depth, 64, 192)
     assert isinstance(vit.blocks[0].attn, Attention)
     assert isinstance(vit.patch_embed.proj, PatchProjection)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parameter_reads import watch_foreign_reads
+from pieces import cut, gradients
 
 from pretrain.errors import DataError
 from pretrain.models.vit import VisionTransformer
@@ -34,17 +35,6 @@ def make_batch(count=8, pads=0):
     if pads:
         batch["labels"][count:], batch["weights"][count:], batch["positions"][count:] = -1, 0, -1
     return images, batch
-
-
-def cut(images, batch, rows):
-    return images[rows], {name: value[rows] for name, value in batch.items()}
-
-
-def gradients(module, *pieces):
-    module.zero_grad()
-    total = sum(module(*piece)[0] for piece in pieces)
-    total.backward()
-    return total.detach(), {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

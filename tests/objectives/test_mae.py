@@ -3,6 +3,7 @@
 import pytest
 import torch
 from parameter_reads import watch_foreign_reads
+from pieces import cut, gradients
 from timm_reference import import_transformers
 
 from pretrain.errors import ConfigError
@@ -50,17 +51,6 @@ def make_batch(count=6, pads=0):
     if pads:
         batch["weights"][count:], batch["positions"][count:] = 0, -1
     return images, batch
-
-
-def cut(images, batch, rows):
-    return images[rows], {name: value[rows] for name, value in batch.items()}
-
-
-def gradients(module, *pieces):
-    module.zero_grad()
-    total = sum(module(*piece)[0] for piece in pieces)
-    total.backward()
-    return total.detach(), {name: p.grad.clone() for name, p in module.named_parameters()}
 
 
 def masks(module, positions):

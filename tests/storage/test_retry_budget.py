@@ -6,6 +6,7 @@ import fcntl
 import multiprocessing
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -58,9 +59,18 @@ def test_a_record_of_another_boot_or_of_no_sense_is_a_full_bucket(tmp_path: Path
     assert [budget.take(), budget.take()] == [0, 1]
     clock.now = 3.0  # the system's clock begins again
     assert [budget.take(), budget.take()] == [0, 1]
-    for junk in (b"", b"x", b"\xff" * 16, os.urandom(100)):
+    numbers = [
+        (-1e291, 1.0),
+        (-2e6, 2.0),
+        (2.0, 1.0),
+        (0.0, 4.0),
+        (0.0, -1.0),
+        (float("nan"), 1.0),
+        (0.0, float("nan")),
+    ]
+    for junk in (b"", b"x", b"\xff" * 16, *(struct.pack("<dd", *pair) for pair in numbers)):
         (tmp_path / "retries").write_bytes(junk)
-        assert budget.take() == 0
+        assert [budget.take(), budget.take()] == [0, 1], junk
 
 
 def test_a_folder_that_cannot_be_written_leaves_a_budget_of_ones_own() -> None:
