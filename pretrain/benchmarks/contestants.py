@@ -96,8 +96,9 @@ def pretrain(spec: dict[str, Any]) -> Iterator[int]:
         workers=workers_of(spec["processes"]),
     )
     for (batch,) in loader.steps(0):
-        images, flips = batch["images"], batch["draws"][:, 0] < 0.5
-        images[flips] = images[flips].flip(-1)  # as DeviceTransform; the others flip here, too
+        for image, draws in zip(batch["images"], batch["draws"], strict=True):
+            if draws[0] < 0.5:  # as DeviceTransform; the others flip here, too
+                image.copy_(image.flip(-1))
         yield BATCH
 
 
