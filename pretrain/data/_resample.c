@@ -148,13 +148,14 @@ static void vertical_plain(const Resample *resample, int at, const unsigned char
 #define AVX2 __attribute__((target("avx2")))
 
 /* The sums of one place: of its pixels' pairs, red, green, blue and nothing, twice. */
-AVX2 static inline __m256i sums_of(const Resample *resample, int i, const unsigned char *line)
+AVX2 static inline __attribute__((always_inline)) __m256i sums_of(const Resample *resample, const int groups, int i,
+                                                                  const unsigned char *line)
 {
     const __m128i pairs = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
     const unsigned char *in = line + 4 * (size_t)resample->low[i];
-    const __m256i *taps = (const __m256i *)(resample->split + (size_t)32 * resample->groups * i);
+    const __m256i *taps = (const __m256i *)(resample->split + (size_t)32 * groups * i);
     __m256i high = _mm256_setzero_si256(), low = high;
-    for (int g = 0; g < resample->groups; g++, in += 4 * RESAMPLE_GROUP, taps += 2) {
+    for (int g = 0; g < groups; g++, in += 4 * RESAMPLE_GROUP, taps += 2) {
         const __m256i pixels =
             _mm256_cvtepu8_epi16(_mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)in), pairs));
         high = _mm256_add_epi32(high, _mm256_madd_epi16(pixels, _mm256_loadu_si256(taps)));
@@ -163,12 +164,15 @@ AVX2 static inline __m256i sums_of(const Resample *resample, int i, const unsign
     return _mm256_add_epi32(_mm256_slli_epi32(high, LOW_BITS), low);
 }
 
-AVX2 static void horizontal_avx2(const Resample *resample, const unsigned char *line, unsigned char *out)
+AVX2 static inline __attribute__((always_inline)) void horizontal_groups(const Resample *resample,
+                                                                         const int groups,
+                                                                         const unsigned char *line,
+                                                                         unsigned char *out)
 {
     const __m256i half = _mm256_set1_epi32(HALF);
     for (int i = 0; i < resample->size; i += 2) {
-        const __m256i one = sums_of(resample, i, line);
-        const __m256i other = i + 1 < resample->size ? sums_of(resample, i + 1, line) : one;
+        const __m256i one = sums_of(resample, groups, i, line);
+        const __m256i other = i + 1 < resample->size ? sums_of(resample, groups, i + 1, line) : one;
         __m256i both = _mm256_add_epi32(_mm256_permute2x128_si256(one, other, 0x20),
                                         _mm256_permute2x128_si256(one, other, 0x31));
         both = _mm256_srai_epi32(_mm256_add_epi32(both, half), PRECISION_BITS);
@@ -179,6 +183,16 @@ AVX2 static void horizontal_avx2(const Resample *resample, const unsigned char *
         if (i + 1 < resample->size)
             memcpy(out + 4 * i + 4, &second, 4);
     }
+}
+
+AVX2 static void horizontal_avx2(const Resample *resample, const unsigned char *line, unsigned char *out)
+{
+    if (resample->groups == 1) /* nearly all there are, without a loop */
+        horizontal_groups(resample, 1, line, out);
+    else if (resample->groups == 2)
+        horizontal_groups(resample, 2, line, out);
+    else
+        horizontal_groups(resample, resample->groups, line, out);
 }
 
 AVX2 static void vertical_avx2(const Resample *resample, int at, const unsigned char *rows, size_t stride,
