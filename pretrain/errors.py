@@ -66,6 +66,9 @@ class WorkerError(PretrainError):
     """A loader worker died or hung, again after it was started again. The run may be restarted."""
 
 
+_SOCKET_PATH_TOO_LONG = "AF_UNIX path too long"
+
+
 def exit_code_of(command: str, run: Callable[[], int]) -> int:
     """What `run()` returns. A user's error, Ctrl-C and a full disk are said in a line, and give their exit code."""
     try:
@@ -77,6 +80,13 @@ def exit_code_of(command: str, run: Callable[[], int]) -> int:
         print(f"pretrain {command}: stopped by Ctrl-C", file=sys.stderr)
         return EXIT_CTRL_C
     except OSError as error:
+        if str(error) == _SOCKET_PATH_TOO_LONG:  # it has no number
+            print(
+                f"pretrain {command}: the folder of temporary files, {tempfile.gettempdir()}, has too long a name for "
+                "the sockets of processes; set TMPDIR to one of 70 letters at most",
+                file=sys.stderr,
+            )
+            return UsageError.exit_code
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,27 @@ def test_a_full_target_of_pack_and_sync_is_named_and_not_the_source(
 def test_a_full_folder_of_temporary_files_is_an_error_that_names_it(
     images: Path, tmp_path: Path, processes: int
 ) -> None:
-    full = tmp_path / "full"
     words = ["data", "pack", images, tmp_path / "out", "--processes", processes, "--shard-bytes", 150_000]
-    done = run(full, *words, TMPDIR=str(full))
+    with tempfile.TemporaryDirectory() as short:  # sockets do not take tmp_path's long names
+        full = Path(short, "full")
+        done = run(full, *words, TMPDIR=str(full))
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert f"No space left on device; free some space, also in {full}" in done.stderr
     assert "TMPDIR" in done.stderr
+
+
+def test_a_name_too_long_for_sockets_is_wrong_usage(images: Path, tmp_path: Path) -> None:
+    temporary = tmp_path / ("long" * 25)
+    temporary.mkdir()
+    words = ["data", "pack", images, tmp_path / "out", "--processes", 2, "--shard-bytes", 150_000]
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(temporary)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "set TMPDIR" in done.stderr
