@@ -160,7 +160,9 @@ def _declare_torchvision_operators() -> torch.library.Library:
 def streaming(spec: dict[str, Any]) -> Iterator[int]:
     _library = _declare_torchvision_operators()
     from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
 
+    clean_stale_shared_memory()  # of an earlier turn, which says which shards are there
     prepare = Prepare(spec["size"])
 
     class Images(StreamingDataset):

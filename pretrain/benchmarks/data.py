@@ -222,11 +222,21 @@ def measure_loaders(
             "shard_urls": list(_shard_urls(index, pipe="pipe" in name)),
         }
         python = peer_python if name in contestants.CONVERSIONS else sys.executable
-        turns.setdefault((processes, name), []).append(_in_a_process(python, own))
+        try:
+            turn = _in_a_process(python, own)
+        except PretrainError as error:
+            if name not in contestants.CONVERSIONS:
+                raise
+            _progress("")  # a peer's own trouble must not cost what the others have shown
+            print(f"{name}, {processes} process(es), turn {repeat + 1}: {error}", file=sys.stderr)
+        else:
+            turns.setdefault((processes, name), []).append(turn)
     _progress("")
-    speeds = {pair: [turn["images"] / turn["seconds"] for turn in turns[pair]] for pair in pairs}
+    speeds = {pair: [turn["images"] / turn["seconds"] for turn in told] for pair, told in turns.items()}
     rows = []
     for processes, name in pairs:
+        if not speeds.get((processes, name)):
+            continue
         pair = processes, name
         median, base = statistics.median(speeds[pair]), speeds.get((processes, "webdataset"))
         rows.append(
@@ -267,7 +277,7 @@ def _in_a_process(python: str, spec: dict[str, Any]) -> dict[str, Any]:
     if done.returncode or not lines:
         what = spec.get("contestant") or f"converting to {spec['convert']}"
         raise PretrainError(
-            f"{what} failed with exit code {done.returncode}; leave it out with --only:\n{done.stderr[-2000:]}"
+            f"{what} failed with exit code {done.returncode}; leave it out with --only:\n{done.stderr[-1000:]}"
         )
     result: dict[str, Any] = json.loads(lines[-1])
     return result
