@@ -113,7 +113,7 @@ def measure_decoders(
     decoders: dict[str, Decode] = {PLAIN: usual, "pillow, scaled (ours)": ours("pillow")}
     if resolve_decoder("auto") == "region":
         decoders["region (ours)"] = ours("region")
-    decoders |= _others(box, size)
+    decoders |= _others(box, size, all_jpegs=all(image[:2] == b"\xff\xd8" for image in images))
     spent: dict[str, list[float]] = {name: [] for name in decoders}
     for _ in range(repeats):
         for name, decode in decoders.items():
@@ -126,7 +126,9 @@ def measure_decoders(
     return _medians(spent, first=PLAIN)
 
 
-def _others(box: Callable[[int, int, int], tuple[int, int, int, int]], size: int) -> dict[str, Decode]:
+def _others(
+    box: Callable[[int, int, int], tuple[int, int, int, int]], size: int, *, all_jpegs: bool
+) -> dict[str, Decode]:
     """Decoders that happen to be installed."""
     if not find_spec("cv2"):
         return {}
@@ -140,7 +142,7 @@ def _others(box: Callable[[int, int, int], tuple[int, int, int, int]], size: int
         return shrink(cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR), position)
 
     found: dict[str, Decode] = {"OpenCV": opencv}
-    if find_spec("simplejpeg"):
+    if all_jpegs and find_spec("simplejpeg"):
         import simplejpeg
 
         found["simplejpeg"] = lambda data, position: shrink(
