@@ -73,6 +73,12 @@ def compose(
         builder.add_shard(entry)
     if labels is not None:
         labels.check_complete()
+    if findings.mislabelled and (labels is None or labels.partial):
+        raise DataError(
+            f"{url}: the labels of {findings.mislabelled} samples are no classes (the first: "
+            f"{findings.first_mislabelled}); write them as integers, or give all labels in a table: "
+            f"pretrain data index {url} --labels TABLE"
+        )
     if findings.unlabelled and findings.scattered:
         raise DataError(
             f"{url}: the labels of {findings.scattered} samples do not lie beside their image in the tar (the first: "

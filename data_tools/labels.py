@@ -147,7 +147,7 @@ class LabelTable:
             UsageError: no such table, no columns `key` and `label`, a key twice, a row without label.
         """
         table = read_table(url, needs=("key", "label"))
-        self.url, self._partial = url, partial
+        self.url, self.partial = url, partial
         self._labels = labels_in(table, class_names)
         self.class_names = self._labels.class_names
         keys = table.keys("key")
@@ -190,7 +190,7 @@ class LabelTable:
 
     def check_complete(self) -> None:
         """UsageError if samples had no row and that was not allowed."""
-        if self.missing and not self._partial:
+        if self.missing and not self.partial:
             raise UsageError(
                 f"{self.url}: has no row for {self.missing} samples (the first: {self.first_missing!r}); "
                 "add them, or give --labels-partial to keep the labels that their tars hold"

@@ -30,6 +30,8 @@ class Findings:
     first_scattered: str = ""
     unlabelled: int = 0
     first_unlabelled: str = ""
+    mislabelled: int = 0  # their text is no class
+    first_mislabelled: str = ""  # and why not
     unreadable: int = 0
     first_unreadable: str = ""
     skipped: int = 0  # images that `pack --skip-bad` left out
@@ -41,7 +43,15 @@ class Findings:
             setattr(self, kind, getattr(self, kind) + count)
 
     def add(self, other: Findings) -> None:
-        for kind in ("empty", "without_image", "scattered", "unlabelled", "unreadable", "skipped"):
+        for kind in (
+            "empty",
+            "without_image",
+            "scattered",
+            "unlabelled",
+            "mislabelled",
+            "unreadable",
+            "skipped",
+        ):
             self.note(kind, getattr(other, f"first_{kind}"), getattr(other, kind))
 
 
@@ -92,7 +102,7 @@ def scan_shard(
         on_bytes: told the length of each block read.
 
     Raises:
-        DataError: the tar is damaged or truncated, or a label is none. The message names `where`.
+        DataError: the tar is damaged or truncated. The message names `where`.
     """
     sha256 = hashlib.sha256()
     total = 0
@@ -129,8 +139,9 @@ def scan_shard(
         for sample in frames:
             try:
                 labels.add(labels_of(chunk.data, sample))
-            except DataError as error:
-                raise DataError(f"{where}: {error}") from error
+            except DataError as error:  # no harm where a table says what they are
+                findings.note("mislabelled", f"{name}: {error}")
+                labels.add(NO_LABEL)
             keys.append(sample.key)
             captions += "txt" in sample.members
             image = image_of(sample)

@@ -43,23 +43,24 @@ class FrameTable:
         return self.keys[start : int(self.key_ends[row])].decode("utf-8", "surrogateescape")
 
 
-def frame_table(chunk: bytes | memoryview, *, where: str) -> FrameTable:
+def frame_table(chunk: bytes | memoryview, *, where: str, labels: bool = True) -> FrameTable:
     """The samples of a chunk that have an image, in order.
 
     Args:
         chunk: whole tar members, with or without the archive's end mark.
         where: the chunk's name for messages.
+        labels: False leaves the samples' own labels unread, and says that there are none.
 
     Raises:
         DataError: as `framer.frame`, and for a label that is no class, as `framer.label_of`.
     """
     chunk = bytes(chunk)
     members = plain_members(chunk)
-    table = None if members is None else _table_of_plain(chunk, members)
-    return table if table is not None else _table_of_frames(chunk, where=where)
+    table = None if members is None else _table_of_plain(chunk, members, read_labels=labels)
+    return table if table is not None else _table_of_frames(chunk, where=where, read_labels=labels)
 
 
-def _table_of_plain(chunk: bytes, members: PlainMembers) -> FrameTable | None:
+def _table_of_plain(chunk: bytes, members: PlainMembers, *, read_labels: bool) -> FrameTable | None:
     """None if a name or a label is of a kind that is better looked at one by one."""
     names, data, sizes = members
     width = names.shape[1]
@@ -102,6 +103,8 @@ def _table_of_plain(chunk: bytes, members: PlainMembers) -> FrameTable | None:
     kept = np.flatnonzero(image >= 0)
     image, suffix = image[kept], suffix[kept]
     cls, json = (member[_SUFFIXES.index(kind)][kept] for kind in ("cls", "json"))
+    if not read_labels:
+        cls, json = np.full_like(cls, -1), np.full_like(json, -1)
     labels = _labels(chunk, data, sizes, cls=cls)
     if labels is None:
         return None
@@ -154,10 +157,10 @@ def _labels(
     return labels
 
 
-def _table_of_frames(chunk: bytes, *, where: str) -> FrameTable:
+def _table_of_frames(chunk: bytes, *, where: str, read_labels: bool) -> FrameTable:
     frames: list[Frame] = frame(chunk, where=where)
     try:
-        labels = [label_of(chunk, sample) for sample in frames]
+        labels = [label_of(chunk, sample) if read_labels else -1 for sample in frames]
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
     images = [image_of(sample) or ("", 0, 0) for sample in frames]

@@ -81,8 +81,9 @@ class ChunkStore:
 
     cache_dir: for remote datasets, shared by a node's processes; cache_bytes: the most it may hold, None for
     a part of the disk (`default_cache_bytes`). memory_bytes: how much of remote chunks a process keeps where
-    no cache holds them. prefetch_bytes: what may be fetched, or waiting to be, ahead of its use. One thread
-    reads; prefetching has threads of its own.
+    no cache holds them. prefetch_bytes: what may be fetched, or waiting to be, ahead of its use. labels:
+    False leaves the tars' own unread, for an index that has others. One thread reads; prefetching has
+    threads of its own.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ChunkStore:
         memory_bytes: int = DEFAULT_MEMORY_BYTES,
         cache_bytes: int | None = None,
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
+        labels: bool = True,
     ) -> None:
         self._settings: dict[str, Any] = {
             "url": url,
@@ -102,8 +104,9 @@ class ChunkStore:
             "memory_bytes": memory_bytes,
             "cache_bytes": cache_bytes,
             "prefetch_bytes": prefetch_bytes,
+            "labels": labels,
         }
-        self._url = url
+        self._url, self._labels = url, labels
         # The index came from there: a store that does not answer now is away, and is waited for.
         self._storage = open_storage(url, s3=dataclasses.replace(s3, known_to_answer=True))
         self._remote = is_remote(url)
@@ -202,7 +205,7 @@ class ChunkStore:
 
     def _frame(self, chunk: ChunkRef, data: bytes | memoryview, version: Version | None) -> _Framed:
         where = self._where(chunk)
-        table = frame_table(data, where=where)
+        table = frame_table(data, where=where, labels=self._labels)
         if len(table) != chunk.num_samples:
             raise DataError(
                 f"{where}: {len(table)} samples, the index says {chunk.num_samples}; {self._verify_hint()}"
@@ -345,6 +348,7 @@ class ChunkReader:
             memory_bytes=memory_bytes,
             cache_bytes=cache_bytes,
             prefetch_bytes=prefetch_bytes,
+            labels=not index.labels_overridden,
         )
 
     def chunk(self, number: int) -> ChunkRef:

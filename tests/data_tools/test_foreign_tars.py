@@ -13,6 +13,7 @@ from small_images import image_bytes
 
 from data_tools import redact
 from pretrain.data.index import open_index, open_samples
+from pretrain.data.reader import ChunkReader
 from pretrain.storage.local import LocalStorage
 
 
@@ -127,6 +128,37 @@ def test_a_label_that_is_no_integer_names_what_gives_other_labels(
     write_tar(tmp_path / "d" / "a.tar", [("000.cls", label), ("000.png", image_bytes(0))])
     assert pretrain("data", "index", tmp_path / "d") == 3
     assert problem in capsys.readouterr().err
+
+
+def test_labels_that_are_no_classes_do_no_harm_where_a_table_has_others(
+    tmp_path: Path, pretrain, capsys
+) -> None:
+    members = [
+        member
+        for i in range(6)
+        for member in (
+            (f"{i:03d}.cls", b"dog" if i % 2 else b"3") if i < 3 else (f"{i:03d}.json", b'{"label": "cat"}'),
+            (f"{i:03d}.png", image_bytes(i)),
+        )
+    ]
+    write_tar(tmp_path / "d/a.tar", members)
+    assert pretrain("data", "index", tmp_path / "d") == 3
+    told = capsys.readouterr().err
+    assert "4 samples are no classes (the first: a.tar: 001.cls: a label is one integer" in told
+    assert "--labels TABLE" in told
+    (tmp_path / "t.csv").write_text("key,label\n" + "".join(f"{i:03d},{i % 4}\n" for i in range(6)))
+    assert pretrain("data", "index", tmp_path / "d", "--labels", tmp_path / "t.csv", "--labels-partial") == 3
+    assert pretrain("data", "index", tmp_path / "d", "--labels", tmp_path / "t.csv") == 0
+    assert pretrain("data", "verify", tmp_path / "d", "--labels", tmp_path / "t.csv") == 0
+    index = open_index(str(tmp_path / "d"))
+    reader = ChunkReader(index)
+    assert [reader.read(0, row).key for row in range(6)] == [f"{i:03d}" for i in range(6)]
+    reader.close()
+    (tmp_path / "keys.txt").write_text("001\n")
+    assert pretrain("data", "redact", tmp_path / "d", "--keys", tmp_path / "keys.txt") == 0
+    table = open_samples(open_index(str(tmp_path / "d")))
+    assert [table.key(i) for i in range(5)] == ["000", "002", "003", "004", "005"]
+    assert table.labels.tolist() == [0, 2, 3, 0, 1]
 
 
 def test_keys_in_a_file_that_begins_with_a_byte_order_mark_are_found(tmp_path: Path, pretrain) -> None:
