@@ -44,6 +44,10 @@ class StorageError(DataError):
     """A store did not give what was asked for, after retries."""
 
 
+class ObjectChangedError(StorageError):
+    """The store says that the object became another one while it was read."""
+
+
 class ObjectNotFoundError(StorageError):
     """The bucket, folder or object does not exist."""
 

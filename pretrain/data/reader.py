@@ -23,7 +23,7 @@ from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import DatasetIndex
 from pretrain.data.prefetch import Job, Prefetcher
 from pretrain.data.shard_files import ShardFiles, Version
-from pretrain.errors import DataError, PretrainError
+from pretrain.errors import DataError, ObjectChangedError, PretrainError
 from pretrain.storage import (
     ChunkCache,
     HeldChunk,
@@ -36,6 +36,7 @@ from pretrain.storage import (
 
 # A worker of the only rank visits all lanes: 256 lanes · 5 chunks of 1024 samples, at about 50 bytes each.
 MAX_FRAMED_SAMPLES = 2_000_000
+_CHANGED_WAIT_SECONDS = 1.0  # for a store that is being started again
 MAX_OPEN_FILES = 2048  # and a quarter of what the system allows this process at most
 DEFAULT_MEMORY_BYTES = 512 << 20  # of remote chunks a process keeps when no cache folder holds them
 DEFAULT_PREFETCH_BYTES = 64 << 20  # a process: eight chunks of the usual size
@@ -305,11 +306,18 @@ class ChunkStore:
         return f"{chunk.shard_sha256.hex()}/{chunk.offset}+{chunk.num_bytes}"
 
     def _fetch(self, chunk: ChunkRef) -> bytes:
-        """The chunk's bytes from the store, checked. A remote one that differs is asked for once more:
-        a proxy may have held something stale, or a line may have flipped a bit.
+        """The chunk's bytes from the store, checked. A remote one that differs is asked for again: a proxy
+        may have held something stale, or a line may have flipped a bit. So is one that the store says has changed,
+        as a radosgw that was killed and started again has said of one that had not: the checksum is the judge.
         """
-        for _ in range(2 if self._remote else 1):
-            data = self._storage.read(chunk.shard, chunk.offset, chunk.num_bytes)
+        for is_last in (False, False, True) if self._remote else (True,):
+            try:
+                data = self._storage.read(chunk.shard, chunk.offset, chunk.num_bytes)
+            except ObjectChangedError:
+                if is_last:
+                    raise
+                time.sleep(_CHANGED_WAIT_SECONDS)
+                continue
             if _matches(data, chunk):
                 return data
         raise DataError(

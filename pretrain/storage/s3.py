@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretrain.errors import ObjectNotFoundError, PretrainError, StorageError, UsageError
+from pretrain.errors import ObjectChangedError, ObjectNotFoundError, PretrainError, StorageError, UsageError
 from pretrain.storage import counters
 from pretrain.storage.base import ObjectInfo, S3Settings, check_name
 from pretrain.storage.retry import Retries
@@ -349,8 +349,8 @@ class S3Storage:
             f"but it holds {self.size(name)}; it is cut short or was replaced"
         )
 
-    def _changed(self, name: str) -> StorageError:
-        return StorageError(
+    def _changed(self, name: str) -> ObjectChangedError:
+        return ObjectChangedError(
             f"{self._url_of(name)}: it was replaced while being read; keep shards unchanged during a run"
         )
 

@@ -10,12 +10,13 @@ import numpy as np
 import psutil
 import pytest
 import webdataset
+from services.fault_proxy import Fault, FaultProxy
 from tiny_shards import index_folder, jpeg, write_dataset
 
 from pretrain.data.index import open_index, open_samples
 from pretrain.data.order import locate_sample, sample_ends
 from pretrain.data.reader import ChunkReader, ChunkStore
-from pretrain.errors import DataError, ObjectNotFoundError
+from pretrain.errors import DataError, ObjectChangedError, ObjectNotFoundError
 from pretrain.storage import S3Settings, counters
 
 
@@ -226,6 +227,27 @@ class TestBucket:
         assert reader.read(bucket_index.num_chunks - 1, 0).key
         with pytest.raises(ObjectNotFoundError, match=bucket_index.shard_names[0]):
             reader.read(0, 0)
+
+    @pytest.mark.parametrize("times", [1, 3])
+    def test_a_store_that_says_an_unchanged_object_has_changed_is_asked_again_but_not_for_ever(
+        self, bucket_index, s3_server, monkeypatch: pytest.MonkeyPatch, times: int
+    ) -> None:
+        wanted = read_all(ChunkReader(bucket_index))
+        with FaultProxy(s3_server.port) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+            reader = ChunkReader(bucket_index)
+            # A body that breaks off, and then no more of it under the ETag that its beginning had.
+            proxy.faults.extend([Fault(kind="close", after_bytes=1500), Fault(kind="412")] * times)
+            if times == 3:
+                with pytest.raises(ObjectChangedError, match="was replaced while being read"):
+                    read_all(reader)
+            else:
+                assert [(s.key, bytes(s.image)) for s in read_all(reader)] == [
+                    (s.key, bytes(s.image)) for s in wanted
+                ]
+            assert not proxy.faults
+            assert sum("if-match" in head.lower() for head in proxy.requests) == times
+            reader.close()
 
     def test_many_reads_take_no_more_memory_and_no_more_files_than_few(
         self, bucket_index, tmp_path: Path

@@ -15,7 +15,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_BUSY = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+_ANSWERS = {  # in the server's place
+    "503": b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+    "412": b"HTTP/1.1 412 Precondition Failed\r\nContent-Length: 0\r\nConnection: close\r\n\r\n",
+}
 _REQUEST = re.compile(rb"(GET|PUT|HEAD|POST|DELETE) \S+ HTTP/1\.1\r\n")
 
 
@@ -27,7 +30,7 @@ async def _cancel(tasks) -> None:  # type: ignore[no-untyped-def]
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """`kind`: "503" answers for the server; "close", "reset" and "stall" act on the server's answer after
+    """`kind`: "503" and "412" answer for the server; "close", "reset" and "stall" act on the server's answer after
     `after_bytes` of it, header included, were passed on (0: the request is served, its answer lost);
     "drip" lets the rest of the answer through at `bytes_per_second`."""
 
@@ -92,8 +95,8 @@ class FaultProxy:
                 current[0] = self.faults.popleft() if struck else None
                 if not struck and self.weather is not None:
                     current[0] = self.weather(match[1].decode())
-                if current[0] and current[0].kind == "503":
-                    client_out.write(_BUSY)
+                if current[0] and current[0].kind in _ANSWERS:
+                    client_out.write(_ANSWERS[current[0].kind])
                     return
             upstream_out.write(data)
             await upstream_out.drain()
