@@ -7,9 +7,11 @@ train.py when a launcher starts it directly.
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
+from pretrain.checkpoint.compatibility import resume_help
 from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.load import as_yaml, load_config, zero_stage
 from pretrain.config.schema import RunConfig
@@ -37,6 +39,7 @@ MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = textwrap.fill(resume_help(), 110, break_on_hyphens=False, replace_whitespace=False)
     parser.add_argument("config", help="the recipe, a YAML file")
     parser.add_argument(
         "overrides",

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.compatibility import check_batch_size, check_resumable
+from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
@@ -61,6 +61,11 @@ def _check_same_run(
     # A key that came after the checkpoint was written: the run trained as its default says, for that is "off".
     manifest = replace(manifest, config=with_defaults(manifest.config))
     check_resumable(manifest, **identity, parameters=parameters, where=where)
+
+
+def changed_since(manifest: Manifest, config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `config` has changed since that checkpoint, of what may change: {key: {"before": …, "now": …}}."""
+    return changed_keys(with_defaults(manifest.config), config)
 
 
 def resume(

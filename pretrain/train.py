@@ -68,7 +68,7 @@ from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
-from pretrain.resume import claim, has_checkpoint, is_finished, resume
+from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
 from pretrain.signals import StopSignals, exit_code_for
 
 
@@ -157,6 +157,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             lanes=data.stream.lanes,
             resumed=manifest is not None,
             init_ignored=bool(config.init_from) and resuming,
+            previous=manifest.made_by if manifest else {},
+            changed=changed_since(manifest, identity["config"]) if manifest else {},
         )
 
         # The data: endless steps of micro-batches from position `samples` on.

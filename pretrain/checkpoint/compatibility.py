@@ -6,13 +6,13 @@ how fast or how long it trains may change between attempts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.errors import CheckpointMismatchError
 
-# Config keys that must stay; whole sections by their name. All others may change on a resume.
+# Config keys that must stay; whole sections by their name.
 FIXED_KEYS = (
     "seed",
     "model",
@@ -31,7 +31,34 @@ FIXED_KEYS = (
     "data.std",
     "optim.name",
 )
-FREE_WITHIN = ("model.drop_path_rate",)
+# All others may change on a resume; README.md shows this table, and `pretrain train --help` its keys. A new
+# section or key of `data` belongs in one of the two.
+FREE_KEYS = {
+    "run_dir": "the folder may be moved, or named another way",
+    "init_from": "ignored once the run has a checkpoint",
+    "model.drop_path_rate": "",
+    "data.train": "where the shards lie; which they are and their weights must stay (`pretrain data-change`)",
+    "data.val": "",
+    "data.workers": "",
+    "data.worker_timeout_seconds": "",
+    "data.cache_dir": "",
+    "data.cache_bytes": "",
+    "data.prefetch_bytes": "",
+    "data.max_replaced_fraction": "",
+    "data.decoder": "the same pixels",
+    "train": (
+        "length, micro-batch, precision; `global_batch_size` to a multiple of the run's lanes that divides the "
+        "samples consumed so far"
+    ),
+    "optim": "rate, schedule and its end, weight decay, betas, clipping; all but `name`",
+    "checkpoint": "",
+    "eval": "",
+    "metrics": "",
+    "export": "",
+    "storage": "",
+    "deepspeed": "ZeRO stage, buckets …",
+}
+_WITHOUT_MEANING = ("run_dir", "init_from")  # for what is trained
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -45,10 +72,42 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _is_fixed(key: str) -> bool:
-    if key in FREE_WITHIN:
-        return False
-    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED_KEYS)
+def is_fixed(key: str) -> bool:
+    """Must the key stay as it was? Of two entries that name it, the longer one counts."""
+    fixed, free = _longest_entry(key, FIXED_KEYS), _longest_entry(key, FREE_KEYS)
+    return len(fixed) > len(free)
+
+
+def _longest_entry(key: str, entries: Iterable[str]) -> str:
+    return max((name for name in entries if f"{key}.".startswith(f"{name}.")), key=len, default="")
+
+
+def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a config changed that may change and means something: {key: {"before": …, "now": …}}."""
+    flat_before, flat_now = (
+        {key: value for key, value in flatten(config).items() if value != {}} for config in (before, now)
+    )
+    return {
+        key: {"before": flat_before.get(key), "now": flat_now.get(key)}
+        for key in sorted(flat_before.keys() | flat_now.keys())
+        if flat_before.get(key) != flat_now.get(key) and not is_fixed(key) and key not in _WITHOUT_MEANING
+    }
+
+
+def resume_table() -> str:
+    """FREE_KEYS and FIXED_KEYS as README.md shows them."""
+    noted = [f"| `{key}` | {note} |" for key, note in FREE_KEYS.items() if note]
+    plain = ", ".join(f"`{key}`" for key, note in FREE_KEYS.items() if not note)
+    fixed = ", ".join(f"`{key}`" for key in FIXED_KEYS)
+    return "\n".join(["| may change | |", "|---|---|", *noted, f"| {plain} | |", "", f"Must stay: {fixed}."])
+
+
+def resume_help() -> str:
+    """The same in plain text, for `--help`."""
+    return (
+        f"on a resume these may change: {', '.join(FREE_KEYS)}\n"
+        f"these must stay, or the run is refused with a diff: {', '.join(FIXED_KEYS)}"
+    )
 
 
 def check_resumable(
@@ -66,7 +125,7 @@ def check_resumable(
     differences = [
         f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
         for key in sorted(before.keys() | now.keys())
-        if _is_fixed(key) and before.get(key) != now.get(key)
+        if is_fixed(key) and before.get(key) != now.get(key)
     ]
     differences += _segment_differences(manifest, segments)
     differences += [

@@ -63,6 +63,14 @@ class Manifest:
     software: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
+    @property
+    def made_by(self) -> dict[str, int]:
+        return {
+            "attempt": self.attempt,
+            "world_size": self.world_size,
+            "zero_stage": self.zero_stage,
+        }
+
     def to_json(self) -> str:
         body = asdict(self)
         body["sha256"] = _digest(body)

@@ -1,10 +1,17 @@
 """The run's diary, RUN/journal.jsonl: one JSON line an event. Written by train.py, read by report.py.
 
 Every line has `event`, `time` (Unix seconds) and `attempt`, and most have `step` and `samples`. The
-events that report.py draws:
+events that are drawn:
 
     step        step, samples, epoch, loss, lr, grad_norm, step_seconds, data_seconds, images_per_second
     validation  step, samples, and one field a metric (loss, top1, …)
+
+and, of what a run was when an attempt began:
+
+    start           step, samples, total_steps, world_size, zero_stage, lanes, resumed; of a resumed run also
+                    previous_attempt, previous_world_size, previous_zero_stage: those of its checkpoint
+    config_changed  step, samples, changed: {key: {"before": …, "now": …}}, of the keys that may change
+    checkpoint_rejected  path, reason: a damaged one that was passed over
 
 Any other event and field may be added; readers leave what they do not know alone.
 

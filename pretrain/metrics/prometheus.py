@@ -105,6 +105,11 @@ class MetricsServer:
         self._checkpoint_bytes = Gauge(
             "pretrain_checkpoint_bytes", "Size of the newest committed checkpoint.", registry=registry
         )
+        self._checkpoints_rejected = Counter(
+            "pretrain_checkpoints_rejected",
+            "Damaged checkpoints that this process passed over when it began; the journal says why.",
+            registry=registry,
+        )
         self._reading = {
             name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in READING.items()
         }
@@ -159,6 +164,9 @@ class MetricsServer:
         self._checkpoint_seconds.observe(seconds)
         self._checkpoint_bytes.set(size_bytes)
         self._checkpoint_last_commit.set(committed_at)
+
+    def count_rejected_checkpoint(self) -> None:
+        self._checkpoints_rejected.inc()
 
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

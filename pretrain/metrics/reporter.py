@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pretrain.metrics.journal import Journal
@@ -77,14 +78,21 @@ class Reporter:
         lanes: int,
         resumed: bool,
         init_ignored: bool,
+        previous: Mapping[str, int] = MappingProxyType({}),
+        changed: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
     ) -> None:
-        ranks = f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"
+        """`previous`: attempt, world_size and zero_stage of the checkpoint that is gone on from; `changed`: the
+        keys of its config that are others now, as {key: {"before": …, "now": …}}."""
+        ranks = _ranks(world_size, zero_stage)
         steps = f"step {step} of {self._total_steps}" if resumed else f"{self._total_steps} steps"
         note = f"going on at {steps} on {ranks}" if resumed else f"{steps} on {ranks}"
         if lanes < FEW_LANES:
             note += f"; the order has {lanes} lanes, {FEW_LANES} or more mix a batch better"
         if init_ignored:
             note += "; init_from is ignored, the run has a checkpoint of its own"
+        was = {name: previous[name] for name in ("world_size", "zero_stage") if name in previous}
+        if was and was != {"world_size": world_size, "zero_stage": zero_stage}:
+            note += f"; the checkpoint is of {_ranks(**was)}"
         self.event(
             "start",
             note=note,
@@ -95,12 +103,19 @@ class Reporter:
             zero_stage=zero_stage,
             lanes=lanes,
             resumed=resumed,
+            **{f"previous_{name}": value for name, value in previous.items()},
         )
+        if changed:
+            said = "\n".join(f"  {key}: {of['before']!r} -> {of['now']!r}" for key, of in changed.items())
+            note = f"changed since the checkpoint:\n{said}"
+            self.event("config_changed", note=note, step=step, samples=samples, changed=changed)
 
     def checkpoint_rejected(self, path: Path, reason: Exception) -> None:
         self.event(
             "checkpoint_rejected", note=f"passing over {path}: {reason}", path=str(path), reason=str(reason)
         )
+        if self._server:
+            self._server.count_rejected_checkpoint()
 
     def watch_cache(self, cached_bytes: Callable[[], int]) -> None:
         """`cached_bytes`: what the node's chunk cache holds at the moment; asked for from any thread."""
@@ -205,3 +220,7 @@ class Reporter:
         for part in (self._progress, self._journal, self._server):
             if part is not None:
                 part.close()
+
+
+def _ranks(world_size: int, zero_stage: int) -> str:
+    return f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"
