@@ -9,9 +9,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,7 +46,6 @@ from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
-from pretrain.optim.schedules import cosine_lr
 from pretrain.signals import ctrl_c_waits
 
 
@@ -280,17 +277,6 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
-    )
-
-
-def build_schedule(config: RunConfig, *, total_steps: int) -> Callable[[int], float]:
-    """The learning rate of each optimizer step; the first is step 0."""
-    return partial(
-        cosine_lr,
-        peak=config.optim.lr,
-        warmup_steps=config.optim.warmup_steps,
-        total_steps=total_steps,
-        min_lr=config.optim.min_lr,
     )
 
 

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "pretrain.train", "train a recipe: pretraining, fine-tuning, resuming", "pretrain.recipe"
     ),
+    "fork": Command("pretrain.fork", "start a new run from a checkpoint of another, with other settings"),
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),

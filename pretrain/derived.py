@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
 from pretrain.models.spec import BackboneSpec
+from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr
 from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_remote
 
 # One device debugs on few samples at a time: fewer open chunks, seconds to the first step.
@@ -101,6 +103,28 @@ def total_steps(config: RunConfig, stream: Stream) -> int:
     samples = stream.samples_for(config.train.epochs)
     # Rounded first: a sum over segments must not add a step for its last digit.
     return max(1, math.ceil(round(samples / config.train.global_batch_size, 9)))
+
+
+def build_schedule(config: RunConfig, *, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step; the first is step 0. Raises ConfigError."""
+    optim = config.optim
+    if optim.cooldown_steps > total_steps:
+        raise ConfigError(
+            f"optim.cooldown_steps={optim.cooldown_steps} is more than the run's {total_steps} steps; take fewer"
+        )
+    if optim.schedule == "cosine":
+        lr_of = partial(
+            cosine_lr,
+            peak=optim.lr,
+            warmup_steps=optim.warmup_steps,
+            total_steps=total_steps,
+            min_lr=optim.min_lr,
+        )
+    else:
+        lr_of = partial(constant_lr, peak=optim.lr, warmup_steps=optim.warmup_steps)
+    return cooled_down(
+        lr_of, cooldown_steps=optim.cooldown_steps, total_steps=total_steps, min_lr=optim.min_lr
+    )
 
 
 def run_lanes(config: RunConfig, *, debug: bool = False) -> int:

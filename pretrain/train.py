@@ -33,7 +33,6 @@ from pretrain.assemble import (
     build_mixing,
     build_objective,
     build_reporter,
-    build_schedule,
     build_train_loader,
     open_data,
 )
@@ -48,7 +47,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
 from pretrain.data.ledger import Ledger, check_budget
 from pretrain.data.loader import Batch, EvalLoader
-from pretrain.derived import dataset_facts, split_batch, total_steps
+from pretrain.derived import build_schedule, dataset_facts, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
     World,
@@ -106,6 +105,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
     last_step = total_steps(config, data.stream)
+    lr_of = build_schedule(config, total_steps=last_step)
     identity: dict[str, Any] = {  # what every checkpoint of this run says of it
         "config": config.model_dump(mode="json"),
         "dataset": dataset_facts(data.indexes),
@@ -175,7 +175,6 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
         batches = train_loader.steps(samples)
-        lr_of = build_schedule(config, total_steps=last_step)
 
         def prepared(host_batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             """Images as the network sees them, and the rest of a micro-batch, on the device."""

@@ -110,6 +110,16 @@ def resume_help() -> str:
     )
 
 
+def config_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line a key that must stay and has not."""
+    flat_before, flat_now = flatten(before), flatten(now)
+    return [
+        f"  {key}: {flat_before.get(key)!r} in the checkpoint, {flat_now.get(key)!r} now"
+        for key in sorted(flat_before.keys() | flat_now.keys())
+        if is_fixed(key) and flat_before.get(key) != flat_now.get(key)
+    ]
+
+
 def check_resumable(
     manifest: Manifest,
     *,
@@ -121,13 +131,7 @@ def check_resumable(
     where: str,
 ) -> None:
     """Raises CheckpointMismatchError with a diff when the checkpoint's run and this one are not the same run."""
-    before, now = flatten(manifest.config), flatten(config)
-    differences = [
-        f"  {key}: {before.get(key)!r} in the checkpoint, {now.get(key)!r} now"
-        for key in sorted(before.keys() | now.keys())
-        if is_fixed(key) and before.get(key) != now.get(key)
-    ]
-    differences += _segment_differences(manifest, segments)
+    differences = config_differences(manifest.config, config) + _segment_differences(manifest, segments)
     differences += [
         f"  order.{key}: {manifest.order.get(key)!r} in the checkpoint, {order.get(key)!r} now"
         for key in sorted(manifest.order.keys() | order.keys())

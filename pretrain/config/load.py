@@ -5,6 +5,7 @@ Everything wrong is found here, before anything is written or joined, without im
 
 from __future__ import annotations
 
+import copy
 import re
 import types
 import typing
@@ -64,10 +65,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError (exit code 2) for a missing or malformed file, an unknown key (naming the
     nearest known one), a wrong type, or values that do not fit together.
     """
-    recipe = read_recipe(Path(path))
+    return overridden(read_recipe(Path(path)), overrides, source=str(path))
+
+
+def overridden(recipe: Mapping[str, Any], overrides: Sequence[str], *, source: str) -> RunConfig:
+    """The run that plain data and overrides describe; `source` is named in errors. Raises ConfigError."""
+    changed = copy.deepcopy(dict(recipe))
     for override in overrides:
-        _apply_override(recipe, override)
-    return parse_config(recipe, source=str(path))
+        _apply_override(changed, override)
+    return parse_config(changed, source=source)
 
 
 def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:

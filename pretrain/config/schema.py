@@ -211,8 +211,9 @@ class OptimConfig(Section):
     weight_decay: NonNegativeFloat = 0.05
     betas: Pair = (0.9, 0.999)
     eps: PositiveFloat = 1e-8
-    schedule: Literal["cosine"] = "cosine"
+    schedule: Literal["cosine", "constant"] = "cosine"
     warmup_steps: NonNegativeInt = 0
+    cooldown_steps: NonNegativeInt = 0  # the last of the run: straight down to min_lr
     min_lr: NonNegativeFloat = 0.0
     clip_grad_norm: PositiveFloat | None = 1.0
 

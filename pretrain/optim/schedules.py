@@ -1,8 +1,9 @@
-"""Learning rates as functions of the step. Called by train.py, which gets them from assemble.py."""
+"""Learning rates as functions of the step. Called by train.py and fork.py, which get them from derived.py."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 
 def cosine_lr(step: int, *, peak: float, warmup_steps: int, total_steps: int, min_lr: float = 0.0) -> float:
@@ -19,3 +20,29 @@ def cosine_lr(step: int, *, peak: float, warmup_steps: int, total_steps: int, mi
         return min_lr
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def constant_lr(step: int, *, peak: float, warmup_steps: int) -> float:
+    """Linear warmup from 0, then `peak` for good. Raises ValueError for negative steps."""
+    if step < 0 or warmup_steps < 0:
+        raise ValueError(f"negative step: {step=}, {warmup_steps=}")
+    return peak * step / warmup_steps if step < warmup_steps else peak
+
+
+def cooled_down(
+    lr_of: Callable[[int], float], *, cooldown_steps: int, total_steps: int, min_lr: float = 0.0
+) -> Callable[[int], float]:
+    """`lr_of`, but over the last `cooldown_steps` straight from where it is then to `min_lr` at `total_steps`
+    (arXiv:2106.04560). Raises ValueError when there are not so many steps.
+    """
+    if not 0 <= cooldown_steps <= total_steps:
+        raise ValueError(f"a cooldown of {cooldown_steps} steps in a run of {total_steps}")
+    begin = total_steps - cooldown_steps
+
+    def lr(step: int) -> float:
+        if step < begin or not cooldown_steps:
+            return lr_of(step)
+        left = max(0.0, (total_steps - step) / cooldown_steps)
+        return min_lr + (lr_of(begin) - min_lr) * left
+
+    return lr

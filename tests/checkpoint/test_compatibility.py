@@ -42,7 +42,9 @@ def test_every_knob_of_the_schema_is_in_one_of_the_two_tables_and_they_name_no_o
     covered = {key for key in KNOWN if any(f"{key}.".startswith(f"{name}.") for name in tables)}
     sections = {key for key in KNOWN if any(name.startswith(f"{key}.") for name in tables)}
     missing = KNOWN - covered - sections
-    assert not missing, f"may these change on a resume? add them to FREE_KEYS or FIXED_KEYS: {sorted(missing)}"
+    assert not missing, (
+        f"may these change on a resume? add them to FREE_KEYS or FIXED_KEYS: {sorted(missing)}"
+    )
 
 
 @pytest.mark.parametrize(

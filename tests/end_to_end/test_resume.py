@@ -16,6 +16,7 @@ import torch
 import yaml
 from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks, wait_for, wait_for_ranks
 from small_run import RECIPE, losses, pretrain
+from wrong_things import flip_a_byte
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import KINDS, MANIFEST_NAME, committed, find_newest, read_manifest
@@ -123,13 +124,17 @@ def test_ten_losses_after_a_resume_elsewhere_are_those_of_the_uninterrupted_run(
     assert find_newest(run_dir).name == "step-00000012"
 
 
-def test_a_run_serves_its_figures_and_told_to_stop_all_ranks_save_one_step_and_leave_with_75(
-    tmp_path: Path, shards: Path
+def test_what_one_rank_cannot_verify_all_pass_over_and_count_and_told_to_stop_all_save_one_step_and_leave_with_75(
+    tmp_path: Path, uninterrupted: Path, shards: Path
 ) -> None:
-    port = free_port()
+    port, run_dir = free_port(), tmp_path / "run"
+    sound, damaged = (run_dir / "checkpoints" / path.name for path in committed(uninterrupted)[:2])
+    shutil.copytree(uninterrupted / "checkpoints" / sound.name, sound)
+    shutil.copytree(uninterrupted / "checkpoints" / damaged.name, damaged)
+    flip_a_byte(damaged / "rank-00001.safetensors")  # which rank 0 has no need to read
     recipe = write_recipe(
         tmp_path / "recipe.yaml",
-        tmp_path / "run",
+        run_dir,
         shards,
         deepspeed=stage(2),
         train={"steps": 2000, "precision": "bf16"},
@@ -137,16 +142,31 @@ def test_a_run_serves_its_figures_and_told_to_stop_all_ranks_save_one_step_and_l
         metrics={"port": port},
     )
     ranks = start_ranks(2, [*TRAIN, str(recipe)], folder=tmp_path)
-    wait_for(lambda: last_step(tmp_path / "run") >= 2, ranks, timeout_seconds=150)
+    wait_for(lambda: last_step(run_dir) >= 5, ranks, timeout_seconds=150)
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
         served = answer.read().decode()
     assert float(re.search(r"^pretrain_steps_total (\S+)$", served, re.MULTILINE)[1]) >= 2
     assert re.search(r"^pretrain_loss [0-9.]+$", served, re.MULTILINE)
+    assert re.search(r"^pretrain_checkpoints_rejected_total 1\.0$", served, re.MULTILINE)
+    journal = {record["event"]: record for record in read_journal(run_dir / "journal.jsonl")}
+    assert Path(journal["checkpoint_rejected"]["path"]) == damaged
+    assert "rank-00001.safetensors: " in journal["checkpoint_rejected"]["reason"]
+    start = {key: value for key, value in journal["start"].items() if key.startswith("previous_")}
+    assert start == {"previous_attempt": 1, "previous_world_size": 2, "previous_zero_stage": 1}
+    assert (journal["start"]["step"], journal["start"]["zero_stage"]) == (3, 2)
+    changed = journal["config_changed"]["changed"]
+    assert changed["deepspeed.zero_optimization.stage"] == {"before": 1, "now": 2}
+    assert changed["train.precision"] == {"before": "float32", "now": "bf16"}
+    assert "run_dir" not in changed
+    assert [path.name for path in (run_dir / "checkpoints").glob("*.rejected")] == [
+        f"{damaged.name}.rejected"
+    ]
+
     ranks[1].send_signal(signal.SIGTERM)  # one of them is enough: they agree
     assert wait_for_ranks(ranks, timeout_seconds=60) == [75, 75]
-    saved = find_newest(tmp_path / "run")
-    assert int(saved.name.removeprefix("step-")) == last_step(tmp_path / "run")
-    assert not (tmp_path / "run" / "finished.json").exists()
+    saved = find_newest(run_dir)
+    assert int(saved.name.removeprefix("step-")) == last_step(run_dir)
+    assert not (run_dir / "finished.json").exists()
 
 
 def test_a_finished_run_started_again_says_so_and_changes_nothing(

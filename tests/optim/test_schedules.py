@@ -2,12 +2,13 @@
 
 import cmath
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from timm_reference import import_timm, import_transformers
 
-from pretrain.optim.schedules import cosine_lr
+from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr
 
 
 def test_every_step_equals_transformers_schedule():
@@ -71,3 +72,23 @@ def test_without_warmup_the_first_step_has_the_peak():
 def test_negative_steps_are_refused():
     with pytest.raises(ValueError, match="step=-1"):
         cosine_lr(-1, peak=1.0, warmup_steps=0, total_steps=3)
+
+
+def test_a_constant_rate_warms_up_and_stays():
+    rates = [constant_lr(step, peak=0.3, warmup_steps=3) for step in range(6)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.3, 0.3])
+
+
+def test_a_cooldown_goes_straight_from_where_the_schedule_is_to_the_floor():
+    cosine = partial(cosine_lr, peak=0.3, warmup_steps=2, total_steps=20)
+    lr_of = cooled_down(cosine, cooldown_steps=8, total_steps=20, min_lr=0.01)
+    assert [lr_of(step) for step in range(13)] == [cosine(step) for step in range(13)]
+    rates = [lr_of(step) for step in range(12, 21)]
+    steps = [after - before for before, after in itertools.pairwise(rates)]
+    assert steps == pytest.approx([(0.01 - cosine(12)) / 8] * 8)
+    assert [lr_of(20), lr_of(25)] == pytest.approx([0.01, 0.01])
+    assert [cooled_down(cosine, cooldown_steps=0, total_steps=20)(step) for step in (0, 19, 20)] == [
+        cosine(step) for step in (0, 19, 20)
+    ]
+    with pytest.raises(ValueError, match="a cooldown of 21 steps"):
+        cooled_down(cosine, cooldown_steps=21, total_steps=20)
