@@ -9,13 +9,14 @@ import hashlib
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pretrain.checkpoint.manifest import stored_lanes
+from pretrain.checkpoint.lineage import read_lineage, tracking_id
+from pretrain.checkpoint.manifest import committed, stored_lanes
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -42,6 +43,8 @@ from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
+from pretrain.metrics.trackers import TensorBoard, Tracker, Trackers
+from pretrain.metrics.wandb_tracker import WandbTracker
 from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
@@ -276,8 +279,35 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         attempt=attempt,
         total_steps=total_steps,
         server=server,
+        trackers=build_trackers(config, attempt=attempt),
         log_every_steps=config.metrics.log_every_steps,
     )
+
+
+def build_trackers(config: RunConfig, *, attempt: int) -> Trackers:
+    """TensorBoard and W&B where the recipe asks for them. For rank 0.
+
+    Raises UsageError when a package is missing, or W&B cannot be had and the run has no checkpoint yet.
+    """
+    run_dir, asked = Path(config.run_dir), config.metrics.wandb
+    trackers: list[Tracker] = [TensorBoard(run_dir)] if config.metrics.tensorboard else []
+    notes: dict[str, str] = {}
+    if asked is not None:
+        lineage = read_lineage(run_dir)
+        shown = {**config.model_dump(mode="json"), "lineage": asdict(lineage) if lineage else None}
+        wandb = WandbTracker(
+            run_dir,
+            run_id=tracking_id(run_dir),
+            project=asked.project,
+            entity=asked.entity,
+            name=asked.name,
+            mode=asked.mode,
+            config=shown,
+            strict=not committed(run_dir),
+        )
+        trackers.append(wandb)
+        notes = {wandb.name: wandb.note} if wandb.note else {}
+    return Trackers(trackers, attempt=attempt, notes=notes)
 
 
 def build_device_transform(config: RunConfig) -> DeviceTransform:

@@ -1,11 +1,13 @@
-"""Where a run came from, NEW/lineage.json, and the copy of a checkpoint that it began with. No torch.
+"""Where a run came from, RUN/lineage.json, with the copy of a checkpoint that it began with; and by what id others
+know it, RUN/tracking.json. No torch.
 
-Written by fork.py; read by compare.py and by the trackers.
+Called by fork.py, which writes the first, by compare.py, and by assemble.py for the trackers.
 """
 
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,10 +25,11 @@ from pretrain.checkpoint.manifest import (
     slice_sha256,
 )
 from pretrain.checkpoint.run_directory import write_whole
-from pretrain.errors import CheckpointError, PretrainError
+from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.storage.files import open_to_readers, sync
 
 LINEAGE_NAME = "lineage.json"
+TRACKING_NAME = "tracking.json"
 FORMAT_VERSION = 1
 
 
@@ -72,6 +75,27 @@ def write_lineage(run_dir: Path, lineage: Lineage) -> None:
     """Whole or not at all. Raises PretrainError."""
     body = {"format_version": FORMAT_VERSION, **asdict(lineage)}
     write_whole(Path(run_dir) / LINEAGE_NAME, json.dumps(body, indent=1).encode() + b"\n")
+
+
+def tracking_id(run_dir: Path) -> str:
+    """By what id trackers know the run, the same in all its attempts; made when it is asked for first.
+
+    Raises UsageError when the record is damaged, PretrainError when it cannot be written.
+    """
+    path = Path(run_dir) / TRACKING_NAME
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["run_id"]
+        if not isinstance(known, str) or not known.isalnum():
+            raise ValueError(f"run_id is {known!r}")
+        return known
+    except FileNotFoundError:
+        made = secrets.token_hex(5)
+        write_whole(path, json.dumps({"run_id": made}).encode() + b"\n")
+        return made
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} is damaged ({error}); remove it, and trackers take what follows for another run"
+        ) from None
 
 
 def copy_checkpoint(source: Path, target: Path) -> Manifest:

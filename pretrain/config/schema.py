@@ -230,10 +230,21 @@ class CheckpointConfig(Section):
     mirror: str | None = None
 
 
+class WandbConfig(Section):
+    """Weights & Biases; the key comes from WANDB_API_KEY or `wandb login`."""
+
+    project: str
+    entity: str | None = None
+    name: str | None = None  # of the run; its folder's when left out
+    mode: Literal["online", "offline"] = "online"
+
+
 class MetricsConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0 = off
     host: str = "127.0.0.1"
     log_every_steps: PositiveInt = 1
+    tensorboard: bool = False  # event files in RUN/tensorboard
+    wandb: WandbConfig | None = None
 
 
 class EvalConfig(Section):

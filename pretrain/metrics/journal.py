@@ -12,6 +12,8 @@ and, of what a run was when an attempt began:
                     previous_attempt, previous_world_size, previous_zero_stage: those of its checkpoint
     config_changed  step, samples, changed: {key: {"before": …, "now": …}}, of the keys that may change
     checkpoint_rejected  path, reason: a damaged one that was passed over
+    tracker_failed  tracker, reason: TensorBoard or W&B gets no more of this attempt, or only a file for later
+    fork            the first line of a fork: parent, checkpoint, step, samples, changed, …; see lineage.py
 
 Any other event and field may be added; readers leave what they do not know alone.
 

@@ -17,6 +17,7 @@ from pretrain.metrics.journal import Journal
 from pretrain.metrics.progress import Progress
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.throughput import StepTimes, Throughput
+from pretrain.metrics.trackers import Trackers
 
 FEW_LANES = 64
 
@@ -32,7 +33,10 @@ class Reporter:
         server: MetricsServer | None,
         log_every_steps: int,
         total_steps: int,
+        trackers: Trackers | None = None,
     ) -> None:
+        self._trackers = trackers
+        self._finished = False
         self._total_steps = total_steps
         self._journal = journal
         self._progress = progress
@@ -51,18 +55,21 @@ class Reporter:
         attempt: int,
         total_steps: int,
         server: MetricsServer | None,
+        trackers: Trackers,
         log_every_steps: int,
     ) -> Reporter:
         return cls(
             journal=Journal(run_dir / "journal.jsonl", attempt=attempt),
             progress=Progress(total_steps=total_steps),
             server=server,
+            trackers=trackers,
             log_every_steps=log_every_steps,
             total_steps=total_steps,
         )
 
     def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
         """Something other than a step; `note` is its line for the terminal."""
+        self._finished = self._finished or event == "finished"
         if self._journal:
             self._journal.append(event, **fields)
         if self._progress and note:
@@ -109,6 +116,9 @@ class Reporter:
             said = "\n".join(f"  {key}: {of['before']!r} -> {of['now']!r}" for key, of in changed.items())
             note = f"changed since the checkpoint:\n{said}"
             self.event("config_changed", note=note, step=step, samples=samples, changed=changed)
+        if self._trackers:
+            self._trackers.begin(step)
+            self._tell_failed(self._trackers.notes)
 
     def checkpoint_rejected(self, path: Path, reason: Exception) -> None:
         self.event(
@@ -147,20 +157,22 @@ class Reporter:
         # The last step, and one that ends the run, are wanted whatever the interval.
         due = step % self._log_every_steps == 0 or step == self._total_steps
         if self._journal and (due or not math.isfinite(loss + grad_norm)):
-            self._journal.append(
-                "step",
-                step=step,
-                samples=samples,
-                epoch=epoch,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                step_seconds=times.step_seconds,
-                data_seconds=times.data_seconds,
-                images_per_second=times.images_per_second,
-                replaced=replaced,
+            fields = {
+                "samples": samples,
+                "epoch": epoch,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "step_seconds": times.step_seconds,
+                "data_seconds": times.data_seconds,
+                "images_per_second": times.images_per_second,
+                "replaced": replaced,
                 **metrics,
-            )
+            }
+            self._journal.append("step", step=step, **fields)
+            if self._trackers:
+                self._trackers.step(step, fields)
+                self._tell_failed(self._trackers.troubles())
         if self._server:
             self._server.observe_step(
                 step=step,
@@ -198,6 +210,8 @@ class Reporter:
         self.event("validation", note=note, step=step, samples=samples, unreadable=unreadable, **metrics)
         if self._server:
             self._server.set_validation(metrics)
+        if self._trackers:
+            self._trackers.validation(step, metrics)
 
     def checkpoint(self, *, step: int, samples: int, seconds: float, size_bytes: int, path: Path) -> None:
         self.event(
@@ -216,7 +230,14 @@ class Reporter:
         if self._server:
             self._server.observe_checkpoint(seconds=seconds, size_bytes=size_bytes, committed_at=time.time())
 
+    def _tell_failed(self, troubles: Mapping[str, str]) -> None:
+        for name, reason in troubles.items():
+            note = f"metrics.{name}: {reason}; the run goes on"
+            self.event("tracker_failed", note=note, tracker=name, reason=reason)
+
     def close(self) -> None:
+        if self._trackers:
+            self._trackers.close(finished=self._finished)
         for part in (self._progress, self._journal, self._server):
             if part is not None:
                 part.close()
