@@ -30,7 +30,7 @@ def main() -> int:
         said = " ".join(str(error).split()) or type(error).__name__
         _answer(answers, {"error": said, "usage": usage})
         return 0
-    _answer(answers, {"ready": run.url or ""})
+    _answer(answers, {"ready": True})
     first = run.step  # an online run knows how far it is
     code = 1  # of a pipe that ends without a word
     try:

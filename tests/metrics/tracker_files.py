@@ -1,4 +1,7 @@
-"""Read what the wandb library wrote offline: records in LevelDB's log format, each a protobuf. Used by tests."""
+"""Read what TensorBoard and the wandb library wrote. Used by tests.
+
+Offline, wandb writes records in LevelDB's log format, each a protobuf.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 1 << 15
+
+
+def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
+    """(step, value) as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(tag)]
 
 
 def records_of(path: Path) -> list[Any]:
