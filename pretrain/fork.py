@@ -228,9 +228,9 @@ def _begin_journal(run_dir: Path, staging: Path, manifest: Manifest, lineage: Li
     except FileNotFoundError:
         records = []
     for record in records:
-        if record.get("event") in ("data", "data_change") and int(record["samples"]) < manifest.samples:
-            kept = {name: value for name, value in record.items() if name not in ("event", "time", "attempt")}
-            journal.append(record["event"], **kept)
+        if record.get("event") in ("data", "rollback") and int(record["samples"]) < manifest.samples:
+            kept = {name: record[name] for name in ("step", "samples", "global_batch_size")}
+            journal.append("data", **kept)
     fields = {name: value for name, value in asdict(lineage).items() if name not in ("time", "attempt")}
     journal.append("fork", parent_attempt=lineage.attempt, **fields)
     journal.sync()

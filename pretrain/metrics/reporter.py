@@ -70,6 +70,8 @@ class Reporter:
     def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
         """Something other than a step; `note` is its line for the terminal."""
         self._finished = self._finished or event == "finished"
+        if self._trackers and event == "rollback":  # to an older checkpoint, without a new start
+            self._trackers.begin(fields["step"])
         if self._journal:
             self._journal.append(event, **fields)
         if self._progress and note:
