@@ -11,9 +11,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from pretrain.checkpoint.compatibility import resume_help
+from pretrain.checkpoint.compatibility import changed_keys, config_differences, resume_help
 from pretrain.checkpoint.manifest import stored_lanes
-from pretrain.config.load import as_yaml, load_config, zero_stage
+from pretrain.config.load import as_yaml, load_config, with_defaults, zero_stage
 from pretrain.config.schema import RunConfig
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
@@ -91,7 +91,21 @@ def describe(config: RunConfig, *, world_size: int) -> str:
     return f"{as_yaml(config)}\n# What follows from it, on {world_size} rank(s):\n{derived}"
 
 
+def _resumed(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """What a run_dir with a checkpoint makes of it."""
+    manifest = newest_manifest(Path(config.run_dir))
+    if manifest is None:
+        return
+    yield "goes on", f"from step {manifest.step:,} ({manifest.samples:,} samples) of run_dir"
+    before, now = with_defaults(manifest.config), config.model_dump(mode="json")
+    for line in config_differences(before, now):
+        yield "would be refused", line.strip()
+    for key, of in changed_keys(before, now).items():
+        yield "changed since", f"{key}: {of['before']!r} -> {of['now']!r}"
+
+
 def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
+    yield from _resumed(config)
     lanes = stored_lanes(Path(config.run_dir)) or run_lanes(config)
     data, missing = _reachable_data(config, lanes)
     split = split_batch(config, world_size)

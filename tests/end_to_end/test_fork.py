@@ -58,6 +58,15 @@ ROWS = {
             "nothing was written",
         ),
     ),
+    "a resume that is only looked at": Row(
+        command="train {recipe} train.steps=20 seed=4 --dry-run",
+        code=0,
+        says=(
+            "from step 12 (192 samples) of run_dir",
+            "would be refused           seed: 3 in the checkpoint, 4 now",
+            "changed since              train.steps: 12 -> 20",
+        ),
+    ),
     "a cooldown": Row(
         command="fork {root}/a@6 {root}/cool train.steps=10 optim.schedule=constant optim.cooldown_steps=4 "
         "optim.lr=4e-4",
