@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.manifest import stored_lanes
+from pretrain.checkpoint.run_directory import ATTEMPTS
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -49,6 +50,7 @@ from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
 from pretrain.optim.schedules import cosine_lr
+from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
 
@@ -280,6 +282,17 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
+    )
+
+
+def build_watch(config: RunConfig, pulse: Pulse, *, world: World, attempt: int, debug: bool) -> None:
+    """Have this process watched, unless somebody debugs it and may stop it for as long as they like."""
+    pulse.watch(
+        Path(config.run_dir) / ATTEMPTS / str(attempt),
+        rank=world.rank,
+        world_size=world.world_size,
+        step_seconds=None if debug else config.watchdog.step_seconds,
+        start_seconds=config.watchdog.start_seconds,
     )
 
 

@@ -122,6 +122,17 @@ def lost_peer(error: RuntimeError) -> PretrainError | None:
     )
 
 
+def be_patient(seconds: float) -> None:
+    """Let the collectives of all groups made so far wait for peers this long before they fail by themselves.
+
+    DeepSpeed makes groups of its own without asking us: they give up after torch's default, ten minutes
+    on GPUs. Torch offers no public way to change a group that exists.
+    """
+    if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

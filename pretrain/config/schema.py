@@ -235,6 +235,16 @@ class MetricsConfig(Section):
     log_every_steps: PositiveInt = 1
 
 
+class WatchdogConfig(Section):
+    """A rank that does not move for so long is killed, with its stacks written down; see pretrain/watchdog.py.
+
+    Above storage.retry_seconds and data.worker_timeout_seconds: waiting for them is no move.
+    """
+
+    step_seconds: PositiveFloat | None = 600.0  # in one phase of a step; null: nobody watches
+    start_seconds: PositiveFloat = 1800.0  # while starting, in the first step, a save, a validation
+
+
 class EvalConfig(Section):
     every_steps: PositiveInt | None = None  # validation loss (and top-1); at the end of the run when left out
 
@@ -269,6 +279,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     export: ExportConfig = ExportConfig()
     storage: StorageConfig = StorageConfig()
     deepspeed: dict[str, Any] = {}  # taken through to DeepSpeed as it stands
