@@ -40,6 +40,7 @@ from pretrain.verdict import (
 LOOK_SECONDS = 0.25
 ASKED_SECONDS = 1.0
 PEERS_SECONDS = 5.0  # for the other watchdogs to write what they found, and for the culprit to be ended
+_BUSY_SECONDS = 0.2  # over which the rank's use of the CPU is measured
 _DUMP_SECONDS = 2.0
 _WRITE_SECONDS = 1.5  # the run's folder may be on the very file system that hangs
 _ALL_COMPARE_UP_TO = 64  # ranks; above, only the first rank of each host reads the others' records
@@ -103,11 +104,14 @@ class Watchdog:
         """What ails the rank, written down for the other watchdogs and for people."""
         stall, sight = self._stall, self._stall.sight
         before = Process.look_at(self._pid)
+        time.sleep(_BUSY_SECONDS)
+        later = Process.look_at(self._pid)
         stacks = "" if before.state in "Tt" else self._dump()
         now = Process.look_at(self._pid)
         kind = kind_of(now, stall, stacks)
         host = socket.gethostname()
-        ailment = describe(kind, busy=now.ticks > before.ticks)
+        busy = later.ticks - before.ticks > _BUSY_SECONDS / 2 * os.sysconf("SC_CLK_TCK")
+        ailment = describe(kind, busy=busy)
         record = {
             "rank": self._rank,
             "host": host,
