@@ -45,6 +45,7 @@ from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
+from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
@@ -276,13 +277,21 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         return Reporter(
             journal=None, progress=None, server=server, log_every_steps=1, total_steps=total_steps
         )
-    return Reporter.for_main(
+    reporter = Reporter.for_main(
         Path(config.run_dir),
         attempt=attempt,
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
+        slow_ranks=SlowRanks(
+            ratio=config.watchdog.slow_rank_ratio,
+            window_steps=config.watchdog.slow_rank_steps,
+            seconds=config.watchdog.slow_rank_seconds,
+        ),
+        hosts=world.hosts,
     )
+    reporter.ended_by_watchdogs(Path(config.run_dir) / ATTEMPTS, attempt=attempt)
+    return reporter
 
 
 def build_watch(config: RunConfig, pulse: Pulse, *, world: World, attempt: int, debug: bool) -> None:
@@ -290,7 +299,7 @@ def build_watch(config: RunConfig, pulse: Pulse, *, world: World, attempt: int, 
     pulse.watch(
         Path(config.run_dir) / ATTEMPTS / str(attempt),
         rank=world.rank,
-        world_size=world.world_size,
+        hosts=world.hosts,
         step_seconds=None if debug else config.watchdog.step_seconds,
         start_seconds=config.watchdog.start_seconds,
     )

@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
 from typing import NamedTuple
@@ -101,13 +102,19 @@ class Pulse:
         return monotonic() - read_sight(self._memory).at
 
     def watch(
-        self, folder: Path, *, rank: int, world_size: int, step_seconds: float | None, start_seconds: float
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        hosts: Sequence[str],
+        step_seconds: float | None,
+        start_seconds: float,
     ) -> None:
         """Start the watchdog: from now on this process is killed when it does not move for too long.
 
-        `folder`: RUN/attempts/N, where it writes what it saw. step_seconds: None for no watchdog; there
-        is none either where there is no /proc (anywhere but on Linux). Raises PretrainError when it
-        cannot be started.
+        `folder`: RUN/attempts/N, where it writes what it saw. hosts: of all ranks. step_seconds: None for
+        no watchdog; there is none either where there is no /proc (anywhere but on Linux). Raises
+        PretrainError when it cannot be started.
         """
         if step_seconds is None or self._descriptor is None:
             return
@@ -115,7 +122,7 @@ class Pulse:
             "pid": os.getpid(),
             "folder": str(folder),
             "rank": rank,
-            "world_size": world_size,
+            "hosts": list(hosts),
             "step_seconds": step_seconds,
             "start_seconds": max(step_seconds, start_seconds),
         }
@@ -158,18 +165,22 @@ class _Watchdog:
 
     def _start(self) -> subprocess.Popen[bytes]:
         descriptors = {"pulse": self._pulse, "stacks": self._stacks}
-        command = [sys.executable, "-m", "pretrain.watchdog", json.dumps({**self._task, **descriptors})]
+        task = json.dumps({**self._task, **descriptors}).encode()
         # Blocked signals stay blocked in the child: a Ctrl-C does not even meet it while it starts.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _MINDED_BY_THE_RANK)
         try:
-            return subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
+            process = subprocess.Popen(
+                [sys.executable, "-m", "pretrain.watchdog"],
+                stdin=subprocess.PIPE,  # the names of thousands of hosts are too long for an argument
                 stdout=2,
                 pass_fds=tuple(descriptors.values()),
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        assert process.stdin is not None, "it was asked for"
+        with process.stdin as pipe:
+            pipe.write(task)
+        return process
 
     def _beat(self) -> None:
         beats = 0

@@ -68,6 +68,7 @@ from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError,
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
+from pretrain.metrics.compute_time import ComputeTime
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.pulse import Pulse
@@ -137,6 +138,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
         )
         stack.callback(reporter.close)
+        reporter.watch_idleness(lambda: pulse.idle_seconds)
 
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
         objective = build_objective(config, num_classes=data.num_classes)
@@ -193,6 +195,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             return (images, batch) if mixing is None else mixing(images, batch)
 
         undescribed = debug
+        compute = ComputeTime(engine.device)
 
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
@@ -210,14 +213,18 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
             sums, lr = Sums(engine.device), lr_of(step)
             gained = train_loader.gained()  # by reading what this step trains on
-            grad_norm = take_step(engine, micro_batches, prepared, lr=lr, sums=sums, pulse=pulse)
+            grad_norm = take_step(
+                engine, micro_batches, prepared, lr=lr, sums=sums, pulse=pulse, compute=compute
+            )
             pulse.at("report")
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
             sums.add(terminate=terminate, ctrl_c=ctrl_c, **gained)
+            sums.add_own(compute_seconds=compute.seconds)
             totals = sums.over_ranks()
             step, samples = step + 1, samples + global_batch_size
+            reporter.compute_times(sums.by_rank["compute_seconds"], step=step, samples=samples)
             reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
@@ -286,6 +293,7 @@ def take_step(
     lr: float,
     sums: Sums,
     pulse: Pulse,
+    compute: ComputeTime,
 ) -> torch.Tensor:
     """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
     count, images and the objective's metrics. Returns the gradient's global norm.
@@ -297,10 +305,11 @@ def take_step(
     local_count = sum(engine.module.count(host_batch) for host_batch in micro_batches)
     count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
     sums.add(count=local_count)
-    for host_batch in micro_batches:
+    for number, host_batch in enumerate(micro_batches):
         pulse.at("forward")
-        images, batch = prepared(host_batch)
-        loss_sum, metric_sums = engine.forward(images, batch)
+        with compute.measured(first=number == 0):
+            images, batch = prepared(host_batch)
+            loss_sum, metric_sums = engine.forward(images, batch)
         pulse.at("backward")
         engine.backward(loss_sum / count.to(loss_sum.dtype))
         sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)

@@ -7,7 +7,7 @@ ranks together by comparing what their watchdogs found. No clock is compared wit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ LONG_PHASES = ("start", "save", "validate")
 _LONGEST_LOOK = (
     2.0  # seconds; a longer one means that the watchdog was stopped itself, and its rank perhaps too
 )
+_MOST_NAMED = 8  # ranks or hosts in a sentence
 _NO_BEAT_SECONDS = 6 * BEAT_SECONDS
 
 # Kinds of trouble, the surest first.
@@ -173,26 +174,33 @@ def _progress(record: Mapping[str, Any]) -> tuple[int, int]:
     return record["step"], PHASES.index(record["phase"])
 
 
-def conclusion(records: Mapping[int, Mapping[str, Any]], world_size: int) -> str:
-    """For people: which rank, on which host, where, and what ails it."""
-    guilty = ranks_at_fault(records, world_size)
+def conclusion(records: Mapping[int, Mapping[str, Any]], hosts: Sequence[str]) -> str:
+    """For people: which rank, on which host, where, and what ails it. `hosts`: of all ranks, in their order."""
+    guilty = ranks_at_fault(records, len(hosts))
     known = [rank for rank in guilty if rank in records]
     if known:
-        return "; ".join(records[rank]["said"] for rank in known[:8]) + (" …" if len(known) > 8 else "")
+        return "; ".join(records[rank]["said"] for rank in known[:_MOST_NAMED]) + (
+            " …" if len(known) > _MOST_NAMED else ""
+        )
     if guilty:
         return (
-            f"nothing is heard of {_ranks(guilty)}: gone with the host, cut off, or writing elsewhere "
+            f"nothing is heard of {_by_host(guilty, hosts)}: gone with the host, cut off, or writing elsewhere "
             "(a run_dir that hosts do not share)"
         )
-    hosts: dict[str, list[int]] = {}
-    for rank, record in sorted(records.items()):
-        hosts.setdefault(record["host"], []).append(rank)
-    if len(hosts) == 1:
-        return "all ranks wait for each other on one host; their stacks say in which collective each is"
-    named = ", ".join(f"{host}: {_ranks(ranks)}" for host, ranks in list(hosts.items())[:8])
-    return f"all ranks wait for each other: the network between the hosts does not carry ({named})"
+    where = _by_host(sorted(records), hosts)
+    if len(set(hosts)) == 1:
+        return f"all ranks wait for each other ({where}); their stacks say in which collective each is"
+    return f"all ranks wait for each other: the network between the hosts does not carry ({where})"
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+def _by_host(ranks: Sequence[int], hosts: Sequence[str]) -> str:
+    by_host: dict[str, list[int]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts[rank], []).append(rank)
+    named = [f"{_ranks(own)} on host {host}" for host, own in list(by_host.items())[:_MOST_NAMED]]
+    return ", ".join(named) + (" …" if len(by_host) > _MOST_NAMED else "")
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_MOST_NAMED])) + (" …" if len(ranks) > _MOST_NAMED else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -15,7 +15,6 @@ import json
 import mmap
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -56,13 +55,13 @@ class Watchdog:
         pid: int,
         folder: Path,
         rank: int,
-        world_size: int,
+        hosts: list[str],
         step_seconds: float,
         start_seconds: float,
         pulse: mmap.mmap,
         stacks: int,
     ) -> None:
-        self._pid, self._folder, self._rank, self._world_size = pid, folder, rank, world_size
+        self._pid, self._folder, self._rank, self._hosts = pid, folder, rank, hosts
         self._pulse, self._stacks = pulse, stacks
         self._stall = Stall(read_sight(pulse), step_seconds=step_seconds, start_seconds=start_seconds)
         self._step_seconds = step_seconds
@@ -109,7 +108,7 @@ class Watchdog:
         stacks = "" if before.state in "Tt" else self._dump()
         now = Process.look_at(self._pid)
         kind = kind_of(now, stall, stacks)
-        host = socket.gethostname()
+        host = self._hosts[self._rank]
         busy = later.ticks - before.ticks > _BUSY_SECONDS / 2 * os.sysconf("SC_CLK_TCK")
         ailment = describe(kind, busy=busy)
         record = {
@@ -141,7 +140,7 @@ class Watchdog:
         ends_at = time.monotonic() + PEERS_SECONDS
         record = self._find_out()
         limit = f"{self._stall.limit:g} s ({self._stall.setting})"
-        if record["kind"] == WAITING and self._world_size > 1:
+        if record["kind"] == WAITING and len(self._hosts) > 1:
             say(f"{record['said']}; it has not moved for {limit}: looking for the one that it waits for")
             if self._compare(ends_at):
                 return
@@ -160,26 +159,26 @@ class Watchdog:
         """
         record = self._record
         assert record is not None, "the rank was judged"
-        compares = self._world_size <= _ALL_COMPARE_UP_TO or os.environ.get("LOCAL_RANK", "0") == "0"
+        compares = len(self._hosts) <= _ALL_COMPARE_UP_TO or os.environ.get("LOCAL_RANK", "0") == "0"
         records: dict[int, Any] = {}
         told: list[int] = []
         while time.monotonic() < ends_at and self._rank_lives():
             if compares:
                 _bounded(lambda: records.update(read_records(self._folder)))
                 records[self._rank] = record
-                guilty = [rank for rank in ranks_at_fault(records, self._world_size) if rank in records]
+                guilty = [rank for rank in ranks_at_fault(records, len(self._hosts)) if rank in records]
                 if guilty and guilty != told:  # at once: when it ends, so do we
                     told = guilty
                     record["at_fault"] = guilty
-                    record["conclusion"] = conclusion(records, self._world_size)
+                    record["conclusion"] = conclusion(records, self._hosts)
                     self._write_record()
             time.sleep(LOOK_SECONDS)
             self._stall.look(read_sight(self._pulse))
             if self._stall.seconds == 0.0:
                 return True
         if compares:
-            record["at_fault"] = ranks_at_fault(records, self._world_size)
-            record["conclusion"] = conclusion(records, self._world_size)
+            record["at_fault"] = ranks_at_fault(records, len(self._hosts))
+            record["conclusion"] = conclusion(records, self._hosts)
         else:
             record["conclusion"] = "the record of each host's first rank says for which one"
         self._write_record()
@@ -207,7 +206,7 @@ class Watchdog:
             return  # it has said itself how it ended; it only does not go
         record = {
             "rank": self._rank,
-            "host": socket.gethostname(),
+            "host": self._hosts[self._rank],
             "code": EXIT_CRASHED,
             "reason": f"watchdog: {reason}",
             "time": time.time(),
@@ -264,10 +263,10 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    task = json.loads(sys.argv[1])
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)  # the rank's to mind
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    task = json.load(sys.stdin)
     pulse = mmap.mmap(task.pop("pulse"), 0)
     Watchdog(**{**task, "folder": Path(task["folder"]), "pulse": pulse}).run()
 

@@ -243,6 +243,11 @@ class WatchdogConfig(Section):
 
     step_seconds: PositiveFloat | None = 600.0  # in one phase of a step; null: nobody watches
     start_seconds: PositiveFloat = 1800.0  # while starting, in the first step, a save, a validation
+    # A rank is called slow that takes so much longer than the middle one to compute a first micro-batch's
+    # forward, in most of so many steps, for so long.
+    slow_rank_ratio: Annotated[float, Field(gt=1.0)] = 1.25
+    slow_rank_steps: PositiveInt = 50
+    slow_rank_seconds: NonNegativeFloat = 60.0
 
 
 class EvalConfig(Section):

@@ -129,8 +129,8 @@ def test_what_a_thread_is_in_says_whether_it_waits_for_peers():
     assert not is_in_collective("")
 
 
-def found(kind: str, *, step: int = 9, phase: str = "backward", host: str = "a", rank: int = 0) -> dict:
-    return {"kind": kind, "step": step, "phase": phase, "host": host, "said": f"rank {rank} is {kind}"}
+def found(kind: str, *, step: int = 9, phase: str = "backward", rank: int = 0) -> dict:
+    return {"kind": kind, "step": step, "phase": phase, "said": f"rank {rank} is {kind}"}
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,14 @@ def test_a_rank_alone_is_at_fault_itself():
 
 
 def test_the_conclusion_names_ranks_or_hosts():
-    waiting = {rank: found("waiting", host="ab"[rank // 2]) for rank in range(4)}
-    assert "the network between the hosts does not carry (a: ranks 0, 1, b: ranks 2, 3)" in conclusion(
-        waiting, 4
+    hosts = ["a", "a", "b", "b"]
+    waiting = {rank: found("waiting") for rank in range(4)}
+    said = conclusion(waiting, hosts)
+    assert "the network between the hosts does not carry" in said
+    assert "(ranks 0, 1 on host a, ranks 2, 3 on host b)" in said
+    assert "all ranks wait for each other (ranks 0, 1 on host a)" in conclusion(
+        {0: waiting[0], 1: waiting[1]}, ["a", "a"]
     )
-    assert "nothing is heard of rank 4" in conclusion(waiting, 5)
+    assert "nothing is heard of rank 4 on host c" in conclusion(waiting, [*hosts, "c"])
     waiting[3] = found("held", rank=3)
-    assert conclusion(waiting, 4) == "rank 3 is held"
+    assert conclusion(waiting, hosts) == "rank 3 is held"

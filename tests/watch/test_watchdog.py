@@ -27,7 +27,7 @@ class Watched:
 
     def __init__(self, folder: Path, program: str, *, rank: int = 0, world_size: int = 1, **settings: float):
         given = {"step_seconds": STEP_SECONDS, "start_seconds": 60.0, **settings}
-        task = {"folder": str(folder), "rank": rank, "world_size": world_size, **given}
+        task = {"folder": str(folder), "rank": rank, "hosts": [os.uname().nodename] * world_size, **given}
         self.folder, self.rank = folder, rank
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("watched_process.py")), json.dumps(task), program],

@@ -1,7 +1,7 @@
 """A process that is watched as a rank is, without the weight of one: `python watched_process.py SETTINGS PROGRAM`.
 
 PROGRAM is Python that finds `pulse`, `hang()` and `hold()`; it is run with the process watched as
-SETTINGS (JSON: rank, world_size, folder, step_seconds, start_seconds) say.
+SETTINGS (JSON: rank, hosts, folder, step_seconds, start_seconds) say.
 """
 
 import ctypes
