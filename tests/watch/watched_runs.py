@@ -42,15 +42,15 @@ class Launch:
         *,
         inject: Sequence[dict] = (),
         overrides: Sequence[str] = (),
-        **environment: str,
+        name: str = "run",
     ) -> None:
         self.mark = uuid.uuid4().hex
-        self.run_dir, self.log = folder / "run", folder / f"log-{self.mark}"
-        recipe = folder / "recipe.yaml"
+        self.run_dir, self.log = folder / name, folder / f"log-{self.mark}"
+        recipe = folder / f"{name}.yaml"
         data = {"workers": 0, "train": str(shards)}
         recipe.write_text(yaml.safe_dump({**RECIPE, "run_dir": str(self.run_dir), "data": data}))
         variables = clean_environment(
-            INJECT=json.dumps(list(inject)), LAUNCH_MARK=self.mark, GLOO_SOCKET_IFNAME="lo", **environment
+            INJECT=json.dumps(list(inject)), LAUNCH_MARK=self.mark, GLOO_SOCKET_IFNAME="lo"
         )
         variables["PYTHONPATH"] = f"{ROOT}:{Path(__file__).parent / 'injected'}"
         with self.log.open("w") as log:
