@@ -148,7 +148,7 @@ class Watchdog:
         else:
             reason = f"{record['said']}; it has not moved for {limit}"
         say(f"{reason}. Ending it; see {self._folder}/stacks-{self._rank}.txt")
-        self._write_exit(reason)
+        self._write_exit(reason, waits=record["kind"] == WAITING)
         os.kill(self._pid, signal.SIGKILL)
         while self._rank_lives():  # we die with it, unless it sleeps where SIGKILL does not reach
             time.sleep(LOOK_SECONDS)
@@ -201,14 +201,16 @@ class Watchdog:
     def _write_record(self) -> None:
         self._write(f"watchdog-{self._rank}.json", json.dumps(self._record) + "\n")
 
-    def _write_exit(self, reason: str) -> None:
+    def _write_exit(self, reason: str, *, waits: bool) -> None:
         if self._stall.sight.phase == "end":
             return  # it has said itself how it ended; it only does not go
         record = {
             "rank": self._rank,
             "host": self._hosts[self._rank],
+            "pid": self._pid,
             "code": EXIT_CRASHED,
             "reason": f"watchdog: {reason}",
+            "error": "LostPeerError" if waits else "Watchdog",  # who waits has not begun it
             "time": time.time(),
         }
         self._write(f"exit-{self._rank}.json", json.dumps(record) + "\n")

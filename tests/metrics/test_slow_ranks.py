@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from pretrain.metrics.compute_time import ComputeTime
+from pretrain.metrics.journal import read_journal
+from pretrain.metrics.reporter import Reporter
 from pretrain.metrics.slow_ranks import SlowRanks
 
 
@@ -99,6 +101,30 @@ def test_a_clock_that_jumps_forward_shows_at_most_what_was_there():
         run.step(noise(step, 4).tolist())
         run.clock.now += 3600.0
     assert run.found == []
+
+
+def test_a_slow_rank_and_its_recovery_are_told_once_each(tmp_path, capsys):
+    reporter = Reporter.for_main(
+        tmp_path,
+        attempt=1,
+        total_steps=100,
+        server=None,
+        log_every_steps=1,
+        slow_ranks=SlowRanks(ratio=1.25, window_steps=10, seconds=0.0),
+        hosts=["a", "b", "b"],
+    )
+    for step in range(1, 60):
+        reporter.compute_times([0.2, 0.2, 0.4 if step < 30 else 0.2], step=step, samples=16 * step)
+    reporter.close()
+    told = [
+        line for line in read_journal(tmp_path / "journal.jsonl") if line["event"].startswith("slow_rank")
+    ]
+    assert [line["event"] for line in told] == ["slow_rank", "slow_rank_over"]
+    assert {(line["rank"], line["host"]) for line in told} == {(2, "b")}
+    assert (told[0]["step"], told[0]["seconds"], told[0]["others_seconds"]) == (10, 0.4, 0.2)
+    said = capsys.readouterr().err
+    assert "step 10: rank 2 on host b is slow: it computes for 0.400 s" in said
+    assert "rank 2 on host b is slow no more" in said
 
 
 def test_compute_time_is_that_of_the_first_micro_batch():
