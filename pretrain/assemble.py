@@ -17,6 +17,7 @@ from torch import nn
 
 from pretrain.checkpoint.lineage import read_lineage, tracking_id
 from pretrain.checkpoint.manifest import committed, stored_lanes
+from pretrain.checkpoint.run_directory import ATTEMPTS
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -43,12 +44,14 @@ from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
+from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.metrics.trackers import TensorBoard, Tracker, Trackers
 from pretrain.metrics.wandb_tracker import WandbTracker
 from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
 
@@ -274,13 +277,32 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         return Reporter(
             journal=None, progress=None, server=server, log_every_steps=1, total_steps=total_steps
         )
-    return Reporter.for_main(
+    reporter = Reporter.for_main(
         Path(config.run_dir),
         attempt=attempt,
         total_steps=total_steps,
         server=server,
         trackers=build_trackers(config, attempt=attempt),
         log_every_steps=config.metrics.log_every_steps,
+        slow_ranks=SlowRanks(
+            ratio=config.watchdog.slow_rank_ratio,
+            window_steps=config.watchdog.slow_rank_steps,
+            seconds=config.watchdog.slow_rank_seconds,
+        ),
+        hosts=world.hosts,
+    )
+    reporter.ended_by_watchdogs(Path(config.run_dir) / ATTEMPTS, attempt=attempt)
+    return reporter
+
+
+def build_watch(config: RunConfig, pulse: Pulse, *, world: World, attempt: int, debug: bool) -> None:
+    """Have this process watched, unless somebody debugs it and may stop it for as long as they like."""
+    pulse.watch(
+        Path(config.run_dir) / ATTEMPTS / str(attempt),
+        rank=world.rank,
+        hosts=world.hosts,
+        step_seconds=None if debug else config.watchdog.step_seconds,
+        start_seconds=config.watchdog.start_seconds,
     )
 
 

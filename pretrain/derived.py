@@ -227,3 +227,11 @@ def dataset_facts(indexes: Sequence[DatasetIndex]) -> dict[str, Any]:
         "num_classes": first.num_classes,
         "class_names": None if named.class_names is None else list(named.class_names),
     }
+
+
+def patience_seconds(config: RunConfig) -> float:
+    """How long a collective of a step may wait for a peer before it fails by itself: longer than any watchdog
+    waits, for those know which rank is at fault.
+    """
+    limits = (config.watchdog.step_seconds or 0.0, config.watchdog.start_seconds, 600.0)
+    return max(limits) + 60.0

@@ -7,6 +7,7 @@ process is alone and nothing here touches a network.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,7 +25,8 @@ T = TypeVar("T")
 class World:
     """This process's place among the run's processes.
 
-    `launched` says whether a launcher started the process (then the engine is DeepSpeed's).
+    `launched` says whether a launcher started the process (then the engine is DeepSpeed's); `hosts` are the
+    names of all ranks' machines, in rank order.
     """
 
     rank: int
@@ -32,6 +34,7 @@ class World:
     world_size: int
     device: torch.device
     launched: bool
+    hosts: tuple[str, ...] = ()
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +79,14 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     """
     if not is_launched():
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
+        return World(
+            rank=0,
+            local_rank=0,
+            world_size=1,
+            device=device,
+            launched=False,
+            hosts=(socket.gethostname(),),
+        )
     world_size = _integer("WORLD_SIZE", at_least=1)
     rank = _integer("RANK", below=world_size)
     port = _integer("MASTER_PORT", at_least=1, below=65536)
@@ -109,7 +119,10 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     assert dist.get_world_size() == world_size, (
         f"asked for {world_size} ranks, joined {dist.get_world_size()}"
     )
-    return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
+    hosts = tuple(gather_objects(socket.gethostname()))
+    return World(
+        rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True, hosts=hosts
+    )
 
 
 def lost_peer(error: RuntimeError) -> PretrainError | None:
@@ -120,6 +133,17 @@ def lost_peer(error: RuntimeError) -> PretrainError | None:
         f"rank {dist.get_rank()} lost a peer ({' '.join(str(error).split())}); "
         "what the others said before tells why"
     )
+
+
+def be_patient(seconds: float) -> None:
+    """Let the collectives of all groups made so far wait for peers this long before they fail by themselves.
+
+    DeepSpeed makes groups of its own without asking us: they give up after torch's default, ten minutes
+    on GPUs. Torch offers no public way to change a group that exists.
+    """
+    if dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
 def leave() -> None:
@@ -188,12 +212,17 @@ def together(action: Callable[[], T]) -> T:
 
 
 class Sums:
-    """Named sums of a step, kept on the device and read once, over all ranks."""
+    """Named sums of a step, kept on the device and read once, over all ranks.
+
+    by_rank: what each rank told by `add_own`, in rank order; there after `over_ranks`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._values: dict[str, torch.Tensor] = {}
         self._numbers: dict[str, float] = {}  # of the host; they go to the device together
+        self._own: dict[str, float] = {}
+        self.by_rank: dict[str, list[float]] = {}
 
     def add(self, **values: torch.Tensor | float) -> None:
         for name, value in values.items():
@@ -203,8 +232,23 @@ class Sums:
             else:
                 self._numbers[name] = self._numbers.get(name, 0.0) + value
 
+    def add_own(self, **values: float) -> None:
+        """Numbers of this rank that are not to be summed."""
+        self._own.update(values)
+
     def over_ranks(self) -> dict[str, float]:
         """Each sum over all ranks, read from the device in one go. Every rank must have the same names."""
-        numbers = torch.tensor(list(self._numbers.values()), dtype=torch.float64, device=self._device)
-        total = sum_over_ranks(torch.cat([*(value.reshape(1) for value in self._values.values()), numbers]))
-        return dict(zip([*self._values, *self._numbers], total.tolist(), strict=True))
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        # A number of one rank is a sum as well: of a vector that is zero elsewhere.
+        own = torch.zeros(len(self._own), world_size, dtype=torch.float64)
+        own[:, rank] = torch.tensor(list(self._own.values()), dtype=torch.float64)
+        numbers = torch.tensor(list(self._numbers.values()), dtype=torch.float64)
+        host = torch.cat([numbers, own.flatten()]).to(self._device)
+        total = sum_over_ranks(
+            torch.cat([*(value.reshape(1) for value in self._values.values()), host])
+        ).tolist()
+        names = [*self._values, *self._numbers]
+        self.by_rank = {
+            name: total[len(names) + i * world_size :][:world_size] for i, name in enumerate(self._own)
+        }
+        return dict(zip(names, total[: len(names)], strict=True))

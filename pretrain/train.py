@@ -34,6 +34,7 @@ from pretrain.assemble import (
     build_objective,
     build_reporter,
     build_train_loader,
+    build_watch,
     open_data,
 )
 from pretrain.checkpoint.run_directory import (
@@ -47,11 +48,12 @@ from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
 from pretrain.data.ledger import Ledger, check_budget
 from pretrain.data.loader import Batch, EvalLoader
-from pretrain.derived import build_schedule, dataset_facts, split_batch, total_steps
+from pretrain.derived import build_schedule, dataset_facts, patience_seconds, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
     World,
     barrier,
+    be_patient,
     from_main,
     is_launched,
     join,
@@ -65,28 +67,35 @@ from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError,
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
+from pretrain.metrics.compute_time import ComputeTime
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
+from pretrain.pulse import Pulse
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
 from pretrain.signals import StopSignals, exit_code_for
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """`pretrain train`: the exit code of training `config`, the recipe that the arguments named."""
+    pulse = Pulse()
     try:
-        code = train(config, debug=args.debug)
+        code = train(config, debug=args.debug, pulse=pulse)
     except RuntimeError as error:
         if (lost := lost_peer(error)) is None:
             raise
         raise lost from error
+    finally:
+        if not is_launched():  # a rank that failed stays watched until it is gone: its end can hang, too
+            pulse.close()
     leave()  # only after a good end: a rank that failed must not wait for its peers
+    pulse.close()
     if code == EXIT_FINISHED and os.environ.get("RANK", "0") == "0":
         export_at_the_end(config)  # after the peers were let go: it may take longer than they would wait
     return code
 
 
-def train(config: RunConfig, *, debug: bool = False) -> int:
-    """Train `config` to its last step, from its newest checkpoint if it has one.
+def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
+    """Train `config` to its last step, from its newest checkpoint if it has one; `pulse` tells where it is.
 
     Returns EXIT_FINISHED, or the code of what asked it to stop. Raises PretrainError, on every rank
     when the cause was found before the first step.
@@ -124,10 +133,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     with ExitStack() as stack:
         attempt = from_main(world, lambda: claim(run_dir, stack))
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
+        together(lambda: build_watch(config, pulse, world=world, attempt=attempt, debug=debug))
         reporter = together(
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
         )
         stack.callback(reporter.close)
+        reporter.watch_idleness(lambda: pulse.idle_seconds)
 
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
         objective = build_objective(config, num_classes=data.num_classes)
@@ -135,6 +146,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             report = str(load_into(objective.backbone, incoming))
             reporter.event("init", note=report, report=report)
         engine = build_engine(config, objective, world=world, split=split)
+        be_patient(patience_seconds(config))
         manifest = resume(
             run_dir,
             engine,
@@ -146,6 +158,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
         step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+        pulse.at("start", step)
         together(lambda: data.require_from(samples))
         from_main(world, lambda: data.keep_order(run_dir))
         replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
@@ -183,9 +196,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             return (images, batch) if mixing is None else mixing(images, batch)
 
         undescribed = debug
+        compute = ComputeTime(engine.device)
 
         stop = stack.enter_context(StopSignals(announce=not world.launched))
+        stack.callback(pulse.at, "end")
         while step < last_step:
+            pulse.at("data", step)
             reporter.throughput.start()
             micro_batches = next(batches)
             reporter.throughput.data_arrived()
@@ -198,13 +214,18 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
             sums, lr = Sums(engine.device), lr_of(step)
             gained = train_loader.gained()  # by reading what this step trains on
-            grad_norm = take_step(engine, micro_batches, prepared, lr=lr, sums=sums)
+            grad_norm = take_step(
+                engine, micro_batches, prepared, lr=lr, sums=sums, pulse=pulse, compute=compute
+            )
+            pulse.at("report")
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
             sums.add(terminate=terminate, ctrl_c=ctrl_c, **gained)
+            sums.add_own(compute_seconds=compute.seconds)
             totals = sums.over_ranks()
             step, samples = step + 1, samples + global_batch_size
+            reporter.compute_times(sums.by_rank["compute_seconds"], step=step, samples=samples)
             reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
@@ -243,6 +264,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                     "attempt": attempt,
                     "replaced": replaced,
                 }
+                pulse.at("save", step)
                 save(engine, config, facts, world=world, reporter=reporter)
             if exit_code is not None and not is_last:
                 reporter.event(
@@ -252,12 +274,12 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
             if eval_loader is not None and not is_last and is_due(step, config.eval.every_steps):
-                unreadable, results = validate(engine, eval_loader, device_transform)
+                unreadable, results = validate(engine, eval_loader, device_transform, pulse)
                 reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
 
         # After the loop: a run that was killed between its last save and its end still gets here.
         if eval_loader is not None:
-            unreadable, results = validate(engine, eval_loader, device_transform)
+            unreadable, results = validate(engine, eval_loader, device_transform, pulse)
             reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
@@ -271,6 +293,8 @@ def take_step(
     *,
     lr: float,
     sums: Sums,
+    pulse: Pulse,
+    compute: ComputeTime,
 ) -> torch.Tensor:
     """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
     count, images and the objective's metrics. Returns the gradient's global norm.
@@ -278,14 +302,19 @@ def take_step(
     The loss is the mean over the true global batch, however it is split: every share is divided by the one
     global count, known before the first backward.
     """
+    pulse.at("count")
     local_count = sum(engine.module.count(host_batch) for host_batch in micro_batches)
     count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
     sums.add(count=local_count)
-    for host_batch in micro_batches:
-        images, batch = prepared(host_batch)
-        loss_sum, metric_sums = engine.forward(images, batch)
+    for number, host_batch in enumerate(micro_batches):
+        pulse.at("forward")
+        with compute.measured(first=number == 0):
+            images, batch = prepared(host_batch)
+            loss_sum, metric_sums = engine.forward(images, batch)
+        pulse.at("backward")
         engine.backward(loss_sum / count.to(loss_sum.dtype))
         sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
+    pulse.at("optimizer")
     return engine.step(lr)
 
 
@@ -309,7 +338,7 @@ def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> s
 
 @torch.no_grad()
 def validate(
-    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform
+    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
 ) -> tuple[int, dict[str, float]]:
     """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
 
@@ -317,7 +346,9 @@ def validate(
     """
     sums = Sums(engine.device)
     engine.module.eval()
+    pulse.at("validate")
     for host_batch in loader:
+        pulse.at("validate")
         count = engine.module.count(host_batch)
         batch = to_device(host_batch, engine.device)
         images = device_transform(batch["images"])

@@ -247,6 +247,21 @@ class MetricsConfig(Section):
     wandb: WandbConfig | None = None
 
 
+class WatchdogConfig(Section):
+    """A rank that does not move for so long is killed, with its stacks written down; see pretrain/watchdog.py.
+
+    Above storage.retry_seconds and data.worker_timeout_seconds: waiting for them is no move.
+    """
+
+    step_seconds: PositiveFloat | None = 600.0  # in one phase of a step; null: nobody watches
+    start_seconds: PositiveFloat = 1800.0  # while starting, in the first step, a save, a validation
+    # A rank is called slow that takes so much longer than the middle one to compute a first micro-batch's
+    # forward, in most of so many steps, for so long.
+    slow_rank_ratio: Annotated[float, Field(gt=1.0)] = 1.25
+    slow_rank_steps: PositiveInt = 50
+    slow_rank_seconds: NonNegativeFloat = 60.0
+
+
 class EvalConfig(Section):
     every_steps: PositiveInt | None = None  # validation loss (and top-1); at the end of the run when left out
 
@@ -281,6 +296,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     metrics: MetricsConfig = MetricsConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     export: ExportConfig = ExportConfig()
     storage: StorageConfig = StorageConfig()
     deepspeed: dict[str, Any] = {}  # taken through to DeepSpeed as it stands

@@ -8,7 +8,7 @@ are where the run as a whole stands.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
@@ -110,6 +110,30 @@ class MetricsServer:
             "Damaged checkpoints that this process passed over when it began; the journal says why.",
             registry=registry,
         )
+        self._rank_compute_seconds = Gauge(
+            "pretrain_rank_compute_seconds",
+            "Time a rank computes in a step before its first exchange of gradients, median of the last steps.",
+            ["rank", "host"],
+            registry=registry,
+        )
+        self._slowest_rank = Gauge(
+            "pretrain_slowest_rank", "The rank with the longest such time.", registry=registry
+        )
+        self._slow_ranks = Gauge(
+            "pretrain_slow_ranks",
+            "Ranks that hold the others up by more than watchdog.slow_rank_ratio.",
+            registry=registry,
+        )
+        self._watchdog_ended_ranks = Gauge(
+            "pretrain_watchdog_ended_ranks",
+            "Ranks that did not move and were ended by their watchdogs, in all attempts of the run before this one.",
+            registry=registry,
+        )
+        self._idle_seconds = Gauge(
+            "pretrain_idle_seconds",
+            "Time since this process last moved on from one phase of a step to the next.",
+            registry=registry,
+        )
         self._reading = {
             name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in READING.items()
         }
@@ -158,6 +182,20 @@ class MetricsServer:
     def watch_cache(self, cached_bytes: Callable[[], float]) -> None:
         """Have the cache's size asked for at each scrape; other processes and runs change it, too."""
         self._cache_bytes.set_function(cached_bytes)
+
+    def watch_idleness(self, idle_seconds: Callable[[], float]) -> None:
+        """Have it asked for at each scrape: it grows while nothing else here is called."""
+        self._idle_seconds.set_function(idle_seconds)
+
+    def set_compute_seconds(self, seconds: Sequence[float], *, hosts: Sequence[str], num_slow: int) -> None:
+        """`seconds` and `hosts` in rank order; num_slow: how many ranks are called slow."""
+        for rank, (host, value) in enumerate(zip(hosts, seconds, strict=True)):
+            self._rank_compute_seconds.labels(rank=str(rank), host=host).set(value)
+        self._slowest_rank.set(max(range(len(seconds)), key=seconds.__getitem__))
+        self._slow_ranks.set(num_slow)
+
+    def set_watchdog_ended_ranks(self, count: int) -> None:
+        self._watchdog_ended_ranks.set(count)
 
     def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
         """One committed checkpoint; `committed_at` is Unix time in seconds."""

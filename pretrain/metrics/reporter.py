@@ -2,13 +2,19 @@
 
 Called by train.py on every rank. Rank 0 writes the journal and the progress line; one rank a host
 serves Prometheus; the others say nothing.
+
+Events of its own that the journal gets, beside those that train.py names:
+
+    slow_rank, slow_rank_over    step, samples, rank, host, seconds, others_seconds (see slow_ranks.py)
+    watchdog                     of_attempt, rank, host, step, phase, kind, at_fault, said: how the attempt before
+                                 this one ended, where a watchdog ended it
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +22,14 @@ from typing import Any
 from pretrain.metrics.journal import Journal
 from pretrain.metrics.progress import Progress
 from pretrain.metrics.prometheus import MetricsServer
+from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.metrics.throughput import StepTimes, Throughput
 from pretrain.metrics.trackers import Trackers
+from pretrain.watchdog import read_records
 
 FEW_LANES = 64
+_MEDIANS_EVERY_STEPS = 10
+_OF_A_WATCHDOG = ("rank", "host", "step", "phase", "kind", "at_fault", "said")
 
 
 class Reporter:
@@ -34,10 +44,13 @@ class Reporter:
         log_every_steps: int,
         total_steps: int,
         trackers: Trackers | None = None,
+        slow_ranks: SlowRanks | None = None,
+        hosts: Sequence[str] = (),
     ) -> None:
         self._trackers = trackers
         self._finished = False
         self._total_steps = total_steps
+        self._slow_ranks, self._hosts = slow_ranks, hosts
         self._journal = journal
         self._progress = progress
         self._server = server
@@ -57,7 +70,10 @@ class Reporter:
         server: MetricsServer | None,
         trackers: Trackers,
         log_every_steps: int,
+        slow_ranks: SlowRanks,
+        hosts: Sequence[str],
     ) -> Reporter:
+        """`hosts`: of all ranks, in their order."""
         return cls(
             journal=Journal(run_dir / "journal.jsonl", attempt=attempt),
             progress=Progress(total_steps=total_steps),
@@ -65,6 +81,8 @@ class Reporter:
             trackers=trackers,
             log_every_steps=log_every_steps,
             total_steps=total_steps,
+            slow_ranks=slow_ranks,
+            hosts=hosts,
         )
 
     def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
@@ -128,6 +146,57 @@ class Reporter:
         )
         if self._server:
             self._server.count_rejected_checkpoint()
+
+    def ended_by_watchdogs(self, attempts: Path, *, attempt: int) -> None:
+        """Tell what watchdogs did in the attempts before `attempt`, from the records in the folder `attempts`."""
+        if not self._journal:
+            return
+        ended = 0
+        for folder in attempts.iterdir():
+            if not folder.name.isdigit() or int(folder.name) >= attempt:
+                continue
+            records = [record for record in read_records(folder).values() if record.get("expired")]
+            ended += len(records)
+            if int(folder.name) != attempt - 1:  # the attempt after it has told of it
+                continue
+            for record in records:
+                told = {name: record.get(name) for name in _OF_A_WATCHDOG}
+                guilty = record["rank"] in record.get("at_fault", [])
+                note = (
+                    f"attempt {folder.name} was ended by a watchdog: {record.get('said')}" if guilty else None
+                )
+                self.event("watchdog", note=note, of_attempt=int(folder.name), **told)
+        if self._server:
+            self._server.set_watchdog_ended_ranks(ended)
+
+    def watch_idleness(self, idle_seconds: Callable[[], float]) -> None:
+        """`idle_seconds`: since this process last moved (`Pulse.idle_seconds`); asked for from any thread."""
+        if self._server:
+            self._server.watch_idleness(idle_seconds)
+
+    def compute_times(self, seconds: Sequence[float], *, step: int, samples: int) -> None:
+        """What each rank took in a step to compute before it first waited for others, in rank order."""
+        if self._slow_ranks is None or len(seconds) < 2:
+            return
+        found = self._slow_ranks.add(seconds)
+        for rank, is_slow, median, others in found:
+            host = self._hosts[rank]
+            what = "is slow: it computes for" if is_slow else "is slow no more: it computes for"
+            self.event(
+                "slow_rank" if is_slow else "slow_rank_over",
+                note=f"step {step}: rank {rank} on host {host} {what} {median:.3f} s a step before it exchanges "
+                f"gradients, the middle rank for {others:.3f} s",
+                step=step,
+                samples=samples,
+                rank=rank,
+                host=host,
+                seconds=median,
+                others_seconds=others,
+            )
+        if self._server and (found or step % _MEDIANS_EVERY_STEPS == 0):
+            self._server.set_compute_seconds(
+                self._slow_ranks.medians, hosts=self._hosts, num_slow=len(self._slow_ranks.slow)
+            )
 
     def watch_cache(self, cached_bytes: Callable[[], int]) -> None:
         """`cached_bytes`: what the node's chunk cache holds at the moment; asked for from any thread."""

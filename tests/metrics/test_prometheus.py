@@ -63,6 +63,9 @@ def observe_everything(server) -> None:
     server.observe_checkpoint(seconds=3.0, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
     server.watch_cache(lambda: 123 << 20)
+    server.watch_idleness(lambda: 1.25)
+    server.set_compute_seconds([0.2, 0.5, 0.3], hosts=["a", "a", "b"], num_slow=1)
+    server.set_watchdog_ended_ranks(2)
 
 
 def scrape(server) -> str:
@@ -105,6 +108,12 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_worker_restarts_total": 0,
         "pretrain_checkpoint_bytes": 1e9,
         "pretrain_cache_bytes": 123 << 20,
+        "pretrain_rank_compute_seconds[a][1]": 0.5,
+        "pretrain_rank_compute_seconds[b][2]": 0.3,
+        "pretrain_slowest_rank": 1,
+        "pretrain_slow_ranks": 1,
+        "pretrain_watchdog_ended_ranks": 2,
+        "pretrain_idle_seconds": 1.25,
         "pretrain_checkpoint_last_commit_timestamp_seconds": 1.7e9,
     }
     assert {name: samples[name] for name in expected} == expected
