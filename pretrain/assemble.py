@@ -156,6 +156,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         val_index=val_index,
         stream=opened.stream,
         segments=opened.segments,
+        skipped=opened.skipped,
         num_classes=num_classes,
     )
 
