@@ -38,10 +38,10 @@ class Audit:
     def lines(self) -> Iterator[dict[str, Any]]:
         """First of the run and of each of its segments, then of each key in turn what is known, by position.
 
-        Events of a key: `seen` (at its own position), `seen_as_substitute` (for another one, `for`),
-        `excluded` and `replaced` (at its own position another one, `by`, was shown), `skipped` (its position is
-        one that the run jumps over, and is of no step), `never_seen`, and `unknown` for a key that no dataset of the run has. A dataset that is not there any more as it was
-        has a line `gone`: which keys its samples had cannot be told.
+        Events of a key: `seen` (at its own position), `seen_as_substitute` (for another one, `for`), `excluded` and
+        `replaced` (at its own position another one, `by`, was shown), `skipped` (its position is one that the run
+        jumps over, and is of no step), `never_seen`, and `unknown` for a key that no dataset of the run has. A
+        dataset that is not there any more as it was has a line `gone`: which keys its samples had cannot be told.
         """
         history = self.history
         last_step = history.step_of(history.reached - 1) if history.reached else 0

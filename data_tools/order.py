@@ -10,10 +10,11 @@ a run's folder they are known, as are its mixtures and the changes of its data.
   pretrain order runs/a --audit keys.txt        (one key a line: when each was seen in this run, if at all)
 
 Lines: g (position), epoch, batch (number of the global batch), rank, shard, key; of a run also segment,
-dataset and skipped: positions that the run jumps over are of no batch and no rank. An audit's: first the run,
-as far as it has come, its segments, and the intervals that it skips; then for each key an `event` with g, step,
-epoch, segment, dataset, shard: seen, seen_as_substitute, excluded, replaced, skipped, never_seen or unknown; `committed` is false beyond the newest checkpoint. It costs a pass over the
-datasets' keys and, for each epoch that was begun, about a second at 10**9 samples.
+dataset and skipped: positions that the run jumps over are of no batch and no rank. An audit's: first the run, as
+far as it has come, its segments, and the intervals that it skips; then for each key an `event` with g, step,
+epoch, segment, dataset, shard: seen, seen_as_substitute, excluded, replaced, skipped, never_seen or unknown;
+`committed` is false beyond the newest checkpoint. It costs a pass over the datasets' keys and, for each epoch
+that was begun, about a second at 10**9 samples.
 """
 
 from __future__ import annotations

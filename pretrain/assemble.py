@@ -42,6 +42,7 @@ from pretrain.derived import (
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
+from pretrain.judge import Judge, SpikeRule
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
 from pretrain.models.build import build_backbone
@@ -281,6 +282,15 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
+    )
+
+
+def build_judge(config: RunConfig) -> Judge:
+    spike = config.train.spike
+    return Judge(
+        max_nonfinite_steps=config.train.max_nonfinite_steps,
+        max_rollbacks=config.train.max_rollbacks,
+        spike=SpikeRule(**spike.model_dump()) if spike else None,
     )
 
 

@@ -7,9 +7,9 @@ Called by assemble.py for training, and by the commands that look at a run witho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from pretrain.checkpoint.segments import (
     read_changes,
     read_numbers,
 )
-from pretrain.checkpoint.skipped import SKIPPED_NAME, is_given_up, read_skipped
+from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, is_given_up, read_skipped
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -36,6 +36,7 @@ from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.storage import is_remote
 
 CONFIG_NAME = "config.yaml"
+_Data = TypeVar("_Data", bound="RunData")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,11 @@ class RunData:
     stream: Stream
     segments: list[dict[str, Any]]
     skipped: list[dict[str, Any]]
+
+    def skipping(self: _Data, skipped: Sequence[Skipped]) -> _Data:
+        """The same data, of which the run consumes all but `skipped`."""
+        stream = self.stream.skipping([(one.start, one.stop) for one in skipped])
+        return replace(self, stream=stream, skipped=[one.described() for one in skipped])
 
     def datasets_of(self, number: int) -> list[DatasetIndex | GoneDataset]:
         """The datasets of a segment, as the segment numbers its sources."""

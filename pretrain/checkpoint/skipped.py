@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,20 @@ def write_skipped(run_dir: Path, skipped: Sequence[Skipped]) -> None:
     """Whole or not at all. Raises PretrainError."""
     body = {"format_version": FORMAT_VERSION, "intervals": [asdict(one) for one in skipped]}
     write_whole(Path(run_dir) / SKIPPED_NAME, json.dumps(body, indent=1).encode() + b"\n")
+
+
+def adding(skipped: Sequence[Skipped], one: Skipped) -> tuple[Skipped, ...]:
+    """`skipped` with `one`, or with what of it was not skipped already, by position."""
+    pieces = []
+    start = one.start
+    for known in sorted(skipped, key=lambda known: known.start):
+        if known.stop > start and known.start < one.stop:
+            if known.start > start:
+                pieces.append(replace(one, start=start, stop=known.start))
+            start = known.stop
+    if start < one.stop:
+        pieces.append(replace(one, start=start))
+    return tuple(sorted([*skipped, *pieces], key=lambda known: known.start))
 
 
 def edges(skipped: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:

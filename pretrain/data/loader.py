@@ -9,7 +9,7 @@ replaced (source.py), and are cut into micro-batches here. The result never depe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -82,7 +82,7 @@ class TrainLoader:
         self._gained_before: dict[str, float] = {}
         self._replaced: list[Replacement] = []
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int) -> Generator[list[Batch], None, None]:
         """The steps from position `start` on, without end: `micro_batches` batches of `micro_batch_size`.
 
         Counts and shapes are the same on all ranks; the places that this rank has no sample for are

@@ -6,6 +6,12 @@ events that report.py draws:
     step        step, samples, epoch, loss, lr, grad_norm, step_seconds, data_seconds, images_per_second
     validation  step, samples, and one field a metric (loss, top1, …)
 
+What goes wrong with numbers has events of its own:
+
+    step_skipped  step, samples: an update that was left out, its gradient was not finite
+    rollback      kind (non-finite, spike, replica), reason, from_step, from_samples, and where the run goes on:
+                  step, samples, global_batch_size, skipped ([start, stop] of all that it jumps over)
+
 Any other event and field may be added; readers leave what they do not know alone.
 
 JSON has no NaN: a non-finite float is written as null beside `<name>_repr` ("nan", "inf" or "-inf"),
@@ -119,10 +125,12 @@ def steps_of(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The `step` lines by step, ascending.
 
     A step that was done again after a restart has a line an attempt: the highest attempt counts, and
-    within an attempt the last line.
+    within an attempt the last line. Steps that a rollback undid are left out until they are done again.
     """
     chosen: dict[int, dict[str, Any]] = {}
     for record in records:
+        if record.get("event") == "rollback":
+            chosen = {step: line for step, line in chosen.items() if step <= record["step"]}
         if record.get("event") != "step":
             continue
         step = int(record["step"])

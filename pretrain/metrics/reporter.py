@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.throughput import StepTimes, Throughput
 
 FEW_LANES = 64
+_COUNTED_FAULTS = {"spike": "loss_spikes", "replica": "replica_mismatches"}
 
 
 class Reporter:
@@ -96,6 +97,47 @@ class Reporter:
             lanes=lanes,
             resumed=resumed,
         )
+
+    def step_skipped(self, *, step: int, samples: int) -> None:
+        """All ranks left an update out, for its gradient was not finite."""
+        note = f"step {step}: a loss or gradient is not finite; the update is left out on all ranks"
+        self.event("step_skipped", note=note, step=step, samples=samples)
+        self._count("steps_skipped")
+
+    def rollback(
+        self,
+        *,
+        kind: str,
+        reason: str,
+        from_step: int,
+        from_samples: int,
+        step: int,
+        samples: int,
+        global_batch_size: int,
+        skipped: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """The run goes on from the checkpoint at `step`; `skipped`: all that it jumps over."""
+        self._count("rollbacks")
+        if kind in _COUNTED_FAULTS:
+            self._count(_COUNTED_FAULTS[kind])
+        intervals = [[one["start"], one["stop"]] for one in skipped]
+        self.event(
+            "rollback",
+            note=f"{reason}; back from step {from_step} to {step}"
+            + (f", without the samples at {intervals[-1]}" if kind == "spike" else ""),
+            kind=kind,
+            reason=reason,
+            from_step=from_step,
+            from_samples=from_samples,
+            step=step,
+            samples=samples,
+            global_batch_size=global_batch_size,
+            skipped=intervals,
+        )
+
+    def _count(self, event: str) -> None:
+        if self._server:
+            self._server.count(event)
 
     def checkpoint_rejected(self, path: Path, reason: Exception) -> None:
         self.event(
