@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -145,10 +146,8 @@ class ZeroEngine:
             norm = float("inf") if self.skipped else self._engine.get_global_grad_norm()
         else:
             self.skipped = not bool(torch.isfinite(norm))
-            if self.skipped:  # an optimizer updates nothing that has no gradient
-                for parameter in self._trained.values():
-                    parameter.grad = None
-            self._engine.step()
+            with self._shards.without_update() if self.skipped else nullcontext():
+                self._engine.step()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def fragments(self) -> list[Fragment]:
@@ -224,6 +223,20 @@ class _ReplicatedShards:
         if self._masters_differ:
             for name, master in self._masters.items():
                 self._trained[name].data.copy_(master.data)
+
+    @contextmanager
+    def without_update(self) -> Iterator[None]:
+        """Within it, the optimizer's step finds no gradients, and updates nothing; clipping still has them."""
+
+        def drop_gradients(*_: Any) -> None:
+            for parameter in self._trained.values():
+                parameter.grad = None
+
+        hook = self.optimizer.register_step_pre_hook(drop_gradients)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def gradient_norm(self) -> torch.Tensor | None:
         if self._masters_differ:

@@ -1,9 +1,9 @@
 """`python -m pretrain.train`, in which the numbers that WRONG (JSON, in the environment) names go wrong.
 
-    {"factor": 10, "from": 112, "to": 128}            the loss of micro-batches with these positions, times factor
-    {…, "rank": 1, "times": 2}                        on this rank only, this often; factor "nan" is NaN
-    {"flip": "blocks.0", "rank": 2, "step": 6}        a bit of a weight of that name, before the comparison of step 6
-    {"die": true}                                     SIGKILL once the list of skipped positions is committed
+{"factor": 10, "from": 112, "to": 128}            the loss of micro-batches with these positions, times factor
+{…, "rank": 1, "times": 2}                        on this rank only, this often; factor "nan" is NaN
+{"flip": "blocks.0", "rank": 2, "step": 6}        a bit of a weight of that name, before the comparison of step 6
+{"die": true}                                     SIGKILL once the list of skipped positions is committed
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def main() -> int:
             from pretrain.engine.zero import ZeroEngine
 
             wrong_losses(ZeroEngine, wrong)
-    from pretrain.train import main as train
     from pretrain.errors import exit_code_of
+    from pretrain.train import main as train
 
     return exit_code_of("train", train)
 
