@@ -143,5 +143,7 @@ def test_the_first_module_that_is_not_finite_is_named_and_the_samples_that_made_
     objective.zero_grad()
     found = inspect(objective, [batch], prepared, bf16=True)
     assert found.first_output is not None
-    assert found.first_output.startswith("backbone.blocks.1.mlp.fc1 (Linear), of a finite input, whose weights")
+    assert found.first_output.startswith(
+        "backbone.blocks.1.mlp.fc1 (Linear), of a finite input, whose weights"
+    )
     assert found.parameters == ["backbone.blocks.1.mlp.fc1.weight"]

@@ -1,4 +1,5 @@
-"""One rank of test_nonfinite_steps: four steps, of which one goes wrong on one rank, in each case asked for.
+"""One rank of test_nonfinite_steps: four steps, of which one goes wrong on one rank, in each case asked for; and
+comparisons of replicas of which one bit was flipped.
 
 Started by torch's launcher variables; writes what rank 0 saw to the file named on the command line.
 """
@@ -15,6 +16,7 @@ import zero_worker as worker
 
 from pretrain.checkpoint.manifest import KINDS
 from pretrain.distributed import Sums, gather_objects, join
+from pretrain.replicas import Replicas
 from pretrain.steps import take_step
 
 STEPS, BAD_STEP = 4, 1
@@ -75,6 +77,34 @@ def run(world: Any, engine: Any, case: dict[str, Any], wrong: str | None) -> dic
     }
 
 
+def compared(world: Any, case: dict[str, Any]) -> dict[str, str | None]:
+    """What a comparison of replicas says: of sound ones, of a bit flipped in rank 1's copy, and in rank 0's master."""
+    engine = worker.build_engine(world, **case)
+    replicas = Replicas(engine, world=world, every_steps=1)
+    replicas.begin(0)
+    said: dict[str, str | None] = {}
+
+    def compare(name: str) -> None:
+        fault = replicas.compare(1)
+        said[name] = None if fault is None else fault.reason
+        replicas.begin(0)
+
+    compare("sound")
+    copy = engine.replicated_weights()["backbone.blocks.1.mlp.fc2.weight"]
+    bits = copy.view(torch.int16 if copy.element_size() == 2 else torch.int32)
+    if world.rank == 1:
+        bits[7] ^= 4
+    compare("copy of rank 1")
+    if world.rank == 1:
+        bits[7] ^= 4
+    compare("mended")
+    if world.rank == 0:
+        fragment = engine.owned_fragments()[0]
+        fragment.tensors["weight"].view(torch.int32)[3] ^= 1 << 26
+    compare("master of rank 0")
+    return said
+
+
 def main() -> None:
     out, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     world = join(timeout_seconds=60)
@@ -101,6 +131,8 @@ def main() -> None:
             "differing": gather_objects(differing),
             "optimizer_steps": got["optimizer_steps"],
         }
+    for name, case in json.loads(sys.argv[3]).items():
+        results[name] = compared(world, case)
     if world.is_main:
         out.write_text(json.dumps(results))
 

@@ -53,10 +53,18 @@ FEW = {
 }
 
 
-def launched(world_size: int, cases: dict, folder: Path) -> dict:
+REPLICAS = {
+    "replicas, bf16 stage 1": case(1, "bf16", WHOLE),
+    "replicas, float32 stage 2": case(2, "float32", WHOLE),
+    "replicas, bf16 stage 0": case(0, "bf16", WHOLE),
+}
+
+
+def launched(world_size: int, cases: dict, replicas: dict, folder: Path) -> dict:
     """All cases from one launch: starting ranks takes longer than training them."""
     out = folder / "results.json"
-    run_ranks(world_size, [str(WORKER), str(out), json.dumps(cases)], timeout_seconds=280, folder=folder)
+    work = [str(WORKER), str(out), json.dumps(cases), json.dumps(replicas)]
+    run_ranks(world_size, work, timeout_seconds=280, folder=folder)
     return json.loads(out.read_text())
 
 
@@ -68,18 +76,33 @@ def check(got: dict, world_size: int) -> None:
     assert got["optimizer_steps"] == worker.STEPS - 1
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return launched(2, FEW, REPLICAS, tmp_path_factory.mktemp("few"))
+
+
+@pytest.mark.parametrize("name", FEW)
 def test_all_ranks_leave_the_update_out_and_their_state_is_that_of_a_run_without_that_step(
-    tmp_path: Path,
+    results: dict, name: str
 ) -> None:
-    results = launched(2, FEW, tmp_path)
-    assert results.keys() == FEW.keys()
-    for got in results.values():
-        check(got, 2)
+    check(results[name], 2)
+
+
+@pytest.mark.parametrize("name", REPLICAS)
+def test_of_two_ranks_the_one_whose_weights_are_not_its_masters_is_named(results: dict, name: str) -> None:
+    """A master stands against its owner's own copy, and at stages 1 and 2 against the other rank's too."""
+    said = results[name]
+    assert (said["sound"], said["mended"]) == (None, None)
+    assert said["copy of rank 1"].startswith("rank 1 on ")
+    assert said["copy of rank 1"].endswith(
+        "holds other weights than the rest: backbone.blocks.1.mlp.fc2.weight"
+    )
+    assert said["master of rank 0"].startswith("rank 0 on ")
 
 
 @pytest.fixture(scope="module")
 def every_result(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return launched(3, EVERY, tmp_path_factory.mktemp("nonfinite"))
+    return launched(3, EVERY, {}, tmp_path_factory.mktemp("nonfinite"))
 
 
 @pytest.mark.slow
