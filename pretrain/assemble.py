@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.manifest import stored_lanes
+from pretrain.checkpoint.skipped import read_skipped
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -148,6 +149,8 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         )
     )
     num_classes = num_classes_for(config, opened.indexes[0])
+    # What rank 0 has of it: all must jump over the same, also where each host has a folder of its own.
+    opened = opened.skipping(from_main(world, lambda: read_skipped(run_dir)))
     val_index = together(lambda: open_index(val_url, s3=s3, cache_dir=cache_dir(config))) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)

@@ -215,6 +215,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                     step=step,
                     samples=samples,
                     global_batch_size=global_batch_size,
+                    skips=fault.skip,
                     skipped=data.skipped,
                 )
             if (

@@ -114,9 +114,13 @@ class Reporter:
         step: int,
         samples: int,
         global_batch_size: int,
+        skips: bool,
         skipped: Sequence[Mapping[str, Any]],
     ) -> None:
-        """The run goes on from the checkpoint at `step`; `skipped`: all that it jumps over."""
+        """The run goes on from the checkpoint at `step`, and if it `skips`, without the samples that it failed at.
+
+        skipped: all that it jumps over.
+        """
         self._count("rollbacks")
         if kind in _COUNTED_FAULTS:
             self._count(_COUNTED_FAULTS[kind])
@@ -124,7 +128,7 @@ class Reporter:
         self.event(
             "rollback",
             note=f"{reason}; back from step {from_step} to {step}"
-            + (f", without the samples at {intervals[-1]}" if kind == "spike" else ""),
+            + (", and on without the samples that it came from" if skips else ""),
             kind=kind,
             reason=reason,
             from_step=from_step,

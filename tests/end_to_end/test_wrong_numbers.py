@@ -111,6 +111,7 @@ def test_killed_between_the_commit_and_going_back_it_goes_on_as_if_it_had_gone_b
     same_state(run_dir, reference)
 
 
+@pytest.mark.slow
 def test_steps_that_are_never_finite_are_left_out_then_gone_back_from_then_skipped(
     tmp_path: Path, shards: Path, reference: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_steps_that_are_never_finite_are_left_out_then_gone_back_from_then_skipp
     same_state(run_dir, reference)
 
 
+@pytest.mark.slow
 def test_without_a_checkpoint_to_go_back_to_it_ends_and_begins_anew_without_those_samples(
     tmp_path: Path, shards: Path, reference: Path
 ) -> None:

@@ -39,13 +39,11 @@ EVERY = {
         for wrong in ("one of its micro-batches", "NaN loss with a finite gradient")
     },
 }
-# A way through DeepSpeed each; every test run goes it.
+# A way through DeepSpeed each, of those that every test run goes.
 FEW = {
     name: EVERY[name]
     for name in (
         "float32 stage 0 accumulated: one of its micro-batches",
-        "bf16 stage 0: NaN loss",
-        "float32 stage 1: infinite gradient of a finite loss",
         "bf16 stage 1 accumulated: NaN loss with a finite gradient",
         "bf16 stage 2: NaN loss",
         "bf16 stage 3: infinite gradient of a finite loss",
@@ -55,7 +53,6 @@ FEW = {
 
 REPLICAS = {
     "replicas, bf16 stage 1": case(1, "bf16", WHOLE),
-    "replicas, float32 stage 2": case(2, "float32", WHOLE),
     "replicas, bf16 stage 0": case(0, "bf16", WHOLE),
 }
 
