@@ -145,6 +145,6 @@ class Judge:
 
 
 ADVICE = (
-    "go on from the last checkpoint, or the one before it, with a lower optim.lr, a smaller "
-    "optim.clip_grad_norm, or train.precision=float32; `pretrain replay` shows a step's samples and layers"
+    "try a lower optim.lr, a smaller optim.clip_grad_norm, or train.precision=float32; `pretrain replay` shows a "
+    "step's samples and layers"
 )

@@ -158,7 +158,7 @@ def test_ranks_go_back_together_from_a_spike_that_one_of_them_had(
         )
         extra = {"WRONG": json.dumps(wrong)}
         run_ranks(
-            world_size, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path / name, extra=extra
+            world_size, [str(DRIVER), str(recipe)], timeout_seconds=500, folder=tmp_path / name, extra=extra
         )
     assert len(events(runs["struck"], "rollback")) == 1
     assert losses(runs["struck"]) == losses(runs["told"])
@@ -191,7 +191,7 @@ def test_a_flipped_bit_of_one_ranks_weights_is_found_before_it_is_used_and_the_r
         )
         extra = {"WRONG": json.dumps(wrong)}
         run_ranks(
-            world_size, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path / name, extra=extra
+            world_size, [str(DRIVER), str(recipe)], timeout_seconds=500, folder=tmp_path / name, extra=extra
         )
     (rollback,) = events(runs["flipped"], "rollback")
     assert (rollback["kind"], rollback["from_step"], rollback["step"]) == ("replica", 8, 6)
