@@ -7,7 +7,6 @@ epoch that was begun its table (a second or two at 10**9 samples) and some 0.1 m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,45 +18,7 @@ from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
 from pretrain.datasets import ExistingRun, GoneDataset
 from pretrain.derived import cache_dir, s3_settings
-from pretrain.metrics.journal import JOURNAL_NAME, read_journal
-
-
-@dataclass(frozen=True, kw_only=True)
-class History:
-    """How far a run has come. Steps that were done again after a resume count once, as they were last.
-
-    reached: positions consumed as far as the journal says. committed: up to the newest checkpoint.
-    pieces: (samples, step, global batch) from where on steps were of that batch, ascending.
-    """
-
-    reached: int
-    committed: int
-    pieces: tuple[tuple[int, int, int], ...]
-
-    def step_of(self, position: int) -> int:
-        """The step (counted from 1) that consumes a position."""
-        samples, step, batch = [piece for piece in self.pieces if piece[0] <= position][-1]
-        return step + (position - samples) // batch + 1
-
-
-def history_of(run: ExistingRun) -> History:
-    committed = 0 if run.manifest is None else run.manifest.samples
-    pieces = [(0, 0, run.config.train.global_batch_size)]
-    reached = 0
-    try:
-        records = read_journal(run.run_dir / JOURNAL_NAME)
-    except FileNotFoundError:
-        records = []
-    for record in records:
-        event = record.get("event")
-        if event in ("data", "data_change"):  # the run goes on from here: what it did beyond is done again
-            reached = int(record["samples"])
-        if event == "data":
-            pieces = [piece for piece in pieces if piece[0] < reached]
-            pieces.append((reached, int(record["step"]), int(record["global_batch_size"])))
-        if event == "step":
-            reached = max(reached, int(record["samples"]))
-    return History(reached=max(reached, committed), committed=committed, pieces=tuple(pieces))
+from pretrain.history import history_of
 
 
 class Audit:
@@ -77,10 +38,10 @@ class Audit:
     def lines(self) -> Iterator[dict[str, Any]]:
         """First of the run and of each of its segments, then of each key in turn what is known, by position.
 
-        Events of a key: `seen` (at its own position), `seen_as_substitute` (for another one, `for`),
-        `excluded` and `replaced` (at its own position another one, `by`, was shown), `never_seen`, and
-        `unknown` for a key that no dataset of the run has. A dataset that is not there any more as it was
-        has a line `gone`: which keys its samples had cannot be told.
+        Events of a key: `seen` (at its own position), `seen_as_substitute` (for another one, `for`), `excluded` and
+        `replaced` (at its own position another one, `by`, was shown), `skipped` (its position is one that the run
+        jumps over, and is of no step), `never_seen`, and `unknown` for a key that no dataset of the run has. A
+        dataset that is not there any more as it was has a line `gone`: which keys its samples had cannot be told.
         """
         history = self.history
         last_step = history.step_of(history.reached - 1) if history.reached else 0
@@ -92,6 +53,7 @@ class Audit:
             "committed_samples": history.committed,
         }
         yield from (self._segment_line(number) for number in range(len(self._stream.segments)))
+        yield from ({"event": "skipped_interval", **one} for one in self.run.data.skipped)
         for dataset in self.run.data.gone:
             yield {"event": "gone", "dataset": dataset.url, "samples": dataset.num_samples}
         found: list[list[dict[str, Any]]] = [[] for _ in self.keys]
@@ -171,18 +133,22 @@ class Audit:
                     g = segment.start + int(at[0])
                     if g >= end:
                         continue
+                    skipped = bool(self._stream.skips.is_skipped(g))
                     event = {
                         "g": g,
-                        "step": self.history.step_of(g),
+                        "step": None if skipped else self.history.step_of(g),
                         "epoch": epoch,
                         "segment": number,
                         "dataset": index.url,
                         "shard": shards[i],
                         "committed": g < self.history.committed,
                     }
-                    found[int(which[i])].append(
-                        {**self._kind(g, int(which[i]), stands_in, order, position), **event}
+                    kind = (
+                        {"event": "skipped"}
+                        if skipped
+                        else self._kind(g, int(which[i]), stands_in, order, position)
                     )
+                    found[int(which[i])].append({**kind, **event})
 
     def _kind(self, g: int, key: int, stands_in: bool | None, order: Any, position: int) -> dict[str, Any]:
         """{event, …} of a sample at a position: what became of it there."""
@@ -213,7 +179,7 @@ class Audit:
         for g, entry in self._ledger.items():
             number = numbers.get(_key_of(entry, "substitute_key"))
             # A line of another sample is of a step that was done again after the data had changed.
-            if number is None or self._key_at(g) != entry.get("key"):
+            if number is None or self._key_at(g) != entry.get("key") or self._stream.skips.is_skipped(g):
                 continue
             segment = int(self._stream.segment_of(g))
             found[number].append(

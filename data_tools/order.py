@@ -9,11 +9,12 @@ a run's folder they are known, as are its mixtures and the changes of its data.
   pretrain order runs/a --start 768 --count 768
   pretrain order runs/a --audit keys.txt        (one key a line: when each was seen in this run, if at all)
 
-Lines: g (position), epoch, batch (number of the global batch), rank, shard, key; of a run also segment
-and dataset. An audit's: first the run, as far as it has come, and its segments; then for each key an
-`event` with g, step, epoch, segment, dataset, shard: seen, seen_as_substitute, excluded, replaced,
-never_seen or unknown; `committed` is false beyond the newest checkpoint. It costs a pass over the
-datasets' keys and, for each epoch that was begun, about a second at 10**9 samples.
+Lines: g (position), epoch, batch (number of the global batch), rank, shard, key; of a run also segment,
+dataset and skipped: positions that the run jumps over are of no batch and no rank. An audit's: first the run, as
+far as it has come, its segments, and the intervals that it skips; then for each key an `event` with g, step,
+epoch, segment, dataset, shard: seen, seen_as_substitute, excluded, replaced, skipped, never_seen or unknown;
+`committed` is false beyond the newest checkpoint. It costs a pass over the datasets' keys and, for each epoch
+that was begun, about a second at 10**9 samples.
 """
 
 from __future__ import annotations
@@ -154,19 +155,27 @@ def list_order(
     cached_in: Path,
 ) -> Iterator[dict[str, Any]]:
     """What stands at each of the positions [start, start + count), as {g, epoch, batch, rank, shard, key};
-    `of_run` adds {segment, dataset}. Of datasets that are gone shard and key are None.
+    `of_run` adds {segment, dataset, skipped}. Of datasets that are gone shard and key are None; so are batch and
+    rank of positions that are skipped.
     """
     tables = [open_samples(index, s3=s3, cache_dir=cached_in) for index in indexes]
     ends = [sample_ends(index.chunk_samples) for index in indexes]
-    B = global_batch_size
-    for batch_number in range(start // B, -(-(start + count) // B)):
-        batch = stream.batch(batch_number * B, B)
-        ranks = np.empty(B, np.int64)
-        for rank in range(world_size):
-            own = slice_batch(batch, rank=rank, world_size=world_size)
-            ranks[own[own != PAD] - batch_number * B] = rank
-        first, end = max(start, batch_number * B), min(start + count, (batch_number + 1) * B)
-        positions = np.arange(first, end, dtype=np.int64)
+    B, end = global_batch_size, start + count
+    skips = stream.skips
+    while start < end:
+        first = int(
+            skips.position_of(skips.consumed(start) // B * B)
+        )  # of the batch that start is in, or before
+        batch = stream.batch(first, B)
+        number, following = int(skips.consumed(first)) // B, stream.after(first, B)
+        ranks: dict[int, tuple[int | None, int | None]] = {
+            int(g): (number, rank)
+            for rank in range(world_size)
+            for g in slice_batch(batch, rank=rank, world_size=world_size)
+            if g != PAD
+        }
+        positions = np.arange(start, min(end, following), dtype=np.int64)
+        start = following
         places = stream.locate(positions)
         epochs, segments = stream.epoch(positions), stream.segment_of(positions)
         for i, g in enumerate(positions.tolist()):
@@ -174,15 +183,17 @@ def list_order(
             there = dataset < len(indexes)
             url = indexes[dataset].url if there else gone[dataset - len(indexes)].url
             before = int(ends[dataset][chunk - 1]) if there and chunk else 0
+            batch_number, rank = ranks.get(g, (None, None))
             line = {
                 "g": g,
                 "epoch": int(epochs[i]),
                 "batch": batch_number,
-                "rank": int(ranks[g - batch_number * B]),
+                "rank": rank,
                 "shard": shard_of(indexes[dataset], chunk) if there else None,
                 "key": tables[dataset].key(before + row) if there else None,
             }
-            yield {**line, "segment": int(segments[i]), "dataset": url} if of_run else line
+            of_its_run = {"segment": int(segments[i]), "dataset": url, "skipped": batch_number is None}
+            yield {**line, **of_its_run} if of_run else line
 
 
 def shard_of(index: DatasetIndex, chunk: int) -> str:

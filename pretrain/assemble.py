@@ -18,6 +18,7 @@ from torch import nn
 from pretrain.checkpoint.lineage import read_lineage, tracking_id
 from pretrain.checkpoint.manifest import committed, stored_lanes
 from pretrain.checkpoint.run_directory import ATTEMPTS
+from pretrain.checkpoint.skipped import read_skipped
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -42,6 +43,7 @@ from pretrain.derived import (
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
+from pretrain.judge import Judge, SpikeRule
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
 from pretrain.metrics.slow_ranks import SlowRanks
@@ -150,6 +152,8 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         )
     )
     num_classes = num_classes_for(config, opened.indexes[0])
+    # What rank 0 has of it: all must jump over the same, also where each host has a folder of its own.
+    opened = opened.skipping(from_main(world, lambda: read_skipped(run_dir)))
     val_index = together(lambda: open_index(val_url, s3=s3, cache_dir=cache_dir(config))) if val_url else None
     if val_index is not None:
         check_validation_labels(val_index, opened.indexes[0], num_classes)
@@ -159,6 +163,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
         val_index=val_index,
         stream=opened.stream,
         segments=opened.segments,
+        skipped=opened.skipped,
         num_classes=num_classes,
     )
 
@@ -330,6 +335,15 @@ def build_trackers(config: RunConfig, *, attempt: int) -> Trackers:
         trackers.append(wandb)
         notes = {wandb.name: wandb.note} if wandb.note else {}
     return Trackers(trackers, attempt=attempt, notes=notes)
+
+
+def build_judge(config: RunConfig) -> Judge:
+    spike = config.train.spike
+    return Judge(
+        max_nonfinite_steps=config.train.max_nonfinite_steps,
+        max_rollbacks=config.train.max_rollbacks,
+        spike=SpikeRule(**spike.model_dump()) if spike else None,
+    )
 
 
 def build_device_transform(config: RunConfig) -> DeviceTransform:

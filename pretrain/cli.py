@@ -42,6 +42,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "compare": Command("pretrain.compare", "lay runs side by side: curves, ends, recipes"),
     "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
+    "replay": Command("pretrain.replay", "look at one step's batch again: samples, losses, gradients"),
     "order": Command("data_tools.order", "print which sample stands where in a run, and when it was seen"),
     "data-change": Command(
         "data_tools.data_change", "add, weigh, remove or exclude data of a run that goes on"

@@ -7,9 +7,9 @@ Called by assemble.py for training, and by the commands that look at a run witho
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from pretrain.checkpoint.segments import (
     read_changes,
     read_numbers,
 )
+from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, is_given_up, read_skipped
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -35,6 +36,7 @@ from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.storage import is_remote
 
 CONFIG_NAME = "config.yaml"
+_Data = TypeVar("_Data", bound="RunData")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +54,19 @@ class RunData:
     """What a run consumes.
 
     indexes: of the datasets that are there, numbered as in the stream; gone: those numbered after them.
-    segments: what manifests say of the stream.
+    segments, skipped: what manifests say of the stream.
     """
 
     indexes: tuple[DatasetIndex, ...]
     gone: tuple[GoneDataset, ...]
     stream: Stream
     segments: list[dict[str, Any]]
+    skipped: list[dict[str, Any]]
+
+    def skipping(self: _Data, skipped: Sequence[Skipped]) -> _Data:
+        """The same data, of which the run consumes all but `skipped`."""
+        stream = self.stream.skipping([(one.start, one.stop) for one in skipped])
+        return replace(self, stream=stream, skipped=[one.described() for one in skipped])
 
     def datasets_of(self, number: int) -> list[DatasetIndex | GoneDataset]:
         """The datasets of a segment, as the segment numbers its sources."""
@@ -128,7 +136,8 @@ def open_run_data(
     first_identities: Sequence[str] = (),
     consumed: int | None = None,
 ) -> RunData:
-    """Open the indexes and build the stream of the recipe's data.train and the changes in its run_dir.
+    """Open the indexes and build the stream of the recipe's data.train and the changes in its run_dir, without
+    the intervals that the run skips.
 
     urls: where the shards of a url of data.train really are (an image folder's, packed). changes: instead
     of the run_dir's. first_identities: what data.train was when the run began. A dataset that is not there
@@ -185,8 +194,21 @@ def open_run_data(
         segment = Segment(sources, seed=config.seed, lanes=lanes, start=start, number=number)
         segments.append(segment)
         described.append(_described(segment, shares))
-    stream = Stream(segments, num_datasets=len(indexes))
-    return RunData(indexes=indexes, gone=gone, stream=stream, segments=described)
+    skipped = read_skipped(run_dir)
+    intervals = [(one.start, one.stop) for one in skipped]
+    if any(edge % lanes for interval in intervals for edge in interval):
+        raise CheckpointError(
+            f"{run_dir / SKIPPED_NAME}: {intervals} are no multiples of the run's {lanes} lanes; bring it back from "
+            "a copy, the newest checkpoint's manifest.json lists under `skipped` what it must say"
+        )
+    stream = Stream(segments, num_datasets=len(indexes), skipped=intervals)
+    return RunData(
+        indexes=indexes,
+        gone=gone,
+        stream=stream,
+        segments=described,
+        skipped=[one.described() for one in skipped],
+    )
 
 
 class _Datasets:
@@ -322,10 +344,13 @@ def require_run(run_dir: Path) -> Path:
 
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
-    """Of the newest checkpoint whose manifest can be read; None when the run has none."""
+    """Of the newest checkpoint that can be gone on from, as far as its manifest says; None when there is none."""
+    skipped = [(one.start, one.stop) for one in read_skipped(run_dir)]
     for folder in reversed(committed(run_dir)):
         try:
-            return read_manifest(folder)
+            manifest = read_manifest(folder)
         except CheckpointError:  # resume passes it over too
             continue
+        if not is_given_up(manifest, skipped):
+            return manifest
     return None

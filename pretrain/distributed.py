@@ -173,6 +173,15 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
+def gather_tensors(values: torch.Tensor) -> list[torch.Tensor]:
+    """Each rank's `values`, of one shape and type, in rank order, on every rank."""
+    if not dist.is_initialized():
+        return [values]
+    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, values)
+    return gathered
+
+
 def from_main(world: World, make: Callable[[], T], *, patiently: bool = False) -> T:
     """What rank 0's `make()` returns, on every rank; its error is every rank's error.
 

@@ -154,7 +154,9 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
             for line in data.said(total_samples=samples):
                 yield "dataset", line
         yield "classes", f"{num_classes}" if num_classes else "none used"
-        yield "steps", f"{steps:,} ({samples:,} samples)"
+        skipped = sum(one["stop"] - one["start"] for one in data.skipped)
+        jumped = f", {skipped:,} more are skipped" if skipped else ""
+        yield "steps", f"{steps:,} ({samples:,} samples{jumped})"
         of_all = ", of all datasets together" if data.is_mixed else ""
         yield "epochs", f"{data.stream.epochs(samples):,.2f}{of_all}"
         small = [order.small for order in segment.orders]

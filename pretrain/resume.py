@@ -5,7 +5,7 @@ Called by train.py, all ranks together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,8 @@ from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, ch
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
-from pretrain.checkpoint.save import remove_torn_saves, set_aside
+from pretrain.checkpoint.save import remove_checkpoints, remove_torn_saves, set_aside
+from pretrain.checkpoint.skipped import edges, is_given_up
 from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
@@ -39,8 +40,22 @@ def claim(run_dir: Path, stack: ExitStack) -> int:
     return run.attempt
 
 
-def has_checkpoint(run_dir: Path) -> bool:
-    return bool(committed(run_dir))
+def has_checkpoint(run_dir: Path, skipped: Sequence[Mapping[str, Any]]) -> bool:
+    """Is there a checkpoint, sound or not, of the course that the run is on?"""
+    return len(committed(run_dir)) > len(given_up(run_dir, skipped))
+
+
+def given_up(run_dir: Path, skipped: Sequence[Mapping[str, Any]], *, beyond: int | None = None) -> list[Path]:
+    """Checkpoints that have consumed what the run jumps over now, or more positions than `beyond`."""
+    found = []
+    for folder in committed(run_dir):
+        try:
+            manifest = read_manifest(folder)
+        except CheckpointError:  # whoever is to load it finds out
+            continue
+        if is_given_up(manifest, edges(skipped)) or (beyond is not None and manifest.samples > beyond):
+            found.append(folder)
+    return found
 
 
 def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
@@ -79,12 +94,14 @@ def resume(
 ) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into `engine`; None when the run has none.
 
-    `identity`: the run's config, dataset and order, which must be the checkpoint's. Checkpoints that
+    `identity`: the run's config, dataset and order, which must be the checkpoint's. Those of a course that was
+    given up do not count, and are removed once there is something to go on from. Checkpoints that
     were passed over are taken out of the listing, and `on_rejected` hears of each. Raises
     CheckpointMismatchError when one is of another run, and CheckpointError when there are checkpoints
     and none can be trusted; then all stay where they are.
     """
-    folders = from_main(world, lambda: committed(run_dir))
+    left = from_main(world, lambda: given_up(run_dir, identity["skipped"]))
+    folders = [folder for folder in from_main(world, lambda: committed(run_dir)) if folder not in left]
     parameters = parameter_shapes(engine.module)
     rejected: list[tuple[Path, CheckpointError]] = []
 
@@ -108,10 +125,12 @@ def resume(
         engine.optimizer_steps = reader.manifest.optimizer_steps
         engine.publish_weights()
         from_main(world, lambda: set_aside([folder for folder, _ in rejected]))
+        from_main(world, lambda: remove_checkpoints(left))
         return reader.manifest
     if rejected:
         raise CheckpointError(
             f"{run_dir}: none of its {len(folders)} checkpoints can be trusted, the reasons are above; bring one "
             f"back from a copy, or start anew with another run_dir; the oldest: {rejected[-1][1]}"
         )
+    from_main(world, lambda: remove_checkpoints(left))
     return None

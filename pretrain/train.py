@@ -14,11 +14,9 @@ codes: 0 finished, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and saved
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from pretrain.assemble import (
     build_device_transform,
     build_engine,
     build_eval_loader,
+    build_judge,
     build_mixing,
     build_objective,
     build_reporter,
@@ -37,6 +36,7 @@ from pretrain.assemble import (
     build_watch,
     open_data,
 )
+from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.run_directory import (
     mark_finished,
     recorded_exit,
@@ -45,9 +45,7 @@ from pretrain.checkpoint.run_directory import (
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
-from pretrain.data.augment import DeviceTransform
 from pretrain.data.ledger import Ledger, check_budget
-from pretrain.data.loader import Batch, EvalLoader
 from pretrain.derived import build_schedule, dataset_facts, patience_seconds, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
@@ -59,20 +57,23 @@ from pretrain.distributed import (
     join,
     leave,
     lost_peer,
-    sum_over_ranks,
     together,
 )
 from pretrain.engine.base import Engine, parameter_shapes
-from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError, exit_code_of
+from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
+from pretrain.judge import Fault
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.pulse import Pulse
+from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
+from pretrain.rollback import go_back
 from pretrain.signals import StopSignals, exit_code_for
+from pretrain.steps import describe_batch, preparing, take_step, validate
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -120,12 +121,13 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         "dataset": dataset_facts(data.indexes),
         "order": data.stream.fingerprint(),
         "segments": data.segments,
+        "skipped": data.skipped,
     }
     if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
         if world.is_main:
             print(f"{run_dir} is finished at step {last_step}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
-    resuming = from_main(world, lambda: has_checkpoint(run_dir))
+    resuming = from_main(world, lambda: has_checkpoint(run_dir, data.skipped))
     init_from = None if resuming else config.init_from
     incoming = together(lambda: read_backbone(init_from)) if init_from else None
 
@@ -157,11 +159,14 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
-        step, samples = (manifest.step, manifest.samples) if manifest else (0, 0)
+        step, samples, replaced = standing(manifest)
         pulse.at("start", step)
         together(lambda: data.require_from(samples))
         from_main(world, lambda: data.keep_order(run_dir))
-        replaced = manifest.replaced if manifest else 0  # samples that did not decode, of all ranks
+        judge = build_judge(config)
+        judge.load_state_dict(manifest.judged if manifest else {})
+        replicas = Replicas(engine, world=world, every_steps=config.train.replica_check_steps)
+        replicas.begin(step)
         reporter.start(
             step=step,
             samples=samples,
@@ -184,24 +189,57 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         stack.callback(train_loader.close)
         reporter.watch_cache(train_loader.cached_bytes)
         eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
-        device_transform, mixing = build_device_transform(config), build_mixing(config)
+        device_transform = build_device_transform(config)
+        prepared = preparing(engine.device, device_transform, build_mixing(config))
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
         batches = train_loader.steps(samples)
-
-        def prepared(host_batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            """Images as the network sees them, and the rest of a micro-batch, on the device."""
-            batch = to_device(host_batch, engine.device)
-            images = device_transform(batch["images"], batch["draws"])
-            return (images, batch) if mixing is None else mixing(images, batch)
-
         undescribed = debug
         compute = ComputeTime(engine.device)
 
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
-        while step < last_step:
+        fault: Fault | None = None
+        while step < last_step or fault is not None:
+            # Numbers went wrong: back to before they did, on all ranks, and on from there.
+            if fault is not None:
+                pulse.at("start", step)
+                judge.went_back(fault, step=step)
+                came_to = {"from_step": step, "from_samples": samples}
+                manifest, data = go_back(
+                    fault,
+                    run_dir,
+                    engine,
+                    data=data,
+                    samples=samples,
+                    world=world,
+                    attempt=attempt,
+                    identity=identity,
+                    global_batch_size=global_batch_size,
+                    on_rejected=reporter.checkpoint_rejected,
+                )
+                identity["skipped"] = data.skipped
+                step, samples, replaced = standing(manifest)
+                judge.load_state_dict(manifest.judged)
+                replicas.begin(step)
+                batches.close()
+                train_loader.follow(data.stream)
+                batches = train_loader.steps(samples)
+                reporter.rollback(
+                    kind=fault.kind,
+                    reason=fault.reason,
+                    **came_to,
+                    step=step,
+                    samples=samples,
+                    global_batch_size=global_batch_size,
+                    skips=fault.skip,
+                    skipped=data.skipped,
+                )
             pulse.at("data", step)
+            fault = replicas.compare(step)
+            if fault is not None:  # before the forward that would use what is wrong
+                continue
+
             reporter.throughput.start()
             micro_batches = next(batches)
             reporter.throughput.data_arrived()
@@ -221,15 +259,16 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
-            sums.add(terminate=terminate, ctrl_c=ctrl_c, **gained)
+            sums.add(terminate=terminate, ctrl_c=ctrl_c, skipped=float(engine.skipped), **gained)
             sums.add_own(compute_seconds=compute.seconds)
             totals = sums.over_ranks()
-            step, samples = step + 1, samples + global_batch_size
+            step, samples = step + 1, data.stream.after(samples, global_batch_size)
             reporter.compute_times(sums.by_rank["compute_seconds"], step=step, samples=samples)
             reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
             exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
+            skipped = totals.pop("skipped") / world.world_size
             images_seen = totals.pop("images")
             loss = totals.pop("loss") / totals.pop("count")
             reporter.step(
@@ -244,18 +283,19 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 reading=reading,
                 **{name: total / images_seen for name, total in totals.items()},
             )
-            for name, value in (("loss", loss), ("gradient's norm", float(grad_norm))):
-                if not math.isfinite(value):  # before the save: the update has reached the weights
-                    raise PretrainError(
-                        f"the {name} is {value} at step {step}; go on from the last checkpoint, or the one "
-                        "before it, with a lower optim.lr, a smaller optim.clip_grad_norm, or "
-                        "train.precision=float32"
-                    )
+            if skipped:
+                reporter.step_skipped(step=step, samples=samples)
+            is_last = step == last_step
+            fault = judge.step(
+                step=step, loss=loss, grad_norm=float(grad_norm), skipped=skipped, is_last=is_last
+            )
+            if fault is not None:  # before anything is saved of it
+                continue
             check_budget(replaced, samples, max_fraction=config.data.max_replaced_fraction, run_dir=run_dir)
 
             # Saved first: nothing that comes after may lose what was learned.
-            is_last = step == last_step
-            if is_last or exit_code is not None or is_due(step, config.checkpoint.every_steps):
+            due = is_due(step, config.checkpoint.every_steps) and not judge.in_trouble
+            if is_last or exit_code is not None or due:
                 ledger.sync()
                 facts = {
                     **identity,
@@ -263,6 +303,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                     "samples": samples,
                     "attempt": attempt,
                     "replaced": replaced,
+                    "judged": judge.state_dict(),
                 }
                 pulse.at("save", step)
                 save(engine, config, facts, world=world, reporter=reporter)
@@ -286,84 +327,13 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         return EXIT_FINISHED
 
 
-def take_step(
-    engine: Engine,
-    micro_batches: Sequence[Batch],
-    prepared: Callable[[Batch], tuple[torch.Tensor, dict[str, torch.Tensor]]],
-    *,
-    lr: float,
-    sums: Sums,
-    pulse: Pulse,
-    compute: ComputeTime,
-) -> torch.Tensor:
-    """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
-    count, images and the objective's metrics. Returns the gradient's global norm.
-
-    The loss is the mean over the true global batch, however it is split: every share is divided by the one
-    global count, known before the first backward.
-    """
-    pulse.at("count")
-    local_count = sum(engine.module.count(host_batch) for host_batch in micro_batches)
-    count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
-    sums.add(count=local_count)
-    for number, host_batch in enumerate(micro_batches):
-        pulse.at("forward")
-        with compute.measured(first=number == 0):
-            images, batch = prepared(host_batch)
-            loss_sum, metric_sums = engine.forward(images, batch)
-        pulse.at("backward")
-        engine.backward(loss_sum / count.to(loss_sum.dtype))
-        sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
-    pulse.at("optimizer")
-    return engine.step(lr)
+def standing(manifest: Manifest | None) -> tuple[int, int, int]:
+    """(step, position, samples replaced so far) that a run goes on from."""
+    return (manifest.step, manifest.samples, manifest.replaced) if manifest else (0, 0, 0)
 
 
 def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
-
-
-def to_device(batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> str:
-    """Shapes and ranges, for whoever debugs."""
-    named = {"images (normalised)": images, **batch}
-    return "\n".join(
-        f"first batch: {name:<20} {tensor.dtype!s:<14} {tuple(tensor.shape)!s:<20} "
-        f"from {tensor.float().min():.4g} to {tensor.float().max():.4g}, mean {tensor.float().mean():.4g}"
-        for name, tensor in named.items()
-    )
-
-
-@torch.no_grad()
-def validate(
-    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
-) -> tuple[int, dict[str, float]]:
-    """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
-
-    Images that do not decode are left out, and counted. Raises DataError when none does.
-    """
-    sums = Sums(engine.device)
-    engine.module.eval()
-    pulse.at("validate")
-    for host_batch in loader:
-        pulse.at("validate")
-        count = engine.module.count(host_batch)
-        batch = to_device(host_batch, engine.device)
-        images = device_transform(batch["images"])
-        loss_sum, metric_sums = engine.forward(images, batch)
-        sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
-    engine.module.train()
-    sums.add(unreadable=len(loader.unreadable))
-    totals = sums.over_ranks()
-    unreadable, count, images_seen = int(totals.pop("unreadable")), totals.pop("count"), totals.pop("images")
-    if not images_seen:
-        raise DataError(
-            f"none of the {unreadable} images of data.val decodes; run `pretrain data verify --decode` on it"
-        )
-    loss = totals.pop("loss") / count
-    return unreadable, {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
 
 
 def save(

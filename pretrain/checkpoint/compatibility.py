@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.skipped import SKIPPED_NAME, edges
+from pretrain.data.skips import Skips
 from pretrain.errors import CheckpointMismatchError
 
 # Config keys that must stay; whole sections by their name.
@@ -127,11 +129,13 @@ def check_resumable(
     dataset: Mapping[str, Any],
     order: Mapping[str, Any],
     segments: Sequence[Mapping[str, Any]],
+    skipped: Sequence[Mapping[str, Any]] = (),
     parameters: Mapping[str, list[int]],
     where: str,
 ) -> None:
     """Raises CheckpointMismatchError with a diff when the checkpoint's run and this one are not the same run."""
     differences = config_differences(manifest.config, config) + _segment_differences(manifest, segments)
+    differences += _skipped_differences(manifest, skipped)
     differences += [
         f"  order.{key}: {manifest.order.get(key)!r} in the checkpoint, {order.get(key)!r} now"
         for key in sorted(manifest.order.keys() | order.keys())
@@ -177,6 +181,17 @@ def _segment_differences(manifest: Manifest, now: Sequence[Mapping[str, Any]]) -
     return found
 
 
+def _skipped_differences(manifest: Manifest, now: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the checkpoint has jumped over, the run must still jump over; more may have come."""
+    there = edges(now)
+    return [
+        f"  skipped: positions {start} to {stop} in the checkpoint, not now; the run's {SKIPPED_NAME} is not the "
+        "one it had"
+        for start, stop in edges(manifest.skipped)
+        if (start, stop) not in there
+    ]
+
+
 def _what_matters(segment: Mapping[str, Any]) -> tuple[Any, ...]:
     shares = [(share["identity"], share["lanes"], share.get("excluded")) for share in segment["datasets"]]
     return segment["start"], shares
@@ -195,16 +210,15 @@ def _said(segment: Mapping[str, Any]) -> str:
 def check_batch_size(manifest: Manifest, global_batch_size: int, *, where: str) -> None:
     """Raises CheckpointMismatchError when steps of `global_batch_size` cannot go on from where the run is."""
     lanes = manifest.order["lanes"]
-    if global_batch_size % lanes or manifest.samples % global_batch_size:
+    consumed = int(Skips(edges(manifest.skipped)).consumed(manifest.samples))
+    if global_batch_size % lanes or consumed % global_batch_size:
         allowed = [
-            size
-            for size in range(lanes, 64 * lanes + 1, lanes)
-            if size % 2 == 0 and manifest.samples % size == 0
+            size for size in range(lanes, 64 * lanes + 1, lanes) if size % 2 == 0 and consumed % size == 0
         ]
         nearest = sorted(sorted(allowed, key=lambda size: abs(size - global_batch_size))[:3])
         raise CheckpointMismatchError(
             f"{where}: train.global_batch_size={global_batch_size} does not fit the run's order "
-            f"({lanes} lanes, {manifest.samples} samples consumed); the nearest that do: {nearest}"
+            f"({lanes} lanes, {consumed} samples consumed); the nearest that do: {nearest}"
         )
 
 

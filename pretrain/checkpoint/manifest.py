@@ -44,7 +44,8 @@ class Slice:
 class Manifest:
     """See DESIGN of the format above. `samples` is g, the count of consumed positions; `dataset`
     and `order` guard it; `skipped` and `segments` are the run's lists of skipped intervals and
-    dataset changes; `replaced` counts the samples that others stood for, see data/ledger.py."""
+    dataset changes; `replaced` counts the samples that others stood for, see data/ledger.py;
+    `judged` is what is remembered of the numbers of recent steps, see judge.py."""
 
     step: int
     samples: int
@@ -60,6 +61,7 @@ class Manifest:
     skipped: list[Any] = field(default_factory=list)
     segments: list[Any] = field(default_factory=list)
     replaced: int = 0
+    judged: dict[str, Any] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -174,7 +174,12 @@ def _commit(staging: Path, final: Path, world_size: int, facts: dict[str, Any]) 
 
 
 def _retain(run_dir: Path, keep_last: int) -> None:
-    for old in committed(run_dir)[:-keep_last]:
+    remove_checkpoints(committed(run_dir)[:-keep_last])
+
+
+def remove_checkpoints(checkpoints: list[Path]) -> None:
+    """Raises PretrainError when one cannot be removed."""
+    for old in checkpoints:
         try:
             shutil.rmtree(_unlist(old))
         except OSError as error:

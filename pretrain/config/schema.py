@@ -181,6 +181,18 @@ class DataConfig(Section):
         return self
 
 
+class SpikeConfig(Section):
+    """A loss far above the recent ones: back to before it, and on without the samples that it came from."""
+
+    window_steps: PositiveInt = (
+        100  # the losses that a new one is compared with; judged once there are so many
+    )
+    threshold: PositiveFloat = 10.0  # robust deviations (1.48 times the median one) above their median
+    skip_steps: PositiveInt = (
+        100  # batches left out: the spike's and those before it. PaLM, arXiv:2204.02311: 200-500
+    )
+
+
 class TrainConfig(Section):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = (
@@ -190,6 +202,12 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "float32"] = "bf16"
     deterministic: bool = False
+    max_nonfinite_steps: NonNegativeInt = (
+        3  # updates left out in a row before the run goes back to a checkpoint
+    )
+    spike: SpikeConfig | None = None
+    replica_check_steps: NonNegativeInt = 0  # how often ranks compare their copies of the weights; 0 = never
+    max_rollbacks: NonNegativeInt = 5  # in a row, that is without 100 sound steps beyond
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

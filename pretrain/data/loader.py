@@ -9,7 +9,7 @@ replaced (source.py), and are cut into micro-batches here. The result never depe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import TypedDict
 
 import numpy as np
@@ -82,7 +82,7 @@ class TrainLoader:
         self._gained_before: dict[str, float] = {}
         self._replaced: list[Replacement] = []
 
-    def steps(self, start: int) -> Iterator[list[Batch]]:
+    def steps(self, start: int) -> Generator[list[Batch], None, None]:
         """The steps from position `start` on, without end: `micro_batches` batches of `micro_batch_size`.
 
         Counts and shapes are the same on all ranks; the places that this rank has no sample for are
@@ -116,6 +116,11 @@ class TrainLoader:
             add_counters(self._counted, source.counters())
             source.close()
 
+    def follow(self, stream: Stream) -> None:
+        """From the next `steps` on: the same datasets, with other intervals skipped."""
+        assert stream.samples_by_dataset == self._stream.samples_by_dataset, "the stream is of other datasets"
+        self._stream = stream
+
     def replaced(self) -> list[Replacement]:
         """The samples of the step that came last from `steps` which stand for others, on this rank."""
         return self._replaced
@@ -148,11 +153,12 @@ class TrainLoader:
 
     def _slices(self, start: int) -> Iterator[Int64s]:
         padded_size = self.micro_batches * self.micro_batch_size
+        stream = self._stream
         while True:
-            batch = self._stream.batch(start, self._global_batch_size)
+            batch = stream.batch(start, self._global_batch_size)
             own = slice_batch(batch, rank=self._rank, world_size=self._world_size)
             yield _pad(own, padded_size)
-            start += self._global_batch_size
+            start = stream.after(start, self._global_batch_size)
 
 
 class EvalLoader:

@@ -7,6 +7,8 @@ position g stands in row (g - start) // L of lane (g - start) % L, and a dataset
 its own positions row · L_d + (which of its lanes), on which its own order works as if it were alone. So every
 L positions hold the shares exactly, and each dataset's samples come once in an epoch of its own.
 
+Intervals of positions may be skipped (`skips.py`): they are not consumed, and batches are made of the others.
+
 Like order.py this is arithmetic, without I/O or state.
 """
 
@@ -25,6 +27,7 @@ import numpy.typing as npt
 
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.order import Int64s, Order, shuffled_lanes
+from pretrain.data.skips import Skips
 from pretrain.errors import UsageError
 
 _SEGMENT_SERIES = 1 << 16  # series of a segment's orders; more than a segment has datasets
@@ -160,9 +163,16 @@ class Stream:
     """The positions of a run over its segments, or over one dataset's order alone.
 
     num_datasets: how many datasets can be read, all by default; those with higher numbers are gone.
+    skipped: intervals [start, stop) of positions that are not consumed, multiples of the lanes.
     """
 
-    def __init__(self, segments: Order | Sequence[Segment], *, num_datasets: int | None = None) -> None:
+    def __init__(
+        self,
+        segments: Order | Sequence[Segment],
+        *,
+        num_datasets: int | None = None,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
         if isinstance(segments, Order):
             segments = [_alone(segments)]
         assert segments, "a stream has a segment"
@@ -173,6 +183,15 @@ class Stream:
         assert all(segment.lanes == self.lanes for segment in segments), "a run keeps its lanes"
         self._starts = np.array([segment.start for segment in segments], np.int64)
         assert np.all(np.diff(self._starts) >= 0), "segments follow each other"
+        self.skips = Skips(skipped)
+        for interval in self.skips.intervals:
+            assert not any(edge % self.lanes for edge in interval), (
+                f"skipped {interval}, of {self.lanes} lanes: pairs"
+            )
+
+    def skipping(self, skipped: Sequence[tuple[int, int]]) -> Stream:
+        """The same positions, of which these intervals are not consumed."""
+        return Stream(self.segments, num_datasets=self._num_datasets, skipped=skipped)
 
     @property
     def samples_by_dataset(self) -> tuple[int, ...]:
@@ -230,17 +249,22 @@ class Stream:
         return last.start + (epochs - self.epochs(last.start)) * last.num_samples
 
     def batch(self, start: int, size: int) -> Int64s:
-        """int64[size]: the positions [start, start + size), arranged as by `Order.batch`: neighbours 2i and
-        2i + 1 are a pair from lanes far apart, and a contiguous slice has few lanes.
+        """int64[size]: the next `size` positions from `start` on that are consumed, arranged as by `Order.batch`:
+        neighbours 2i and 2i + 1 are a pair from lanes far apart, and a contiguous slice has few lanes.
 
-        Segments change between pairs: they start at multiples of the lanes, as batches do.
+        Segments and skipped intervals begin and end between pairs: at multiples of the lanes, as batches do.
         """
-        cuts = [start, *(cut for cut in self._starts.tolist() if start < cut < start + size), start + size]
         parts = []
-        for first, end in itertools.pairwise(cuts):
-            segment = self.segments[int(self.segment_of(first))]
-            parts.append(segment.start + segment.batch(first - segment.start, end - first))
+        for begin, stop in self.skips.pieces(start, size):
+            cuts = [begin, *(cut for cut in self._starts.tolist() if begin < cut < stop), stop]
+            for first, end in itertools.pairwise(cuts):
+                segment = self.segments[int(self.segment_of(first))]
+                parts.append(segment.start + segment.batch(first - segment.start, end - first))
         return np.concatenate(parts)
+
+    def after(self, start: int, size: int) -> int:
+        """The position behind the last of `batch(start, size)`: where the next batch starts."""
+        return self.skips.pieces(start, size)[-1][1]
 
     def locate(self, positions: npt.ArrayLike) -> Places:
         """Where the samples of positions int[n] >= 0 stand."""

@@ -32,11 +32,13 @@ class Engine(Protocol):
 
     module: the objective, on `device`. Its parameters keep their names.
     zero_stage: 0 where state is not sharded.
+    skipped: did the last `step` leave everything as it was, because the gradient was not finite?
     """
 
     module: Objective
     device: torch.device
     zero_stage: int
+    skipped: bool
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The objective's loss sum (a float32 scalar) and its metric sums, for one micro-batch.
@@ -52,7 +54,8 @@ class Engine(Protocol):
 
     def step(self, lr: float) -> torch.Tensor:
         """Clip, update at learning rate `lr`, clear gradients. Returns the gradient's global
-        2-norm before clipping, a float32 scalar on the device."""
+        2-norm before clipping, a float32 scalar on the device. Where that is not finite, on
+        whichever rank it came from, all ranks only clear gradients, and `skipped` says so."""
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -61,6 +64,10 @@ class Engine(Protocol):
 
     def owned_fragments(self) -> list[Fragment]:
         """This rank's part of the state; over all ranks they cover every parameter exactly once."""
+        ...
+
+    def replicated_weights(self) -> dict[str, torch.Tensor]:
+        """The weights that `forward` uses, by name, where every rank holds all of them; else none."""
         ...
 
     def publish_weights(self) -> None:

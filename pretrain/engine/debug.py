@@ -47,6 +47,7 @@ class AccelerateEngine:
         self._prepared, self._stepper = self._accelerator.prepare(self.module, self._optimizer)
         self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._clip_grad_norm = clip_grad_norm
+        self.skipped = False
         prepare_adam_state(self._optimizer, list(self._parameters.values()))
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,7 +64,9 @@ class AccelerateEngine:
         limit = float("inf") if self._clip_grad_norm is None else self._clip_grad_norm
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), limit)
         assert norm is not None, "gradients are complete at every step"
-        self._stepper.step()
+        self.skipped = not bool(torch.isfinite(norm))
+        if not self.skipped:
+            self._stepper.step()
         self._stepper.zero_grad()
         return norm.detach().float()
 
@@ -83,6 +86,9 @@ class AccelerateEngine:
 
     def owned_fragments(self) -> list[Fragment]:
         return self.fragments()
+
+    def replicated_weights(self) -> dict[str, torch.Tensor]:
+        return {}  # there is nobody to compare with
 
     def publish_weights(self) -> None:
         """The fragments are the weights themselves."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -67,7 +68,10 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": micro_batch_size * accumulation_steps * world_size,
         "gradient_clipping": clip_grad_norm or 0.0,
-        "bf16": {"enabled": precision == "bf16"},
+        "bf16": {
+            "enabled": precision == "bf16",
+            "check_grad_overflow": True,
+        },  # else stages 1, 2 update with NaN
     }
     if precision == "bf16" and accumulation_steps > 1:
         if zero["stage"] == 0:
@@ -110,6 +114,7 @@ class ZeroEngine:
         self.module: Any = objective
         self.device = world.device
         self._is_bf16 = bool(config["bf16"]["enabled"])
+        self.skipped = False
         self.zero_stage = int(config["zero_optimization"]["stage"])
         self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shards = _shards_of(self._wrapped, self._trained, world)
@@ -133,9 +138,16 @@ class ZeroEngine:
         for group in self._wrapped.param_groups:
             group["lr"] = lr
         norm = self._shards.gradient_norm()
-        self._engine.step()
-        if norm is None:  # DeepSpeed measured it on the way
-            norm = self._engine.get_global_grad_norm()
+        if (
+            norm is None
+        ):  # DeepSpeed measures it on the way, and leaves out an update with one that is not finite
+            self._engine.step()
+            self.skipped = bool(self._wrapped.overflow)
+            norm = float("inf") if self.skipped else self._engine.get_global_grad_norm()
+        else:
+            self.skipped = not bool(torch.isfinite(norm))
+            with self._shards.without_update() if self.skipped else nullcontext():
+                self._engine.step()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def fragments(self) -> list[Fragment]:
@@ -146,6 +158,11 @@ class ZeroEngine:
         if self.zero_stage == 0:
             return share(fragments, self._world.rank, self._world.world_size)
         return fragments
+
+    def replicated_weights(self) -> dict[str, torch.Tensor]:
+        if self.zero_stage == 3:
+            return {}
+        return {name: parameter.detach().view(-1) for name, parameter in self._trained.items()}
 
     def publish_weights(self) -> None:
         self._shards.publish()
@@ -206,6 +223,20 @@ class _ReplicatedShards:
         if self._masters_differ:
             for name, master in self._masters.items():
                 self._trained[name].data.copy_(master.data)
+
+    @contextmanager
+    def without_update(self) -> Iterator[None]:
+        """Within it, the optimizer's step finds no gradients, and updates nothing; clipping still has them."""
+
+        def drop_gradients(*_: Any) -> None:
+            for parameter in self._trained.values():
+                parameter.grad = None
+
+        hook = self.optimizer.register_step_pre_hook(drop_gradients)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def gradient_norm(self) -> torch.Tensor | None:
         if self._masters_differ:

@@ -14,6 +14,11 @@ and, of what a run was when an attempt began:
     checkpoint_rejected  path, reason: a damaged one that was passed over
     tracker_failed  tracker, reason: TensorBoard or W&B gets no more of this attempt, or only a file for later
     fork            the first line of a fork: parent, checkpoint, step, samples, changed, …; see lineage.py
+What goes wrong with numbers has events of its own:
+
+    step_skipped  step, samples: an update that was left out, its gradient was not finite
+    rollback      kind (non-finite, spike, replica), reason, from_step, from_samples, and where the run goes on:
+                  step, samples, global_batch_size, skipped ([start, stop] of all that it jumps over)
 
 Any other event and field may be added; readers leave what they do not know alone.
 
@@ -128,10 +133,12 @@ def steps_of(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:
     """The `step` lines by step, ascending.
 
     A step that was done again after a restart has a line an attempt: the highest attempt counts, and
-    within an attempt the last line.
+    within an attempt the last line. Steps that a rollback undid are left out until they are done again.
     """
     chosen: dict[int, dict[str, Any]] = {}
     for record in records:
+        if record.get("event") == "rollback":
+            chosen = {step: line for step, line in chosen.items() if step <= record["step"]}
         if record.get("event") != "step":
             continue
         step = int(record["step"])

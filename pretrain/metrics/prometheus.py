@@ -37,6 +37,14 @@ READING = {
     "cache_damaged": "Cached chunks that differed from what was written.",
 }
 
+# What goes wrong with a run's numbers, and what is done about it, since this process started.
+EVENTS = {
+    "steps_skipped": "Updates left out because a loss or gradient was not finite.",
+    "loss_spikes": "Losses far above the recent ones.",
+    "replica_mismatches": "Comparisons of the ranks' weights in which one stood out.",
+    "rollbacks": "Times that the run went back to a checkpoint without being restarted.",
+}
+
 
 class MetricsServer:
     """Metrics of one process, served on http://host:port/metrics by daemon threads.
@@ -142,6 +150,9 @@ class MetricsServer:
             "What the node's chunk cache takes on its disk now, of all runs and datasets.",
             registry=registry,
         )
+        self._events = {
+            name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in EVENTS.items()
+        }
         self._server, self._thread = None, None
         if port:
             self._server, self._thread = _serve(port, host, registry)
@@ -205,6 +216,10 @@ class MetricsServer:
 
     def count_rejected_checkpoint(self) -> None:
         self._checkpoints_rejected.inc()
+
+    def count(self, event: str) -> None:
+        """One more of those that EVENTS names."""
+        self._events[event].inc()
 
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

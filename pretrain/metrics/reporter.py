@@ -30,6 +30,7 @@ from pretrain.watchdog import read_records
 FEW_LANES = 64
 _MEDIANS_EVERY_STEPS = 10
 _OF_A_WATCHDOG = ("rank", "host", "step", "phase", "kind", "at_fault", "said")
+_COUNTED_FAULTS = {"spike": "loss_spikes", "replica": "replica_mismatches"}
 
 
 class Reporter:
@@ -139,6 +140,51 @@ class Reporter:
         if self._trackers:
             self._trackers.begin(step)
             self._tell_failed(self._trackers.notes)
+
+    def step_skipped(self, *, step: int, samples: int) -> None:
+        """All ranks left an update out, for its gradient was not finite."""
+        note = f"step {step}: a loss or gradient is not finite; the update is left out on all ranks"
+        self.event("step_skipped", note=note, step=step, samples=samples)
+        self._count("steps_skipped")
+
+    def rollback(
+        self,
+        *,
+        kind: str,
+        reason: str,
+        from_step: int,
+        from_samples: int,
+        step: int,
+        samples: int,
+        global_batch_size: int,
+        skips: bool,
+        skipped: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """The run goes on from the checkpoint at `step`, and if it `skips`, without the samples that it failed at.
+
+        skipped: all that it jumps over.
+        """
+        self._count("rollbacks")
+        if kind in _COUNTED_FAULTS:
+            self._count(_COUNTED_FAULTS[kind])
+        intervals = [[one["start"], one["stop"]] for one in skipped]
+        self.event(
+            "rollback",
+            note=f"{reason}; back from step {from_step} to {step}"
+            + (", and on without the samples that it came from" if skips else ""),
+            kind=kind,
+            reason=reason,
+            from_step=from_step,
+            from_samples=from_samples,
+            step=step,
+            samples=samples,
+            global_batch_size=global_batch_size,
+            skipped=intervals,
+        )
+
+    def _count(self, event: str) -> None:
+        if self._server:
+            self._server.count(event)
 
     def checkpoint_rejected(self, path: Path, reason: Exception) -> None:
         self.event(

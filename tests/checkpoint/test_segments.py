@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pretrain.checkpoint.compatibility import check_resumable
+from pretrain.checkpoint.compatibility import check_batch_size, check_resumable
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.segments import (
     Change,
@@ -62,13 +64,33 @@ def manifest(samples: int, segments: list[dict[str, Any]]) -> Manifest:
     )
 
 
-def check(before: Manifest, now: list[dict[str, Any]]) -> None:
+def test_what_a_checkpoint_has_jumped_over_must_still_be_jumped_over_and_more_may_come() -> None:
+    jumped = replace(manifest(320, [FIRST]), skipped=[{"start": 64, "stop": 96, "reason": "", "attempt": 1}])
+    later = {"start": 320, "stop": 352}
+    for now in ([*jumped.skipped], [*jumped.skipped, later]):
+        check(jumped, [FIRST], now)
+    for now in ([], [{"start": 64, "stop": 80}], [later]):
+        with pytest.raises(
+            CheckpointMismatchError, match="skipped: positions 64 to 96 in the checkpoint, not now"
+        ):
+            check(jumped, [FIRST], now)
+
+
+def test_a_batch_size_is_judged_by_what_was_consumed_not_by_the_position() -> None:
+    jumped = replace(manifest(80, [FIRST]), skipped=[{"start": 48, "stop": 64, "reason": "", "attempt": 1}])
+    check_batch_size(jumped, 32, where="RUN/step")
+    with pytest.raises(CheckpointMismatchError, match="64 samples consumed"):
+        check_batch_size(jumped, 48, where="RUN/step")
+
+
+def check(before: Manifest, now: list[dict[str, Any]], skipped: Sequence[dict[str, Any]] = ()) -> None:
     check_resumable(
         before,
         config={"seed": 1},
         dataset={},
         order={"lanes": 16},
         segments=now,
+        skipped=skipped,
         parameters={},
         where="RUN/step",
     )

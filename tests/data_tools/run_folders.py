@@ -48,15 +48,17 @@ class Run:
         for index in data.indexes:
             keep_chunk_sizes(self.folder, index.identity, index.chunk_samples)
         journal = Journal(self.folder / "journal.jsonl", attempt=self.attempt)
-        journal.append("data", step=first, samples=first * B, global_batch_size=B)
+        skips = data.stream.skips
+        samples = [int(skips.position_of(step * B - 1)) + 1 if step else 0 for step in range(last + 1)]
+        journal.append("data", step=first, samples=samples[first], global_batch_size=B)
         for step in range(first + 1, last + 1):
-            journal.append("step", step=step, samples=step * B)
+            journal.append("step", step=step, samples=samples[step])
         journal.close()
         if saved is None:
             return
         manifest = Manifest(
             step=saved,
-            samples=saved * B,
+            samples=samples[saved],
             optimizer_steps=saved,
             attempt=self.attempt,
             world_size=1,
@@ -67,6 +69,7 @@ class Run:
             parameters={},
             files={},
             segments=data.segments,
+            skipped=data.skipped,
         )
         folder = self.folder / "checkpoints" / f"step-{saved:08d}"
         folder.mkdir(parents=True)

@@ -275,7 +275,7 @@ ROWS = {
     "a learning rate that ends in NaN": Row(
         command=f"{TRAIN} optim.lr=1e30 optim.warmup_steps=0 optim.clip_grad_norm=null",
         code=1,
-        says=("the loss is nan at step 2", "lower optim.lr"),
+        says=("the loss is nan", "no checkpoint from before it", "lower optim.lr"),
     ),
 }
 

@@ -163,6 +163,15 @@ def test_of_two_lines_for_a_step_the_higher_attempt_counts_whatever_their_order(
     assert [line["loss"] for line in steps.values()] == [11, 22, 113]
 
 
+def test_steps_that_a_rollback_undid_are_left_out_until_they_are_done_again():
+    records = [
+        *({"event": "step", "step": step, "attempt": 1, "loss": step} for step in range(1, 7)),
+        {"event": "rollback", "step": 3, "samples": 48, "attempt": 1},
+        {"event": "step", "step": 4, "attempt": 1, "loss": 104},
+    ]
+    assert {step: line["loss"] for step, line in steps_of(records).items()} == {1: 1, 2: 2, 3: 3, 4: 104}
+
+
 def test_two_open_journals_never_mix_their_lines(tmp_path):
     one, two = Journal(tmp_path / "j", attempt=1), Journal(tmp_path / "j", attempt=2)
     for step in range(50):

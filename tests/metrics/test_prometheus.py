@@ -145,6 +145,16 @@ def test_a_loss_that_is_not_a_number_does_not_break_the_endpoint(server):
     assert "pretrain_gradient_norm +Inf" in scrape(server)
 
 
+def test_what_went_wrong_with_numbers_is_counted(server):
+    server.count("rollbacks")
+    server.count("steps_skipped")
+    server.count("steps_skipped")
+    values = samples_of(scrape(server))
+    assert values["pretrain_rollbacks_total"] == 1
+    assert values["pretrain_steps_skipped_total"] == 2
+    assert values["pretrain_replica_mismatches_total"] == 0
+
+
 def test_a_taken_port_is_a_usage_error_that_names_it(server):
     with pytest.raises(UsageError, match=f"metrics.port={server.port} on 127.0.0.1 is taken") as error:
         MetricsServer(port=server.port)
