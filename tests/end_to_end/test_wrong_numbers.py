@@ -112,6 +112,7 @@ def test_killed_between_the_commit_and_going_back_it_goes_on_as_if_it_had_gone_b
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # launches on a busy machine
 def test_steps_that_are_never_finite_are_left_out_then_gone_back_from_then_skipped(
     tmp_path: Path, shards: Path, reference: Path
 ) -> None:
@@ -128,6 +129,7 @@ def test_steps_that_are_never_finite_are_left_out_then_gone_back_from_then_skipp
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # launches on a busy machine
 def test_without_a_checkpoint_to_go_back_to_it_ends_and_begins_anew_without_those_samples(
     tmp_path: Path, shards: Path, reference: Path
 ) -> None:
@@ -143,6 +145,7 @@ def test_without_a_checkpoint_to_go_back_to_it_ends_and_begins_anew_without_thos
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # launches on a busy machine
 @pytest.mark.parametrize(("world_size", "zero_stage"), [(2, 1), (3, 3)])
 def test_ranks_go_back_together_from_a_spike_that_one_of_them_had(
     tmp_path: Path, shards: Path, world_size: int, zero_stage: int
@@ -166,6 +169,7 @@ def test_ranks_go_back_together_from_a_spike_that_one_of_them_had(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # launches on a busy machine
 @pytest.mark.parametrize(
     ("world_size", "zero_stage", "precision"), [(3, 1, "bf16"), (2, 2, "bf16"), (3, 0, "float32")]
 )
