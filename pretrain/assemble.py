@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.manifest import stored_lanes
+from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
@@ -280,6 +281,23 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
         total_steps=total_steps,
         server=server,
         log_every_steps=config.metrics.log_every_steps,
+    )
+
+
+def build_saver(
+    config: RunConfig, engine: Engine, *, world: World, attempt: int, reporter: Reporter
+) -> Saver:
+    checkpoint = config.checkpoint
+    return Saver(
+        Path(config.run_dir),
+        engine,
+        world=world,
+        attempt=attempt,
+        reporter=reporter,
+        keep_last=checkpoint.keep_last,
+        keep_every_steps=checkpoint.keep_every_steps,
+        max_failures=checkpoint.max_failures,
+        max_bytes_per_second=checkpoint.max_bytes_per_second,
     )
 
 

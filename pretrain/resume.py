@@ -15,7 +15,7 @@ from pretrain.checkpoint.compatibility import check_batch_size, check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
-from pretrain.checkpoint.save import remove_torn_saves, set_aside
+from pretrain.checkpoint.staging import remove_torn_saves, set_aside
 from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes

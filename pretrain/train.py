@@ -9,7 +9,7 @@ codes: 0 finished, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and saved
 """
 
 # One batch, from tar to optimizer: data/order -> reader -> decode -> augment -> loader -> the loop
-# below -> objectives/* -> engine/* -> checkpoint/save.
+# below -> objectives/* -> engine/* -> checkpoint/saver.
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import argparse
 import math
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -33,6 +32,7 @@ from pretrain.assemble import (
     build_mixing,
     build_objective,
     build_reporter,
+    build_saver,
     build_schedule,
     build_train_loader,
     open_data,
@@ -42,7 +42,6 @@ from pretrain.checkpoint.run_directory import (
     recorded_exit,
     write_whole,
 )
-from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform
@@ -51,7 +50,6 @@ from pretrain.data.loader import Batch, EvalLoader
 from pretrain.derived import dataset_facts, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
-    World,
     barrier,
     from_main,
     is_launched,
@@ -61,12 +59,11 @@ from pretrain.distributed import (
     sum_over_ranks,
     together,
 )
-from pretrain.engine.base import Engine, parameter_shapes
+from pretrain.engine.base import Engine
 from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
-from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.resume import claim, has_checkpoint, is_finished, resume
 from pretrain.signals import StopSignals, exit_code_for
@@ -183,6 +180,9 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
         undescribed = debug
 
+        saver = stack.enter_context(
+            build_saver(config, engine, world=world, attempt=attempt, reporter=reporter)
+        )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         while step < last_step:
             reporter.throughput.start()
@@ -201,13 +201,15 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
-            sums.add(terminate=terminate, ctrl_c=ctrl_c, **gained)
+            saver.poll()
+            sums.add(terminate=terminate, ctrl_c=ctrl_c, failed_saves=saver.failed(), **gained)
             totals = sums.over_ranks()
             step, samples = step + 1, samples + global_batch_size
             reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
             exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
+            failed_saves = totals.pop("failed_saves")
             images_seen = totals.pop("images")
             loss = totals.pop("loss") / totals.pop("count")
             reporter.step(
@@ -232,6 +234,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             check_budget(replaced, samples, max_fraction=config.data.max_replaced_fraction, run_dir=run_dir)
 
             # Saved first: nothing that comes after may lose what was learned.
+            saver.settle(failed_saves)
             is_last = step == last_step
             if is_last or exit_code is not None or is_due(step, config.checkpoint.every_steps):
                 ledger.sync()
@@ -242,7 +245,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
                     "attempt": attempt,
                     "replaced": replaced,
                 }
-                save(engine, config, facts, world=world, reporter=reporter)
+                saver.save(facts, wait=is_last or exit_code is not None)
             if exit_code is not None and not is_last:
                 reporter.event(
                     "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
@@ -332,37 +335,6 @@ def validate(
         )
     loss = totals.pop("loss") / count
     return unreadable, {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
-
-
-def save(
-    engine: Engine, config: RunConfig, facts: dict[str, Any], *, world: World, reporter: Reporter
-) -> None:
-    """Commit a checkpoint of what has been consumed and learned so far. All ranks together.
-
-    `facts`: the manifest's fields that the engine does not know.
-    """
-    began = time.perf_counter()
-    saved = save_checkpoint(
-        Path(config.run_dir),
-        engine.owned_fragments(),
-        world=world,
-        keep_last=config.checkpoint.keep_last,
-        facts={
-            **facts,
-            "optimizer_steps": engine.optimizer_steps,
-            "world_size": world.world_size,
-            "zero_stage": engine.zero_stage,
-            "parameters": parameter_shapes(engine.module),
-            "software": {"python": sys.version.split()[0], "torch": torch.__version__},
-        },
-    )
-    reporter.checkpoint(
-        step=facts["step"],
-        samples=facts["samples"],
-        seconds=time.perf_counter() - began,
-        size_bytes=saved.bytes,
-        path=saved.path,
-    )
 
 
 def main() -> int:

@@ -61,6 +61,7 @@ class Manifest:
     segments: list[Any] = field(default_factory=list)
     replaced: int = 0
     software: dict[str, str] = field(default_factory=dict)
+    save_id: str = ""  # ATTEMPT-NUMBER of the save: tells it from another one of the same step
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:

@@ -6,7 +6,7 @@
     RUN/attempts/3/exit-0.json   how each rank of each attempt ended
     RUN/finished.json            there only when the run reached its last step
 
-Called by train.py; rank 0 claims.
+Called by train.py; rank 0 claims. Its checkpoint writer asks whether the claim still holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pretrain.storage.files import sync
 FINISHED = "finished.json"
 ATTEMPTS = "attempts"
 LOCK = "lock"
+TURN = "turn"  # held for a moment, by who claims an attempt and who commits a checkpoint
 
 
 class RunDirectory:
@@ -70,6 +71,39 @@ class RunDirectory:
         os.close(self._lock)
 
 
+@contextmanager
+def only_newest_attempt(path: Path, attempt: int) -> Iterator[None]:
+    """Within it `attempt` is the run's newest, and no other can be claimed.
+
+    Raises UsageError when there is a newer one: this one was given up for dead, and must not write any more.
+    """
+    with _taking_turns(path):
+        newest = max(_attempts(path), default=attempt)
+        if newest > attempt:
+            raise UsageError(
+                f"run_dir={path}: attempt {newest} has taken over from this one, attempt {attempt}; "
+                "run one at a time"
+            )
+        yield
+
+
+@contextmanager
+def _taking_turns(path: Path) -> Iterator[None]:
+    try:
+        turn = os.open(path / TURN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(turn)
+
+
+def _attempts(path: Path) -> list[int]:
+    return [int(p.name) for p in (path / ATTEMPTS).glob("*") if p.name.isdigit()]
+
+
 def _unwritable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"run_dir={path} cannot be written: {error}; free space, or choose another run_dir")
 
@@ -79,10 +113,11 @@ def _next_attempt(path: Path) -> int:
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
         raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it")
-    taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
+    taken = _attempts(path)
     number = int(given) if given is not None else max(taken, default=0) + 1
     try:
-        (path / ATTEMPTS / str(number)).mkdir()
+        with _taking_turns(path):
+            (path / ATTEMPTS / str(number)).mkdir()
     except FileExistsError:
         raise UsageError(
             f"attempt {number} of {path} was claimed already; unset PRETRAIN_ATTEMPT or give {max(taken) + 1}"

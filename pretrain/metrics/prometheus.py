@@ -97,6 +97,17 @@ class MetricsServer:
             buckets=CHECKPOINT_BUCKETS,
             registry=registry,
         )
+        self._checkpoint_stall_seconds = Histogram(
+            "pretrain_checkpoint_stall_seconds",
+            "Time that training stood still for a save.",
+            buckets=WAIT_BUCKETS,
+            registry=registry,
+        )
+        self._checkpoint_failures = Counter(
+            "pretrain_checkpoint_failures",
+            "Saves that were given up since this process started.",
+            registry=registry,
+        )
         self._checkpoint_last_commit = Gauge(
             "pretrain_checkpoint_last_commit_timestamp_seconds",
             "Unix time of the newest committed checkpoint.",
@@ -154,11 +165,17 @@ class MetricsServer:
         """Have the cache's size asked for at each scrape; other processes and runs change it, too."""
         self._cache_bytes.set_function(cached_bytes)
 
-    def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
+    def observe_checkpoint(
+        self, *, seconds: float, stall_seconds: float, size_bytes: int, committed_at: float
+    ) -> None:
         """One committed checkpoint; `committed_at` is Unix time in seconds."""
         self._checkpoint_seconds.observe(seconds)
+        self._checkpoint_stall_seconds.observe(stall_seconds)
         self._checkpoint_bytes.set(size_bytes)
         self._checkpoint_last_commit.set(committed_at)
+
+    def count_failed_checkpoint(self) -> None:
+        self._checkpoint_failures.inc()
 
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
