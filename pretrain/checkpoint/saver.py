@@ -108,6 +108,9 @@ class Saver:
         began = time.monotonic()
         self.wait()
         self._read_until(lambda: not self._leaving)  # the snapshot is still read by it
+        self._read(0)
+        if not self._writer.alive:
+            self._writer = self._start()
         self._saves += 1
         step, save_id = facts["step"], f"{self._attempt}-{self._saves}"
         save = _Save(
@@ -231,8 +234,6 @@ class Saver:
         )
 
     def _tell(self, order: dict[str, Any]) -> None:
-        if order["order"] == "save" and not self._writer.alive:
-            self._writer = self._start()
         if not self._writer.send(order):
             self._lost()
 
