@@ -11,7 +11,7 @@ from pretrain.checkpoint.manifest import committed
 from pretrain.checkpoint.staging import STAGING_SUFFIX
 from pretrain.errors import PretrainError
 
-_LEFT_FREE_BYTES = 1 << 20  # for the journal and the records of how ranks end
+_LEFT_FREE_BYTES = 64 << 10  # for the journal and the records of how ranks end
 
 
 def kept_steps(steps: Collection[int], *, keep_last: int, keep_every_steps: int | None) -> set[int]:

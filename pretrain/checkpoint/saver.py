@@ -212,7 +212,7 @@ class Saver:
         deadline = time.monotonic() + seconds
         if self._busy_with and seconds:
             self._tell({"order": "hurry"})
-        while self._busy_with and time.monotonic() < deadline:
+        while (self._busy_with or self._leaving) and time.monotonic() < deadline:
             self._read(0.05)
         self._writer.end()
         self._snapshot.close()
