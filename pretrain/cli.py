@@ -38,6 +38,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
+    "checkpoints": Command("pretrain.checkpoints", "list, verify and remove a run's checkpoints"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
     "order": Command("data_tools.order", "print which sample stands where in a run, and when it was seen"),

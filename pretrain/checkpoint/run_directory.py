@@ -49,17 +49,9 @@ class RunDirectory:
         path = Path(path)
         try:
             (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _unwritable(path, error) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "an unknown process"
-            os.close(lock)
-            raise UsageError(
-                f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
-            ) from None
+        lock = _lock(path)
         try:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
@@ -69,6 +61,32 @@ class RunDirectory:
 
     def close(self) -> None:
         os.close(self._lock)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Within it no attempt of the run is live. Raises UsageError when one is, or the folder cannot be written."""
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    try:
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "an unknown process"
+        os.close(lock)
+        raise UsageError(
+            f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+        ) from None
+    return lock
 
 
 @contextmanager
