@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pretrain.checkpoint.manifest import stored_lanes
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
@@ -136,7 +137,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     val_url, s3 = config.data.val, s3_settings(config)
     run_dir = Path(config.run_dir)
     lanes = from_main(world, lambda: stored_lanes(run_dir)) or run_lanes(config, debug=debug)
-    manifest = newest_manifest(run_dir)
+    manifest = from_main(world, lambda: newest_manifest(run_dir))
     urls = from_main(world, lambda: pack_images(config), patiently=True)
     opened = together(
         lambda: open_run_data(
@@ -284,8 +285,20 @@ def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps
     )
 
 
+def open_mirror(config: RunConfig) -> Mirror | None:
+    url = config.checkpoint.mirror
+    return Mirror(url, s3=s3_settings(config)) if url else None
+
+
 def build_saver(
-    config: RunConfig, engine: Engine, *, world: World, attempt: int, reporter: Reporter
+    config: RunConfig,
+    engine: Engine,
+    *,
+    world: World,
+    attempt: int,
+    reporter: Reporter,
+    mirror: Mirror | None,
+    is_shared: bool,
 ) -> Saver:
     checkpoint = config.checkpoint
     return Saver(
@@ -298,6 +311,8 @@ def build_saver(
         keep_every_steps=checkpoint.keep_every_steps,
         max_failures=checkpoint.max_failures,
         max_bytes_per_second=checkpoint.max_bytes_per_second,
+        mirror=mirror,
+        is_shared=is_shared,
     )
 
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from pretrain.checkpoint.compatibility import check_batch_size, check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
-from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
+from pretrain.checkpoint.manifest import Manifest, known, read_manifest
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.restore import open_reader, settle_restored
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
 from pretrain.checkpoint.staging import remove_torn_saves, set_aside
 from pretrain.config.load import with_defaults
@@ -22,13 +24,15 @@ from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
 
 
-def claim(run_dir: Path, stack: ExitStack) -> int:
+def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
     """Take the run's folder for this attempt, on rank 0, until `stack` is closed. Returns the attempt's number.
 
-    Raises UsageError when the folder is not to be had.
+    Raises UsageError when the folder is not to be had, or another process has the run's mirror.
     """
-    run = RunDirectory.claim(run_dir)
+    run = RunDirectory.claim(run_dir, taken=mirror.attempts() if mirror else ())
     stack.callback(run.close)
+    if mirror is not None:
+        mirror.claim(run.attempt)
     try:
         unmark_finished(run_dir)  # it was the end of a shorter run
         remove_torn_saves(run_dir)
@@ -40,7 +44,7 @@ def claim(run_dir: Path, stack: ExitStack) -> int:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    return bool(committed(run_dir))
+    return bool(known(run_dir))
 
 
 def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
@@ -48,7 +52,7 @@ def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
     done = finished_step(run_dir)
     if done is None or done < last_step:
         return False
-    folders = committed(run_dir)
+    folders = known(run_dir)
     if folders:
         manifest = read_manifest(folders[-1])
         _check_same_run(manifest, identity, parameters=manifest.parameters, where=str(folders[-1]))
@@ -71,6 +75,7 @@ def resume(
     identity: Mapping[str, Any],
     global_batch_size: int,
     on_rejected: Callable[[Path, CheckpointError], None],
+    mirror: Mirror | None = None,
 ) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into `engine`; None when the run has none.
 
@@ -79,12 +84,12 @@ def resume(
     CheckpointMismatchError when one is of another run, and CheckpointError when there are checkpoints
     and none can be trusted; then all stay where they are.
     """
-    folders = from_main(world, lambda: committed(run_dir))
+    folders = from_main(world, lambda: known(run_dir))
     parameters = parameter_shapes(engine.module)
     rejected: list[tuple[Path, CheckpointError]] = []
 
     def verified(folder: Path) -> CheckpointReader:
-        reader = CheckpointReader(folder)
+        reader = open_reader(folder, mirror)
         _check_same_run(reader.manifest, identity, parameters=parameters, where=str(folder))
         check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
@@ -102,7 +107,8 @@ def resume(
         load_fragments(reader, engine.fragments())
         engine.optimizer_steps = reader.manifest.optimizer_steps
         engine.publish_weights()
-        from_main(world, lambda: set_aside([folder for folder, _ in rejected]))
+        from_main(world, lambda: _reject([folder for folder, _ in rejected], mirror))
+        settle_restored(run_dir, world=world)
         return reader.manifest
     if rejected:
         raise CheckpointError(
@@ -110,3 +116,10 @@ def resume(
             f"back from a copy, or start anew with another run_dir; the oldest: {rejected[-1][1]}"
         )
     return None
+
+
+def _reject(folders: list[Path], mirror: Mirror | None) -> None:
+    for folder in folders:
+        if mirror is not None:
+            mirror.set_aside(folder)
+    set_aside(folders)

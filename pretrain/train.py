@@ -36,7 +36,9 @@ from pretrain.assemble import (
     build_schedule,
     build_train_loader,
     open_data,
+    open_mirror,
 )
+from pretrain.checkpoint.restore import bring_back, is_shared
 from pretrain.checkpoint.run_directory import (
     mark_finished,
     recorded_exit,
@@ -99,6 +101,10 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         torch.use_deterministic_algorithms(config.train.deterministic)  # imports a second's worth of torch
     torch.autograd.set_detect_anomaly(debug)
 
+    mirror = open_mirror(config)
+    if mirror is not None:  # the run as it was, where this host has lost it
+        bring_back(run_dir, mirror, world=world)
+
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
@@ -119,7 +125,8 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
-        attempt = from_main(world, lambda: claim(run_dir, stack))
+        attempt = from_main(world, lambda: claim(run_dir, stack, mirror))
+        shared = is_shared(run_dir, world=world, has_mirror=mirror is not None)
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
         reporter = together(
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
@@ -139,6 +146,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
             identity=identity,
             global_batch_size=config.train.global_batch_size,
             on_rejected=reporter.checkpoint_rejected,
+            mirror=mirror,
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
@@ -181,7 +189,15 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
         undescribed = debug
 
         saver = stack.enter_context(
-            build_saver(config, engine, world=world, attempt=attempt, reporter=reporter)
+            build_saver(
+                config,
+                engine,
+                world=world,
+                attempt=attempt,
+                reporter=reporter,
+                mirror=mirror,
+                is_shared=shared,
+            )
         )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         while step < last_step:

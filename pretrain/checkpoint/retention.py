@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint.manifest import known
 from pretrain.checkpoint.staging import STAGING_SUFFIX
 from pretrain.errors import PretrainError
 
@@ -16,7 +16,7 @@ _LEFT_FREE_BYTES = 64 << 10  # for the journal and the records of how ranks end
 
 def kept_steps(steps: Collection[int], *, keep_last: int, keep_every_steps: int | None) -> set[int]:
     """The newest `keep_last` of `steps`, and those that `keep_every_steps` divides."""
-    kept = set(sorted(steps)[-keep_last:])
+    kept = set(sorted(steps, reverse=True)[:keep_last])
     if keep_every_steps is not None:
         kept |= {step for step in steps if step % keep_every_steps == 0}
     return kept
@@ -24,7 +24,7 @@ def kept_steps(steps: Collection[int], *, keep_last: int, keep_every_steps: int 
 
 def retain(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
     """Remove the checkpoints that need not stay. Returns them. Raises PretrainError when one cannot go."""
-    by_step = {step_of(folder): folder for folder in committed(run_dir)}
+    by_step = {step_of(folder): folder for folder in known(run_dir)}
     kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every_steps)
     removed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
     for folder in removed:
@@ -47,7 +47,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def step_of(folder: Path) -> int:
-    return int(folder.name.partition("-")[2])
+    return int(folder.name.partition("-")[2].partition(".")[0])
 
 
 def check_space(run_dir: Path, needed_bytes: int) -> None:

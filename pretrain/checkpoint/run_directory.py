@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +41,8 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def claim(cls, path: Path) -> RunDirectory:
-        """Make the folder if need be, lock it, and take the next attempt number.
+    def claim(cls, path: Path, *, taken: Sequence[int] = ()) -> RunDirectory:
+        """Make the folder if need be, lock it, and take the next attempt number; `taken`: those elsewhere.
 
         Raises UsageError when another live attempt holds it or it cannot be written.
         """
@@ -55,7 +55,7 @@ class RunDirectory:
         try:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return cls(path, _next_attempt(path), lock)
+            return cls(path, _next_attempt(path, taken), lock)
         except OSError as error:
             raise _unwritable(path, error) from None
 
@@ -126,13 +126,17 @@ def _unwritable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"run_dir={path} cannot be written: {error}; free space, or choose another run_dir")
 
 
-def _next_attempt(path: Path) -> int:
-    """The number in PRETRAIN_ATTEMPT if there is one, else one more than the highest; made exclusively."""
+def _next_attempt(path: Path, elsewhere: Sequence[int]) -> int:
+    """The number in PRETRAIN_ATTEMPT if there is one, else one more than the highest; made exclusively.
+
+    Where attempts were made `elsewhere` that this folder does not know of, what is given may be too low.
+    """
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
         raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it")
     taken = _attempts(path)
     number = int(given) if given is not None else max(taken, default=0) + 1
+    number = max(number, max(elsewhere, default=0) + 1)
     try:
         with _taking_turns(path):
             (path / ATTEMPTS / str(number)).mkdir()

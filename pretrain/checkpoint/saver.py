@@ -26,7 +26,8 @@ from typing import Any
 
 import torch
 
-from pretrain.checkpoint.manifest import CHECKPOINTS, read_manifest, step_folder
+from pretrain.checkpoint.manifest import CHECKPOINTS, mirrored_folder, read_manifest, step_folder
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.snapshot import Snapshot
 from pretrain.checkpoint.staging import FLOAT_BYTES, KINDS_COUNT, staging_folder
 from pretrain.checkpoint.writer import Settings
@@ -73,7 +74,10 @@ class Saver:
         keep_every_steps: int | None = None,
         max_failures: int = 3,
         max_bytes_per_second: float | None = None,
+        mirror: Mirror | None = None,
+        is_shared: bool = True,
     ) -> None:
+        """`is_shared`: do all ranks see one run_dir? If not, there must be a mirror."""
         self._run_dir = Path(run_dir)
         self._engine = engine
         self._world = world
@@ -82,6 +86,7 @@ class Saver:
         self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
         self._max_failures = max_failures
         self._max_bytes_per_second = max_bytes_per_second
+        self._mirror, self._is_shared = mirror, is_shared
         self._saves = 0
         self._failures_in_a_row = 0
         self._under_way: _Save | None = None  # None on all ranks or on none
@@ -123,7 +128,6 @@ class Saver:
         )
         self._snapshot.take(self._engine.owned_fragments())
         parameters = parameter_shapes(self._engine.module)
-        elements = sum(math.prod(shape) for shape in parameters.values())
         manifest_facts = {
             **facts,
             "optimizer_steps": self._engine.optimizer_steps,
@@ -140,7 +144,7 @@ class Saver:
                 "staging": str(save.staging),
                 "final": str(save.final),
                 "pieces": [asdict(piece) for piece in self._snapshot.pieces],
-                "needed_bytes": FLOAT_BYTES * KINDS_COUNT * elements,
+                "needed_bytes": self._needed_bytes(parameters),
                 "facts": manifest_facts if self._world.is_main else None,
             }
         )
@@ -217,6 +221,12 @@ class Saver:
         self._writer.end()
         self._snapshot.close()
 
+    def _needed_bytes(self, parameters: Mapping[str, list[int]]) -> int:
+        """What a checkpoint takes on the disk of this host's run_dir."""
+        if self._is_shared:
+            return FLOAT_BYTES * KINDS_COUNT * sum(math.prod(shape) for shape in parameters.values())
+        return self._snapshot.data_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
     def _failed_anywhere(self) -> float:
         return float(sum_over_ranks(torch.tensor(self.failed(), device=self._engine.device)))
 
@@ -231,6 +241,10 @@ class Saver:
             max_bytes_per_second=self._max_bytes_per_second,
             keep_last=self._keep_last,
             keep_every_steps=self._keep_every_steps,
+            mirror=self._mirror.url if self._mirror else None,
+            s3=asdict(self._mirror.s3) if self._mirror else {},
+            is_shared=self._is_shared,
+            leads_host=self._world.is_main or (not self._is_shared and self._world.local_rank == 0),
         )
 
     def _tell(self, order: dict[str, Any]) -> None:
@@ -293,12 +307,13 @@ class Saver:
             return True
         if not self._world.is_main:
             return False
+        final = save.final if self._is_shared else mirrored_folder(self._run_dir, save.step)
         try:
-            if read_manifest(save.final).save_id != save.id:
+            if read_manifest(final).save_id != save.id:
                 return False
         except CheckpointError:
             return False
-        size_bytes = sum(path.stat().st_size for path in save.final.glob("rank-*.safetensors"))
+        size_bytes = sum(path.stat().st_size for path in final.glob("rank-*.safetensors"))
         save.written = True
         self._committed(save, size_bytes=size_bytes, at=time.time())
         return True

@@ -21,12 +21,14 @@ import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.retention import check_space, retain
+from pretrain.checkpoint.manifest import Manifest, mirrored_folder
+from pretrain.checkpoint.mirror import Mirror, MirroredSave
+from pretrain.checkpoint.retention import check_space, retain, step_of
 from pretrain.checkpoint.run_directory import only_newest_attempt
 from pretrain.checkpoint.staging import (
     Part,
@@ -40,11 +42,13 @@ from pretrain.checkpoint.staging import (
     write_part,
 )
 from pretrain.errors import PretrainError
+from pretrain.storage import RetryPolicy, S3Settings
 from pretrain.storage.files import sync
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NICENESS = 10
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.002, 0.1  # for the parts of other ranks
+_LONGEST_MIRROR_LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,10 @@ class Settings:
     max_bytes_per_second: float | None
     keep_last: int
     keep_every_steps: int | None
+    mirror: str | None  # its URL …
+    s3: dict[str, Any]  # … and how to talk to it
+    is_shared: bool  # do all ranks see one run_dir?
+    leads_host: bool  # is this the rank that minds its host's folder?
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -161,12 +169,14 @@ class Writer:
         memory = mmap.mmap(settings.memory, settings.memory_bytes, prot=mmap.PROT_READ)
         self._data = memoryview(memory)
         self._control = _Control(socket.socket(fileno=settings.control))
+        # The trainer has talked to it before: an answer that fails to come is an outage, and not a wrong address.
+        self._mirror = Mirror(settings.mirror, s3=settings_of_s3(settings.s3)) if settings.mirror else None
 
     def run(self) -> None:
         while True:
             message = self._control.next_order()
             if message["order"] == "abandon":
-                if self._is_main:  # here or at the next save: ranks may still be leaving it
+                if self._settings.leads_host:  # here or at the next save: ranks may still be leaving it
                     shutil.rmtree(message["staging"], ignore_errors=True)
                 self._control.tell("abandoned", message["save"])
                 continue
@@ -176,10 +186,15 @@ class Writer:
 
     def _save(self, order: Order) -> None:
         try:
+            if self._settings.leads_host:
+                self._clear_up(Path(order.staging))
+            check_space(self._run_dir, order.needed_bytes)
             part = self._write(order)
             self._control.tell("written", order.id, bytes=part.size_bytes)
             if self._is_main:
                 self._commit(order)
+            elif self._settings.leads_host and not self._settings.is_shared:
+                self._follow(order)
         except AbandonedError:
             return  # the order to abandon comes next, and is answered
         except PretrainError as error:
@@ -188,41 +203,65 @@ class Writer:
             self._control.tell("idle", order.id)
 
     def _write(self, order: Order) -> Part:
-        if self._is_main:
-            self._clear_up(Path(order.staging))
-        check_space(self._run_dir, order.needed_bytes)
-        pace = _Pace(self._control, order.id, self._settings.max_bytes_per_second)
-        return write_part(Path(order.staging), self._settings.rank, order.pieces, self._data, pace=pace)
+        settings, staging = self._settings, Path(order.staging)
+        pace = _Pace(self._control, order.id, settings.max_bytes_per_second)
+        part = write_part(staging, settings.rank, order.pieces, self._data, pace=pace)
+        if self._mirror is not None:
+            file = staging / part_name(settings.rank)
+            self._mirror.put_part(_mirrored(order), settings.rank, file, part)
+            if not self._is_main:
+                self._mirror.push(self._run_dir, rank=settings.rank)
+            self._control.wait(order.id, 0)
+        return part
 
     def _commit(self, order: Order) -> None:
         assert order.facts is not None, "rank 0 knows what the manifest says"
         staging, final = Path(order.staging), Path(order.final)
         parts = self._await_parts(order)
         manifest = manifest_of(parts, {**order.facts, "save_id": order.id}, staging)
-        total = 0
-        for rank, part in parts.items():
-            path = staging / part_name(rank)
-            if not path.is_file() or path.stat().st_size != part.size_bytes:
-                raise PretrainError(
-                    f"{path}: is not the {part.size_bytes} bytes that rank {rank} wrote; check the disk or the mount"
-                )
-            total += part.size_bytes
+        if self._settings.is_shared:
+            _check_sizes(staging, parts)
         self._sync_journal()
-        self._publish(staging, final, manifest)
-        self._control.tell("committed", order.id, bytes=total, path=str(final), at=time.time())
-        self._retain()
-
-    def _publish(self, staging: Path, final: Path, manifest: Manifest) -> None:
         with only_newest_attempt(self._run_dir, self._settings.attempt):
-            commit(staging, final, manifest)
+            if self._mirror is not None:
+                self._mirror.push(self._run_dir, rank=0)
+                self._mirror.require_newest(self._settings.attempt)
+                self._mirror.publish(_mirrored(order), manifest)  # the run's judge comes first
+            self._list(staging, final, manifest)
+        total = sum(part.size_bytes for part in parts.values())
+        self._control.tell("committed", order.id, bytes=total, path=str(final), at=time.time())
+        self._retain(order)
 
-    def _await_parts(self, order: Order) -> dict[int, Part]:
+    def _follow(self, order: Order) -> None:
+        """On a host with a disk of its own: list what this host has once the whole is committed in the mirror."""
+        assert self._mirror is not None, "without a mirror there is one run_dir for all"
         look = _FIRST_LOOK_SECONDS
-        while len(parts := finished_parts(Path(order.staging), self._settings.world_size)) < (
-            self._settings.world_size
-        ):
+        while (manifest := self._mirror.committed_manifest(_mirrored(order))) is None:
             self._control.wait(order.id, look)
             look = min(2 * look, _LONGEST_LOOK_SECONDS)
+        self._list(Path(order.staging), Path(order.final), manifest)
+        self._retain(order)
+
+    def _list(self, staging: Path, final: Path, manifest: Manifest) -> None:
+        if self._settings.is_shared:
+            commit(staging, final, manifest)
+        else:  # the other hosts' parts are in the mirror
+            commit(staging, mirrored_folder(self._run_dir, manifest.step), manifest)
+
+    def _await_parts(self, order: Order) -> dict[int, Part]:
+        world_size, look = self._settings.world_size, _FIRST_LOOK_SECONDS
+        parts: dict[int, Part] = {}
+        while True:
+            if self._mirror is None:
+                parts = finished_parts(Path(order.staging), world_size)
+            else:
+                parts = self._mirror.finished_parts(_mirrored(order), parts)
+            if len(parts) == world_size:
+                break
+            self._control.wait(order.id, look)
+            look = min(
+                2 * look, _LONGEST_LOOK_SECONDS if self._mirror is None else _LONGEST_MIRROR_LOOK_SECONDS
+            )
         # Looked at once more: a rank that was told to give up may have overwritten what a part was made of.
         self._control.wait(order.id, 0)
         return parts
@@ -236,13 +275,15 @@ class Writer:
         except OSError as error:
             raise unwritable(journal, error) from None
 
-    def _retain(self) -> None:
+    def _retain(self, order: Order) -> None:
+        kept = {
+            "keep_last": self._settings.keep_last,
+            "keep_every_steps": self._settings.keep_every_steps,
+        }
         try:
-            retain(
-                self._run_dir,
-                keep_last=self._settings.keep_last,
-                keep_every_steps=self._settings.keep_every_steps,
-            )
+            retain(self._run_dir, **kept)  # type: ignore[arg-type]
+            if self._mirror is not None and self._is_main:
+                self._mirror.retain(newest=_mirrored(order), **kept)  # type: ignore[arg-type]
         except PretrainError as error:  # the checkpoint is committed all the same
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
 
@@ -252,6 +293,24 @@ class Writer:
             remove_torn_saves(self._run_dir, spare=spare)
         except OSError as error:
             print(f"pretrain: what an unfinished save left cannot be removed: {error}", file=sys.stderr)
+
+
+def _mirrored(order: Order) -> MirroredSave:
+    return MirroredSave.of(step_of(Path(order.final)), order.id)
+
+
+def _check_sizes(staging: Path, parts: Mapping[int, Part]) -> None:
+    for rank, part in parts.items():
+        path = staging / part_name(rank)
+        if not path.is_file() or path.stat().st_size != part.size_bytes:
+            raise PretrainError(
+                f"{path}: is not the {part.size_bytes} bytes that rank {rank} wrote; check the disk or the mount"
+            )
+
+
+def settings_of_s3(settings: Mapping[str, Any]) -> S3Settings:
+    """What `dataclasses.asdict` made of them."""
+    return S3Settings(**{**settings, "retry": RetryPolicy(**settings["retry"]), "known_to_answer": True})
 
 
 def become_writer(parent: int) -> None:
