@@ -97,6 +97,7 @@ def test_a_lost_disk_is_brought_back_from_the_mirror_to_the_last_byte(tmp_path: 
     claimed.close()
 
 
+@pytest.mark.slow
 def test_a_rank_fetches_only_the_file_that_it_needs(
     tmp_path: Path, mirror: Mirror, proxy: FaultProxy
 ) -> None:
@@ -120,6 +121,7 @@ def test_a_rank_fetches_only_the_file_that_it_needs(
     assert len(known(tmp_path / "run")) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_local_file_is_replaced_by_the_mirror_s(tmp_path: Path, mirror: Mirror) -> None:
     run_dir = tmp_path / "run"
     saver, state = begin(run_dir, mirror)
@@ -137,7 +139,9 @@ def test_a_damaged_local_file_is_replaced_by_the_mirror_s(tmp_path: Path, mirror
     assert state.is_in(committed(run_dir)[0])
 
 
-@pytest.mark.parametrize("kind", ["503", "close", "reset", "stall"])
+@pytest.mark.parametrize(
+    "kind", ["close", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("503", "reset", "stall"))]
+)
 def test_faults_of_the_store_during_mirroring_are_survived_and_a_lost_answer_to_the_commit_is_settled(
     tmp_path: Path, mirror: Mirror, proxy: FaultProxy, kind: str
 ) -> None:
@@ -162,6 +166,7 @@ def test_faults_of_the_store_during_mirroring_are_survived_and_a_lost_answer_to_
     assert state.is_in(committed(tmp_path / "run")[0])
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_fails_the_save_commits_it_nowhere_and_training_goes_on(
     tmp_path: Path, mirror: Mirror, proxy: FaultProxy
 ) -> None:
@@ -197,6 +202,7 @@ def test_an_attempt_on_another_host_takes_over_and_the_first_commits_nothing_mor
     assert [folder.name for folder in known(tmp_path / "one")] == ["step-00000001", "step-00000002.mirrored"]
 
 
+@pytest.mark.slow
 def test_a_mirror_belongs_to_one_run_and_an_attempt_to_one_process(tmp_path: Path, mirror: Mirror) -> None:
     saver, _ = begin(tmp_path / "one", mirror)
     with saver:
@@ -211,6 +217,7 @@ def test_a_mirror_belongs_to_one_run_and_an_attempt_to_one_process(tmp_path: Pat
     assert json.loads((tmp_path / "one" / "mirror.json").read_text())["id"]
 
 
+@pytest.mark.slow
 def test_a_wrong_secret_or_bucket_at_the_start_is_wrong_usage_and_no_secret_is_told(
     tmp_path: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +229,7 @@ def test_a_wrong_secret_or_bucket_at_the_start_is_wrong_usage_and_no_secret_is_t
     assert "notthesecret" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_writer_s_command_line_holds_no_secret(tmp_path: Path, mirror: Mirror) -> None:
     saver, _ = begin(tmp_path / "run", mirror)
     with saver:
@@ -231,6 +239,7 @@ def test_the_writer_s_command_line_holds_no_secret(tmp_path: Path, mirror: Mirro
     assert os.environ["AWS_SECRET_ACCESS_KEY"] not in commands[0]
 
 
+@pytest.mark.slow
 def test_of_two_saves_of_a_step_the_later_attempt_s_counts(tmp_path: Path, mirror: Mirror) -> None:
     saver, _ = begin(tmp_path / "run", mirror)
     with saver:

@@ -137,6 +137,7 @@ def test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_ta
     assert len(failed) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whom", ["rank", "writer and rank"])
 def test_a_rank_killed_at_any_of_five_offsets_leaves_no_writer_and_what_was_committed(
     run_dir: Path, whom: str
@@ -189,6 +190,7 @@ def is_so_far(run_dir: Path, step: int, stage: int) -> bool:
     return any(list(run_dir.glob(sign)) for sign in signs[stage:])
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_the_commit_has_committed_all_or_nothing_and_it_is_known_which(
     run_dir: Path,
 ) -> None:
@@ -213,6 +215,7 @@ def test_a_writer_killed_at_the_commit_has_committed_all_or_nothing_and_it_is_kn
         assert state.is_in(folder)
 
 
+@pytest.mark.slow
 def test_terminal_and_launcher_signals_do_not_end_the_writer(run_dir: Path) -> None:
     state = HeldState(SHAPES).fill(1)
     with make_saver(run_dir, state, max_bytes_per_second=60_000_000) as saver:
@@ -277,6 +280,7 @@ def test_a_disk_that_is_full_or_fills_up_meanwhile_fails_the_save_and_the_next_o
     assert all(state.is_in(folder) for folder in committed(small_disk))
 
 
+@pytest.mark.slow
 def test_the_last_save_of_a_run_is_an_error_when_it_fails_and_so_is_one_failure_too_many(
     small_disk: Path,
 ) -> None:
