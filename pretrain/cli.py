@@ -62,6 +62,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark shuffle": Command(
         "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"
     ),
+    "benchmark checkpoint": Command(
+        "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
+    ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
 }

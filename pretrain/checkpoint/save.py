@@ -57,4 +57,4 @@ def _bytes_of(fragments: list[Fragment]) -> memoryview:
     tensors = [
         fragment.tensors[kind].detach().cpu().float().numpy() for fragment in fragments for kind in KINDS
     ]
-    return memoryview(np.concatenate([*tensors, np.empty(0, np.float32)]).tobytes())
+    return np.concatenate([*tensors, np.empty(0, np.float32)]).view(np.uint8).data
