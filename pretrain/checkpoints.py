@@ -6,7 +6,8 @@
 
 Besides checkpoints a run's folder may hold `….saving`, what a save that was cut short left (the next attempt
 removes it), and `….rejected`, a damaged checkpoint that a resume passed over; --prune removes both kinds. A run
-that is live is not pruned: it does so itself, by checkpoint.keep_last and checkpoint.keep_every_steps.
+that is live is not pruned: it does so itself, by checkpoint.keep_last and checkpoint.keep_every_steps. `in the mirror`:
+here are its manifest and what files this host needed, the rest is in checkpoint.mirror, which --prune leaves alone.
 
 exit codes: 0 · 2 wrong usage, or the run is live · 4 --verify found damage, or there is no checkpoint
 """
@@ -20,7 +21,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, committed, read_manifest
+from pretrain.checkpoint.manifest import (
+    CHECKPOINTS,
+    MANIFEST_NAME,
+    MIRRORED_SUFFIX,
+    known,
+    read_manifest,
+)
 from pretrain.checkpoint.retention import kept_steps, remove_checkpoint, step_of
 from pretrain.checkpoint.run_directory import held
 from pretrain.checkpoint.verify import problems_of
@@ -43,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     removed = prune(args.run, keep_last=args.keep_last or 0, keep_every=args.keep_every) if args.prune else []
-    found = [describe(folder, verify=args.verify) for folder in committed(args.run)]
+    found = [describe(folder, verify=args.verify) for folder in known(args.run)]
     leftovers = [{"path": str(path), "bytes": _size_of(path)} for path in leftovers_of(args.run)]
     if args.json:
         print(
@@ -76,7 +83,7 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path
     would be left.
     """
     with held(run_dir):
-        by_step = {step_of(folder): folder for folder in committed(run_dir)}
+        by_step = {step_of(folder): folder for folder in known(run_dir)}
         kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every)
         if by_step and not kept:
             raise UsageError(
@@ -96,14 +103,15 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path
 
 def leftovers_of(run_dir: Path) -> list[Path]:
     """What stands beside the checkpoints and is none."""
-    return sorted(set((run_dir / CHECKPOINTS).iterdir()) - set(committed(run_dir)))
+    return sorted(set((run_dir / CHECKPOINTS).iterdir()) - set(known(run_dir)))
 
 
 def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
     """One checkpoint; `problems` is None when nobody looked."""
     entry: dict[str, Any] = {"path": str(folder), "step": step_of(folder), "bytes": _size_of(folder)}
     entry["time"] = (folder / MANIFEST_NAME).stat().st_mtime
-    entry["problems"] = problems_of(folder) if verify else None
+    entry["whole"] = not folder.name.endswith(MIRRORED_SUFFIX)
+    entry["problems"] = problems_of(folder, whole=entry["whole"]) if verify else None
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
@@ -128,6 +136,8 @@ def _print(found: list[dict[str, Any]], leftovers: list[dict[str, Any]], removed
             ranks = f"{entry['world_size']} rank{'s' if entry['world_size'] > 1 else ''}"
             saved_by = f"{ranks}, ZeRO {entry['zero_stage']}, #{entry['attempt']}"
         state = "not looked at" if entry["problems"] is None else "damaged" if entry["problems"] else "sound"
+        if not entry["whole"]:
+            state += ", in the mirror"
         samples = f"{entry['samples']:,}" if "samples" in entry else "?"
         size = f"{entry['bytes'] / 1e6:,.1f} MB"
         print(
