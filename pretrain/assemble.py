@@ -17,7 +17,9 @@ from torch import nn
 
 from pretrain.checkpoint.lineage import read_lineage, tracking_id
 from pretrain.checkpoint.manifest import committed, stored_lanes
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.run_directory import ATTEMPTS
+from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.skipped import read_skipped
 from pretrain.config.schema import RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
@@ -140,7 +142,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     val_url, s3 = config.data.val, s3_settings(config)
     run_dir = Path(config.run_dir)
     lanes = from_main(world, lambda: stored_lanes(run_dir)) or run_lanes(config, debug=debug)
-    manifest = newest_manifest(run_dir)
+    manifest = from_main(world, lambda: newest_manifest(run_dir))
     urls = from_main(world, lambda: pack_images(config), patiently=True)
     opened = together(
         lambda: open_run_data(
@@ -343,6 +345,37 @@ def build_judge(config: RunConfig) -> Judge:
         max_nonfinite_steps=config.train.max_nonfinite_steps,
         max_rollbacks=config.train.max_rollbacks,
         spike=SpikeRule(**spike.model_dump()) if spike else None,
+    )
+
+
+def open_mirror(config: RunConfig) -> Mirror | None:
+    url = config.checkpoint.mirror
+    return Mirror(url, s3=s3_settings(config)) if url else None
+
+
+def build_saver(
+    config: RunConfig,
+    engine: Engine,
+    *,
+    world: World,
+    attempt: int,
+    reporter: Reporter,
+    mirror: Mirror | None,
+    is_shared: bool,
+) -> Saver:
+    checkpoint = config.checkpoint
+    return Saver(
+        Path(config.run_dir),
+        engine,
+        world=world,
+        attempt=attempt,
+        reporter=reporter,
+        keep_last=checkpoint.keep_last,
+        keep_every_steps=checkpoint.keep_every_steps,
+        max_failures=checkpoint.max_failures,
+        max_bytes_per_second=checkpoint.max_bytes_per_second,
+        mirror=mirror,
+        is_shared=is_shared,
     )
 
 

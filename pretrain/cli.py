@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "fork": Command("pretrain.fork", "start a new run from a checkpoint of another, with other settings"),
     "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
+    "checkpoints": Command("pretrain.checkpoints", "list, verify and remove a run's checkpoints"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "compare": Command("pretrain.compare", "lay runs side by side: curves, ends, recipes"),
     "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
@@ -63,6 +64,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark order": Command("pretrain.benchmarks.order", "what an epoch's order costs, up to 1e9 samples"),
     "benchmark shuffle": Command(
         "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"
+    ),
+    "benchmark checkpoint": Command(
+        "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
     ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.checkpoint.manifest import Manifest, committed, read_manifest, stored_lanes
+from pretrain.checkpoint.manifest import Manifest, known, read_manifest, stored_lanes
 from pretrain.checkpoint.segments import (
     SEGMENTS_NAME,
     Change,
@@ -346,7 +346,7 @@ def require_run(run_dir: Path) -> Path:
 def newest_manifest(run_dir: Path) -> Manifest | None:
     """Of the newest checkpoint that can be gone on from, as far as its manifest says; None when there is none."""
     skipped = [(one.start, one.stop) for one in read_skipped(run_dir)]
-    for folder in reversed(committed(run_dir)):
+    for folder in reversed(known(run_dir)):
         try:
             manifest = read_manifest(folder)
         except CheckpointError:  # resume passes it over too

@@ -13,23 +13,28 @@ from typing import Any
 
 from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, check_resumable
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
-from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
+from pretrain.checkpoint.manifest import Manifest, known, read_manifest
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.restore import open_reader, settle_restored
+from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
-from pretrain.checkpoint.save import remove_checkpoints, remove_torn_saves, set_aside
 from pretrain.checkpoint.skipped import edges, is_given_up
+from pretrain.checkpoint.staging import remove_torn_saves, set_aside
 from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, CheckpointMismatchError, UsageError
 
 
-def claim(run_dir: Path, stack: ExitStack) -> int:
+def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
     """Take the run's folder for this attempt, on rank 0, until `stack` is closed. Returns the attempt's number.
 
-    Raises UsageError when the folder is not to be had.
+    Raises UsageError when the folder is not to be had, or another process has the run's mirror.
     """
-    run = RunDirectory.claim(run_dir)
+    run = RunDirectory.claim(run_dir, taken=mirror.attempts() if mirror else ())
     stack.callback(run.close)
+    if mirror is not None:
+        mirror.claim(run.attempt)
     try:
         unmark_finished(run_dir)  # it was the end of a shorter run
         remove_torn_saves(run_dir)
@@ -42,13 +47,13 @@ def claim(run_dir: Path, stack: ExitStack) -> int:
 
 def has_checkpoint(run_dir: Path, skipped: Sequence[Mapping[str, Any]]) -> bool:
     """Is there a checkpoint, sound or not, of the course that the run is on?"""
-    return len(committed(run_dir)) > len(given_up(run_dir, skipped))
+    return len(known(run_dir)) > len(given_up(run_dir, skipped))
 
 
 def given_up(run_dir: Path, skipped: Sequence[Mapping[str, Any]], *, beyond: int | None = None) -> list[Path]:
     """Checkpoints that have consumed what the run jumps over now, or more positions than `beyond`."""
     found = []
-    for folder in committed(run_dir):
+    for folder in known(run_dir):
         try:
             manifest = read_manifest(folder)
         except CheckpointError:  # whoever is to load it finds out
@@ -58,12 +63,20 @@ def given_up(run_dir: Path, skipped: Sequence[Mapping[str, Any]], *, beyond: int
     return found
 
 
+def remove(folders: Sequence[Path], mirror: Mirror | None) -> None:
+    """Of a course that was given up: here, and where they would come back from. Raises PretrainError."""
+    for folder in folders:
+        if mirror is not None:
+            mirror.remove(folder)
+        remove_checkpoint(folder)
+
+
 def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
     """Has this very run reached `last_step`? Raises CheckpointMismatchError when another one has there."""
     done = finished_step(run_dir)
     if done is None or done < last_step:
         return False
-    folders = committed(run_dir)
+    folders = known(run_dir)
     if folders:
         manifest = read_manifest(folders[-1])
         _check_same_run(manifest, identity, parameters=manifest.parameters, where=str(folders[-1]))
@@ -91,6 +104,7 @@ def resume(
     identity: Mapping[str, Any],
     global_batch_size: int,
     on_rejected: Callable[[Path, CheckpointError], None],
+    mirror: Mirror | None = None,
 ) -> Manifest | None:
     """Load the newest checkpoint that all ranks verify into `engine`; None when the run has none.
 
@@ -101,12 +115,12 @@ def resume(
     and none can be trusted; then all stay where they are.
     """
     left = from_main(world, lambda: given_up(run_dir, identity["skipped"]))
-    folders = [folder for folder in from_main(world, lambda: committed(run_dir)) if folder not in left]
+    folders = [folder for folder in from_main(world, lambda: known(run_dir)) if folder not in left]
     parameters = parameter_shapes(engine.module)
     rejected: list[tuple[Path, CheckpointError]] = []
 
     def verified(folder: Path) -> CheckpointReader:
-        reader = CheckpointReader(folder)
+        reader = open_reader(folder, mirror)
         _check_same_run(reader.manifest, identity, parameters=parameters, where=str(folder))
         check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
@@ -124,13 +138,21 @@ def resume(
         load_fragments(reader, engine.fragments())
         engine.optimizer_steps = reader.manifest.optimizer_steps
         engine.publish_weights()
-        from_main(world, lambda: set_aside([folder for folder, _ in rejected]))
-        from_main(world, lambda: remove_checkpoints(left))
+        from_main(world, lambda: _reject([folder for folder, _ in rejected], mirror))
+        from_main(world, lambda: remove(left, mirror))
+        settle_restored(run_dir, world=world)
         return reader.manifest
     if rejected:
         raise CheckpointError(
             f"{run_dir}: none of its {len(folders)} checkpoints can be trusted, the reasons are above; bring one "
             f"back from a copy, or start anew with another run_dir; the oldest: {rejected[-1][1]}"
         )
-    from_main(world, lambda: remove_checkpoints(left))
+    from_main(world, lambda: remove(left, mirror))
     return None
+
+
+def _reject(folders: list[Path], mirror: Mirror | None) -> None:
+    for folder in folders:
+        if mirror is not None:
+            mirror.set_aside(folder)
+    set_aside(folders)

@@ -13,13 +13,13 @@ from typing import Any
 
 from pretrain.assemble import Data
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.save import remove_checkpoints
+from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.skipped import Skipped, adding, read_skipped, write_skipped
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, PretrainError
 from pretrain.judge import ADVICE, Fault
-from pretrain.resume import given_up, resume
+from pretrain.resume import given_up, remove, resume
 
 
 def first_position(fault: Fault, data: Data, *, samples: int, global_batch_size: int) -> int:
@@ -40,8 +40,10 @@ def go_back(
     identity: Mapping[str, Any],
     global_batch_size: int,
     on_rejected: Callable[[Path, CheckpointError], None],
+    mirror: Mirror | None,
 ) -> tuple[Manifest, Data]:
     """Load the newest checkpoint from before the steps that `fault` came from; `samples` is where the run is.
+    No save may be under way.
 
     Returns that checkpoint's manifest, and the data with what is jumped over from now on. Newer checkpoints are
     removed: they are of a course that was given up. Raises PretrainError when there is none from before; then the
@@ -50,7 +52,7 @@ def go_back(
     start = first_position(fault, data, samples=samples, global_batch_size=global_batch_size)
     if fault.skip:
         data = data.skipping(from_main(world, lambda: _commit(fault, run_dir, start, samples, attempt)))
-    from_main(world, lambda: remove_checkpoints(given_up(run_dir, data.skipped, beyond=start)))
+    from_main(world, lambda: remove(given_up(run_dir, data.skipped, beyond=start), mirror))
     manifest = resume(
         run_dir,
         engine,
@@ -58,6 +60,7 @@ def go_back(
         identity={**identity, "skipped": data.skipped},
         global_batch_size=global_batch_size,
         on_rejected=on_rejected,
+        mirror=mirror,
     )
     if manifest is None:
         raise PretrainError(

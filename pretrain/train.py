@@ -9,14 +9,13 @@ codes: 0 finished, 2 usage or config, 3 data, 4 checkpoint, 75 stopped and saved
 """
 
 # One batch, from tar to optimizer: data/order -> reader -> decode -> augment -> loader -> the loop
-# below -> objectives/* -> engine/* -> checkpoint/save.
+# below -> objectives/* -> engine/* -> checkpoint/saver.
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,24 +31,25 @@ from pretrain.assemble import (
     build_mixing,
     build_objective,
     build_reporter,
+    build_saver,
     build_train_loader,
     build_watch,
     open_data,
+    open_mirror,
 )
 from pretrain.checkpoint.manifest import Manifest
+from pretrain.checkpoint.restore import bring_back, is_shared
 from pretrain.checkpoint.run_directory import (
     mark_finished,
     recorded_exit,
     write_whole,
 )
-from pretrain.checkpoint.save import save_checkpoint
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.ledger import Ledger, check_budget
 from pretrain.derived import build_schedule, dataset_facts, patience_seconds, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
-    World,
     barrier,
     be_patient,
     from_main,
@@ -59,14 +59,12 @@ from pretrain.distributed import (
     lost_peer,
     together,
 )
-from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
 from pretrain.judge import Fault
 from pretrain.metrics.compute_time import ComputeTime
-from pretrain.metrics.reporter import Reporter
 from pretrain.objectives.classification import check_labels
 from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
@@ -111,6 +109,10 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         torch.use_deterministic_algorithms(config.train.deterministic)  # imports a second's worth of torch
     torch.autograd.set_detect_anomaly(debug)
 
+    mirror = open_mirror(config)
+    if mirror is not None:  # the run as it was, where this host has lost it
+        bring_back(run_dir, mirror, world=world)
+
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
     split = split_batch(config, world.world_size)
@@ -133,7 +135,8 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
-        attempt = from_main(world, lambda: claim(run_dir, stack))
+        attempt = from_main(world, lambda: claim(run_dir, stack, mirror))
+        shared = is_shared(run_dir, world=world, has_mirror=mirror is not None)
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
         together(lambda: build_watch(config, pulse, world=world, attempt=attempt, debug=debug))
         reporter = together(
@@ -156,6 +159,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             identity=identity,
             global_batch_size=config.train.global_batch_size,
             on_rejected=reporter.checkpoint_rejected,
+            mirror=mirror,
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
@@ -197,6 +201,17 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         undescribed = debug
         compute = ComputeTime(engine.device)
 
+        saver = stack.enter_context(
+            build_saver(
+                config,
+                engine,
+                world=world,
+                attempt=attempt,
+                reporter=reporter,
+                mirror=mirror,
+                is_shared=shared,
+            )
+        )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
         fault: Fault | None = None
@@ -205,6 +220,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             if fault is not None:
                 pulse.at("start", step)
                 judge.went_back(fault, step=step)
+                saver.wait()
                 came_to = {"from_step": step, "from_samples": samples}
                 manifest, data = go_back(
                     fault,
@@ -217,6 +233,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                     identity=identity,
                     global_batch_size=global_batch_size,
                     on_rejected=reporter.checkpoint_rejected,
+                    mirror=mirror,
                 )
                 identity["skipped"] = data.skipped
                 step, samples, replaced = standing(manifest)
@@ -259,7 +276,9 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
             # The step's one look at the device: all ranks read the same totals, so all decide alike.
             terminate, ctrl_c = stop.flags()
-            sums.add(terminate=terminate, ctrl_c=ctrl_c, skipped=float(engine.skipped), **gained)
+            saver.poll()
+            flags = {"terminate": terminate, "ctrl_c": ctrl_c, "failed_saves": saver.failed()}
+            sums.add(**flags, skipped=float(engine.skipped), **gained)
             sums.add_own(compute_seconds=compute.seconds)
             totals = sums.over_ranks()
             step, samples = step + 1, data.stream.after(samples, global_batch_size)
@@ -268,7 +287,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
             exit_code = exit_code_for(totals.pop("terminate"), totals.pop("ctrl_c"))
-            skipped = totals.pop("skipped") / world.world_size
+            failed_saves, skipped = totals.pop("failed_saves"), totals.pop("skipped") / world.world_size
             images_seen = totals.pop("images")
             loss = totals.pop("loss") / totals.pop("count")
             reporter.step(
@@ -294,6 +313,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             check_budget(replaced, samples, max_fraction=config.data.max_replaced_fraction, run_dir=run_dir)
 
             # Saved first: nothing that comes after may lose what was learned.
+            saver.settle(failed_saves)
             due = is_due(step, config.checkpoint.every_steps) and not judge.in_trouble
             if is_last or exit_code is not None or due:
                 ledger.sync()
@@ -306,7 +326,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                     "judged": judge.state_dict(),
                 }
                 pulse.at("save", step)
-                save(engine, config, facts, world=world, reporter=reporter)
+                saver.save(facts, wait=is_last or exit_code is not None)
             if exit_code is not None and not is_last:
                 reporter.event(
                     "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
@@ -334,37 +354,6 @@ def standing(manifest: Manifest | None) -> tuple[int, int, int]:
 
 def is_due(step: int, every_steps: int | None) -> bool:
     return every_steps is not None and step % every_steps == 0
-
-
-def save(
-    engine: Engine, config: RunConfig, facts: dict[str, Any], *, world: World, reporter: Reporter
-) -> None:
-    """Commit a checkpoint of what has been consumed and learned so far. All ranks together.
-
-    `facts`: the manifest's fields that the engine does not know.
-    """
-    began = time.perf_counter()
-    saved = save_checkpoint(
-        Path(config.run_dir),
-        engine.owned_fragments(),
-        world=world,
-        keep_last=config.checkpoint.keep_last,
-        facts={
-            **facts,
-            "optimizer_steps": engine.optimizer_steps,
-            "world_size": world.world_size,
-            "zero_stage": engine.zero_stage,
-            "parameters": parameter_shapes(engine.module),
-            "software": {"python": sys.version.split()[0], "torch": torch.__version__},
-        },
-    )
-    reporter.checkpoint(
-        step=facts["step"],
-        samples=facts["samples"],
-        seconds=time.perf_counter() - began,
-        size_bytes=saved.bytes,
-        path=saved.path,
-    )
 
 
 def main() -> int:

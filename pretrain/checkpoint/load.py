@@ -5,7 +5,7 @@ A reader opens only the files whose slices it needs, and checks the sha256 of ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,16 +21,19 @@ from pretrain.checkpoint.manifest import (
     slice_sha256,
 )
 from pretrain.engine.fragments import Fragment
-from pretrain.errors import CheckpointError
+from pretrain.errors import CheckpointError, ObjectNotFoundError, PretrainError, StorageError
 
 __all__ = ["CheckpointReader", "find_newest", "load_fragments", "load_weights", "read_manifest"]
 
 
 class CheckpointReader:
-    """Ranges of parameters out of one checkpoint folder, verified."""
+    """Ranges of parameters out of one checkpoint folder, verified.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    fetch: brings a file into the folder from another copy, when it is missing there or damaged.
+    """
+
+    def __init__(self, folder: Path, *, fetch: Callable[[str], None] | None = None) -> None:
+        self.folder, self.fetch = Path(folder), fetch
         self.manifest: Manifest = read_manifest(self.folder)
         check_coverage(self.manifest, self.folder)
         self._where: dict[tuple[str, str], list[tuple[str, Slice]]] = {}
@@ -50,6 +53,24 @@ class CheckpointReader:
                 yield begin - start, values[begin - piece.start : end - piece.start]
 
     def _read(self, name: str, piece: Slice) -> torch.Tensor:
+        if self.fetch is None:
+            return self._read_local(name, piece)
+        try:
+            return self._read_local(name, piece)
+        except CheckpointError:
+            self._bring(name)
+            return self._read_local(name, piece)
+
+    def _bring(self, name: str) -> None:
+        assert self.fetch is not None, "there is another copy"
+        try:
+            self.fetch(name)
+        except ObjectNotFoundError as error:
+            raise CheckpointError(f"{self.folder / name}: neither here nor in the mirror: {error}") from None
+        except StorageError as error:  # the store is away: that says nothing about the checkpoint
+            raise PretrainError(f"{self.folder / name}: cannot be restored: {error}") from None
+
+    def _read_local(self, name: str, piece: Slice) -> torch.Tensor:
         path = self.folder / name
         try:
             with safe_open(path, framework="pt") as file:

@@ -22,6 +22,7 @@ from pretrain.errors import CheckpointError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
+MIRRORED_SUFFIX = ".mirrored"
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
 
 
@@ -63,6 +64,7 @@ class Manifest:
     replaced: int = 0
     judged: dict[str, Any] = field(default_factory=dict)
     software: dict[str, str] = field(default_factory=dict)
+    save_id: str = ""  # ATTEMPT-NUMBER of the save: tells it from another one of the same step
     format_version: int = FORMAT_VERSION
 
     @property
@@ -124,17 +126,26 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = Path(folder) / MANIFEST_NAME
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        stated, actual = body.get("sha256"), _digest(body)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{folder}: is not a checkpoint, it has no {MANIFEST_NAME}") from None
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; {_ADVICE}") from None
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Raises CheckpointError when it is damaged, or of a format this version cannot read."""
+    try:
+        body = json.loads(data)
+        stated, actual = body.get("sha256"), _digest(body)
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{where}: cannot be read: {error}; {_ADVICE}") from None
     if stated != actual:
-        raise CheckpointError(f"{path}: its sha256 is {actual}, it says {stated}; {_ADVICE}")
+        raise CheckpointError(f"{where}: its sha256 is {actual}, it says {stated}; {_ADVICE}")
     if body["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
+            f"{where}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
             "use the version of this project that wrote it"
         )
     body.pop("sha256")
@@ -151,6 +162,23 @@ def committed(run_dir: Path) -> list[Path]:
     if not root.is_dir():
         return []
     return sorted(p for p in root.glob("step-*") if p.name[5:].isdigit() and (p / MANIFEST_NAME).is_file())
+
+
+def known(run_dir: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, with those of which this host has the manifest, and the mirror the rest."""
+    root = Path(run_dir) / CHECKPOINTS
+    by_step = {
+        int(folder.name.removesuffix(MIRRORED_SUFFIX)[5:]): folder
+        for folder in root.glob(f"step-*{MIRRORED_SUFFIX}")
+        if (folder / MANIFEST_NAME).is_file()
+    }
+    by_step |= {int(folder.name[5:]): folder for folder in committed(run_dir)}
+    return [folder for _, folder in sorted(by_step.items())]
+
+
+def mirrored_folder(run_dir: Path, step: int) -> Path:
+    """Where a host keeps the manifest, and what files it has, of a checkpoint that is whole in the mirror."""
+    return Path(run_dir) / CHECKPOINTS / f"{step_folder(step)}{MIRRORED_SUFFIX}"
 
 
 def find_newest(run_or_checkpoint: Path) -> Path:
@@ -171,7 +199,7 @@ def find_newest(run_or_checkpoint: Path) -> Path:
 
 def stored_lanes(run_dir: Path) -> int | None:
     """The lanes that the run was created with, None for a new run."""
-    for folder in reversed(committed(run_dir)):
+    for folder in reversed(known(run_dir)):
         try:
             return int(read_manifest(folder).order["lanes"])
         except CheckpointError:  # the one before it may be sound; resume.py says which was not

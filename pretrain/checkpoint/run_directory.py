@@ -6,7 +6,7 @@
     RUN/attempts/3/exit-0.json   how each rank of each attempt ended
     RUN/finished.json            there only when the run reached its last step
 
-Called by train.py; rank 0 claims.
+Called by train.py; rank 0 claims. Its checkpoint writer asks whether the claim still holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from pretrain.storage.files import sync
 FINISHED = "finished.json"
 ATTEMPTS = "attempts"
 LOCK = "lock"
+TURN = "turn"  # held for a moment, by who claims an attempt and who commits a checkpoint
 
 
 class RunDirectory:
@@ -40,29 +41,21 @@ class RunDirectory:
         self._lock = lock
 
     @classmethod
-    def claim(cls, path: Path) -> RunDirectory:
-        """Make the folder if need be, lock it, and take the next attempt number.
+    def claim(cls, path: Path, *, taken: Sequence[int] = ()) -> RunDirectory:
+        """Make the folder if need be, lock it, and take the next attempt number; `taken`: those elsewhere.
 
         Raises UsageError when another live attempt holds it or it cannot be written.
         """
         path = Path(path)
         try:
             (path / ATTEMPTS).mkdir(parents=True, exist_ok=True)
-            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise _unwritable(path, error) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(lock, 200).decode(errors="replace").strip() or "an unknown process"
-            os.close(lock)
-            raise UsageError(
-                f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
-            ) from None
+        lock = _lock(path)
         try:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return cls(path, _next_attempt(path), lock)
+            return cls(path, _next_attempt(path, taken), lock)
         except OSError as error:
             raise _unwritable(path, error) from None
 
@@ -70,19 +63,83 @@ class RunDirectory:
         os.close(self._lock)
 
 
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Within it no attempt of the run is live. Raises UsageError when one is, or the folder cannot be written."""
+    lock = _lock(path)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    try:
+        lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(lock, 200).decode(errors="replace").strip() or "an unknown process"
+        os.close(lock)
+        raise UsageError(
+            f"run_dir={path} is in use by {holder}; wait for it, stop it, or choose another run_dir"
+        ) from None
+    return lock
+
+
+@contextmanager
+def only_newest_attempt(path: Path, attempt: int) -> Iterator[None]:
+    """Within it `attempt` is the run's newest, and no other can be claimed.
+
+    Raises UsageError when there is a newer one: this one was given up for dead, and must not write any more.
+    """
+    with _taking_turns(path):
+        newest = max(_attempts(path), default=attempt)
+        if newest > attempt:
+            raise UsageError(
+                f"run_dir={path}: attempt {newest} has taken over from this one, attempt {attempt}; "
+                "run one at a time"
+            )
+        yield
+
+
+@contextmanager
+def _taking_turns(path: Path) -> Iterator[None]:
+    try:
+        turn = os.open(path / TURN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(turn)
+
+
+def _attempts(path: Path) -> list[int]:
+    return [int(p.name) for p in (path / ATTEMPTS).glob("*") if p.name.isdigit()]
+
+
 def _unwritable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"run_dir={path} cannot be written: {error}; free space, or choose another run_dir")
 
 
-def _next_attempt(path: Path) -> int:
-    """The number in PRETRAIN_ATTEMPT if there is one, else one more than the highest; made exclusively."""
+def _next_attempt(path: Path, elsewhere: Sequence[int]) -> int:
+    """The number in PRETRAIN_ATTEMPT if there is one, else one more than the highest; made exclusively.
+
+    Where attempts were made `elsewhere` that this folder does not know of, what is given may be too low.
+    """
     given = os.environ.get("PRETRAIN_ATTEMPT")
     if given is not None and not given.isdigit():
         raise UsageError(f"PRETRAIN_ATTEMPT={given!r} is not a number; unset it")
-    taken = [int(p.name) for p in (path / ATTEMPTS).iterdir() if p.name.isdigit()]
+    taken = _attempts(path)
     number = int(given) if given is not None else max(taken, default=0) + 1
+    number = max(number, max(elsewhere, default=0) + 1)
     try:
-        (path / ATTEMPTS / str(number)).mkdir()
+        with _taking_turns(path):
+            (path / ATTEMPTS / str(number)).mkdir()
     except FileExistsError:
         raise UsageError(
             f"attempt {number} of {path} was claimed already; unset PRETRAIN_ATTEMPT or give {max(taken) + 1}"

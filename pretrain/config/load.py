@@ -84,7 +84,8 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: {_readable(error)}") from None
     _check_deepspeed(config, source)
-    urls = [("data.train", source.url) for source in config.data.sources] + [("data.val", config.data.val)]
+    urls: list[tuple[str, str | None]] = [("data.train", source.url) for source in config.data.sources]
+    urls += [("data.val", config.data.val), ("checkpoint.mirror", config.checkpoint.mirror)]
     for key, url in urls:
         if url and "@" in url.removeprefix("s3://").split("/")[0] and url.startswith("s3://"):
             raise ConfigError(
@@ -96,10 +97,6 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
         raise ConfigError(
             f"{source}: export.formats=hf cannot hold a class head on average pooling; take model.pooling=cls, "
             "export.formats=[timm], or export by hand with --no-head"
-        )
-    if config.checkpoint.mirror is not None:
-        raise ConfigError(
-            f"{source}: checkpoint.mirror is not there yet; leave it out and take a run_dir that all hosts share"
         )
     return config
 

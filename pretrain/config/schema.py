@@ -245,6 +245,9 @@ class OptimConfig(Section):
 class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
+    keep_every_steps: PositiveInt | None = None  # those of its multiples stay for good
+    max_failures: NonNegativeInt = 3  # saves in a row that may fail before the run ends
+    max_bytes_per_second: PositiveInt | None = None  # a rank's writer; no limit when left out
     mirror: str | None = None
 
 

@@ -105,6 +105,17 @@ class MetricsServer:
             buckets=CHECKPOINT_BUCKETS,
             registry=registry,
         )
+        self._checkpoint_stall_seconds = Histogram(
+            "pretrain_checkpoint_stall_seconds",
+            "Time that training stood still for a save.",
+            buckets=WAIT_BUCKETS,
+            registry=registry,
+        )
+        self._checkpoint_failures = Counter(
+            "pretrain_checkpoint_failures",
+            "Saves that were given up since this process started.",
+            registry=registry,
+        )
         self._checkpoint_last_commit = Gauge(
             "pretrain_checkpoint_last_commit_timestamp_seconds",
             "Unix time of the newest committed checkpoint.",
@@ -208,9 +219,12 @@ class MetricsServer:
     def set_watchdog_ended_ranks(self, count: int) -> None:
         self._watchdog_ended_ranks.set(count)
 
-    def observe_checkpoint(self, *, seconds: float, size_bytes: int, committed_at: float) -> None:
+    def observe_checkpoint(
+        self, *, seconds: float, stall_seconds: float, size_bytes: int, committed_at: float
+    ) -> None:
         """One committed checkpoint; `committed_at` is Unix time in seconds."""
         self._checkpoint_seconds.observe(seconds)
+        self._checkpoint_stall_seconds.observe(stall_seconds)
         self._checkpoint_bytes.set(size_bytes)
         self._checkpoint_last_commit.set(committed_at)
 
@@ -220,6 +234,9 @@ class MetricsServer:
     def count(self, event: str) -> None:
         """One more of those that EVENTS names."""
         self._events[event].inc()
+
+    def count_failed_checkpoint(self) -> None:
+        self._checkpoint_failures.inc()
 
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():

@@ -13,7 +13,6 @@ Events of its own that the journal gets, beside those that train.py names:
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -330,22 +329,50 @@ class Reporter:
         if self._trackers:
             self._trackers.validation(step, metrics)
 
-    def checkpoint(self, *, step: int, samples: int, seconds: float, size_bytes: int, path: Path) -> None:
+    def checkpoint(
+        self,
+        *,
+        step: int,
+        samples: int,
+        seconds: float,
+        stall_seconds: float,
+        size_bytes: int,
+        committed_at: float,
+        path: Path,
+    ) -> None:
+        """A committed checkpoint. seconds: from its beginning on; stall_seconds: of them, training stood still."""
         self.event(
             "checkpoint",
             note=f"step {step}: saved {path} ({size_bytes / 1e6:,.1f} MB, {seconds:.2f} s)",
             step=step,
             samples=samples,
             seconds=seconds,
+            stall_seconds=stall_seconds,
             bytes=size_bytes,
             path=str(path),
         )
         cache = {} if self._cached_bytes is None else {"cache_bytes": self._cached_bytes()}
         self.event("reading", note=None, step=step, samples=samples, **self._reading, **cache)
-        if self._journal:
-            self._journal.sync()
         if self._server:
-            self._server.observe_checkpoint(seconds=seconds, size_bytes=size_bytes, committed_at=time.time())
+            self._server.observe_checkpoint(
+                seconds=seconds,
+                stall_seconds=stall_seconds,
+                size_bytes=size_bytes,
+                committed_at=committed_at,
+            )
+
+    def checkpoint_failed(self, *, step: int, samples: int, reasons: str, in_a_row: int) -> None:
+        """A save that was given up; training goes on from what is committed if it has to."""
+        self.event(
+            "checkpoint_failed",
+            note=f"the checkpoint of step {step} is given up: {reasons}",
+            step=step,
+            samples=samples,
+            reasons=reasons,
+            in_a_row=in_a_row,
+        )
+        if self._server:
+            self._server.count_failed_checkpoint()
 
     def _tell_failed(self, troubles: Mapping[str, str]) -> None:
         for name, reason in troubles.items():

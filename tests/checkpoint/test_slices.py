@@ -8,10 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, load_weights, verify_fragments
 from pretrain.checkpoint.manifest import KINDS, committed, find_newest, read_manifest
-from pretrain.checkpoint.save import _commit, _write_slices, remove_torn_saves, save_checkpoint
+from pretrain.checkpoint.save import _bytes_of, save_checkpoint
+from pretrain.checkpoint.snapshot import pieces_of
+from pretrain.checkpoint.staging import (
+    commit,
+    finished_parts,
+    manifest_of,
+    remove_torn_saves,
+    staging_folder,
+    write_part,
+)
 from pretrain.distributed import World
 from pretrain.engine.fragments import Fragment, share
 from pretrain.errors import CheckpointError
@@ -50,12 +60,16 @@ def facts(step: int = 4) -> dict:
 def save_as_ranks(run_dir: Path, world_size: int, state: list[Fragment]) -> Path:
     """What `world_size` ranks would leave, each writing its share."""
     final = run_dir / "checkpoints" / "step-00000004"
-    staging = final.with_name(f"{final.name}.saving")
-    staging.mkdir(parents=True)
+    staging = staging_folder(run_dir, 4, "1-1")
     for rank in range(world_size):
-        _write_slices(staging, share(state, rank, world_size), rank)
-    _commit(staging, final, world_size, {**facts(), "world_size": world_size})
+        write_share(staging, share(state, rank, world_size), rank)
+    parts = finished_parts(staging, world_size)
+    commit(staging, final, manifest_of(parts, {**facts(), "world_size": world_size}, staging))
     return final
+
+
+def write_share(staging: Path, fragments: list[Fragment], rank: int) -> None:
+    write_part(staging, rank, pieces_of(fragments), _bytes_of(fragments))
 
 
 @pytest.mark.parametrize("saved_by", [1, 2, 3, 5, 8])
@@ -132,18 +146,25 @@ def test_a_missing_file_and_a_missing_manifest_are_refused(tmp_path: Path) -> No
 
 def test_a_save_that_lacks_a_rank_or_a_parameter_is_never_committed(tmp_path: Path) -> None:
     state = whole_state()
-    final = tmp_path / "checkpoints" / "step-00000004"
-    staging = final.with_name("step-00000004.saving")
-    staging.mkdir(parents=True)
-    _write_slices(staging, share(state, 0, 2), 0)
-    with pytest.raises(Exception, match="rank 1 wrote its part where rank 0 cannot see it"):
-        _commit(staging, final, 2, facts())
-    _write_slices(staging, share(state, 0, 2), 0)
+    staging = staging_folder(tmp_path, 4, "1-1")
+    write_share(staging, share(state, 0, 2), 0)
+    parts = finished_parts(staging, 2)
+    assert list(parts) == [0]
     with pytest.raises(CheckpointError, match="elements"):
-        _commit(staging, final, 1, facts())
+        manifest_of(parts, facts(), staging)
     assert committed(tmp_path) == []
     assert remove_torn_saves(tmp_path) == [staging]
     assert not staging.exists()
+
+
+def test_a_part_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
+    state = whole_state()
+    write_share(tmp_path, state, 0)
+    read = load_file(tmp_path / "rank-00000.safetensors")
+    assert len(read) == len(SHAPES) * len(KINDS)
+    for fragment in state:
+        for kind in KINDS:
+            assert torch.equal(read[f"{kind}/{fragment.name}/0"], fragment.tensors[kind])
 
 
 def test_only_the_newest_checkpoints_are_kept_and_the_newest_is_found_by_looking(tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ RECIPE_ERRORS = {
     "an odd micro-batch": ("train.micro_batch_size=3", "train.micro_batch_size=3 is odd"),
     "a port that is none": ("metrics.port=99999", "less than or equal to 65535, got 99999"),
     "a word that is no override": ("oops", "'oops' is not an override; write key.path=value"),
-    "a mirror, which is not there yet": ("checkpoint.mirror=s3://b/c", "checkpoint.mirror is not there yet"),
+    "a mirror's URL with a secret": (
+        "checkpoint.mirror=s3://k:s@b/c",
+        "checkpoint.mirror has credentials in its URL",
+    ),
     "what the recipe says, said again to DeepSpeed": (
         "deepspeed.train_batch_size=3",
         "deepspeed.train_batch_size follows from train.global_batch_size",

@@ -60,7 +60,7 @@ def observe_everything(server) -> None:
                 "unheard_of": 1.0,
             },
         )
-    server.observe_checkpoint(seconds=3.0, size_bytes=10**9, committed_at=1.7e9)
+    server.observe_checkpoint(seconds=3.0, stall_seconds=0.3, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
     server.watch_cache(lambda: 123 << 20)
     server.watch_idleness(lambda: 1.25)

@@ -1,0 +1,383 @@
+"""Save checkpoints beside training: copy the state, and leave the rest to a process of its own. Used by train.py.
+
+Every rank has a `Saver`, and it a writer process (writer.py). A save stops training for the copy alone. What a
+writer could not do is known at the next step: ranks sum `failed()` with the step's other numbers, and
+`settle` gives the save up everywhere. A save of which one rank's part is missing is never committed.
+
+Journal: `checkpoint` (committed), `checkpoint_failed` (step, reasons, in_a_row).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pretrain.checkpoint.manifest import CHECKPOINTS, mirrored_folder, read_manifest, step_folder
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.snapshot import Snapshot
+from pretrain.checkpoint.staging import FLOAT_BYTES, KINDS_COUNT, staging_folder
+from pretrain.checkpoint.writer import Settings
+from pretrain.distributed import World, gather_objects, sum_over_ranks
+from pretrain.engine.base import Engine, parameter_shapes
+from pretrain.errors import CheckpointError, PretrainError, UsageError
+from pretrain.metrics.reporter import Reporter
+
+_LAST_SECONDS = 5.0  # for a save that is under way when the process has to end
+_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
+
+
+@dataclass(kw_only=True)
+class _Save:
+    """A save from its order on."""
+
+    id: str
+    step: int
+    samples: int
+    staging: Path
+    final: Path
+    began: float
+    stall_seconds: float = 0.0
+    written: bool = False  # this rank's part
+    committed: bool = False  # rank 0 alone knows
+    error: PretrainError | None = None
+
+
+class Saver:
+    """All ranks make one, and call `save`, `settle` and `wait` together.
+
+    Ending the context ends the writer. A save that is under way then has a few seconds, after Ctrl-C none.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        *,
+        world: World,
+        attempt: int,
+        reporter: Reporter,
+        keep_last: int,
+        keep_every_steps: int | None = None,
+        max_failures: int = 3,
+        max_bytes_per_second: float | None = None,
+        mirror: Mirror | None = None,
+        is_shared: bool = True,
+    ) -> None:
+        """`is_shared`: do all ranks see one run_dir? If not, there must be a mirror."""
+        self._run_dir = Path(run_dir)
+        self._engine = engine
+        self._world = world
+        self._attempt = attempt
+        self._reporter = reporter
+        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._max_failures = max_failures
+        self._max_bytes_per_second = max_bytes_per_second
+        self._mirror, self._is_shared = mirror, is_shared
+        self._saves = 0
+        self._failures_in_a_row = 0
+        self._under_way: _Save | None = None  # None on all ranks or on none
+        self._leaving: dict[str, _Save] = {}  # given up, and the writer has not answered yet
+        self._busy_with = ""  # the id of a save that the writer writes, or clears up behind
+        self._snapshot = Snapshot(engine.owned_fragments(), device=engine.device)
+        self._writer = self._start()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(seconds=0.0 if kind is KeyboardInterrupt else _LAST_SECONDS)
+
+    def save(self, facts: Mapping[str, Any], *, wait: bool) -> None:
+        """Begin a checkpoint of the state as it is now; `wait`: and return when it is committed.
+
+        `facts`: the manifest's fields that the engine does not know. One that is still being written is waited
+        for first. Raises PretrainError on all ranks when saves failed too often in a row, or, with `wait`,
+        when this one did.
+        """
+        began = time.monotonic()
+        self.wait()
+        self._read_until(lambda: not self._leaving)  # the snapshot is still read by it
+        self._read(0)
+        if not self._writer.alive:
+            self._writer = self._start()
+        self._saves += 1
+        step, save_id = facts["step"], f"{self._attempt}-{self._saves}"
+        save = _Save(
+            id=save_id,
+            step=step,
+            samples=facts["samples"],
+            staging=staging_folder(self._run_dir, step, save_id),
+            final=self._run_dir / CHECKPOINTS / step_folder(step),
+            began=began,
+        )
+        self._snapshot.take(self._engine.owned_fragments())
+        parameters = parameter_shapes(self._engine.module)
+        manifest_facts = {
+            **facts,
+            "optimizer_steps": self._engine.optimizer_steps,
+            "world_size": self._world.world_size,
+            "zero_stage": self._engine.zero_stage,
+            "parameters": parameters,
+            "software": {"python": sys.version.split()[0], "torch": torch.__version__},
+        }
+        self._under_way, self._busy_with = save, save.id
+        self._tell(
+            {
+                "order": "save",
+                "id": save.id,
+                "staging": str(save.staging),
+                "final": str(save.final),
+                "pieces": [asdict(piece) for piece in self._snapshot.pieces],
+                "needed_bytes": self._needed_bytes(parameters),
+                "facts": manifest_facts if self._world.is_main else None,
+            }
+        )
+        save.stall_seconds = time.monotonic() - began
+        if wait and (failure := self.wait()) is not None:
+            raise PretrainError(f"the checkpoint of step {step} is not saved: {failure}")
+
+    def poll(self) -> None:
+        """Hear what the writer has done, and start another where it died. Costs next to nothing."""
+        self._read(0)
+
+    def failed(self) -> float:
+        """1 when this rank could not do its part of the save that is under way, to be summed over ranks."""
+        return float(self._under_way is not None and self._under_way.error is not None)
+
+    def settle(self, failed: float) -> str | None:
+        """Act on what all ranks' `failed()` add up to. Returns the reasons when the save was given up.
+
+        Raises PretrainError when that was one too many in a row, UsageError when another attempt has the run.
+        """
+        if not failed:
+            return None
+        save, self._under_way = self._under_way, None
+        assert save is not None, "a save fails on all ranks or on none"
+        # Before the ranks talk: when one has gone on, the main rank's writer is told already.
+        self._leaving[save.id] = save
+        self._tell({"order": "abandon", "save": save.id, "staging": str(save.staging)})
+        reasons = [
+            (f"rank {rank}: {error}" if self._world.launched else str(error), error.exit_code)
+            for rank, error in enumerate(gather_objects(save.error))
+            if error is not None
+        ]
+        said = "; ".join(reason for reason, _ in reasons)
+        self._failures_in_a_row += 1
+        self._reporter.checkpoint_failed(
+            step=save.step, samples=save.samples, reasons=said, in_a_row=self._failures_in_a_row
+        )
+        if any(code == UsageError.exit_code for _, code in reasons):
+            raise UsageError(said)
+        if self._failures_in_a_row > self._max_failures:
+            raise PretrainError(
+                f"{self._failures_in_a_row} checkpoints in a row could not be saved, more than "
+                f"checkpoint.max_failures={self._max_failures}; the last: {said}"
+            )
+        return said
+
+    def wait(self) -> str | None:
+        """Until the save that is under way, if any, is committed or given up; then the reasons. All ranks together.
+
+        A limit of the rate does not hold meanwhile: training stands still anyway. Raises as `settle` does.
+        """
+        save = self._under_way
+        if save is None:
+            return None
+        self._tell({"order": "hurry"})
+        self._read_until(lambda: save.written or save.error is not None)
+        if (reasons := self.settle(self._failed_anywhere())) is not None:
+            return reasons
+        if self._world.is_main:  # all parts are there
+            self._read_until(lambda: save.committed or save.error is not None)
+        if (reasons := self.settle(self._failed_anywhere())) is not None:
+            return reasons
+        self._under_way = None
+        self._failures_in_a_row = 0
+        return None
+
+    def close(self, *, seconds: float = _LAST_SECONDS) -> None:
+        """End the writer. A save that is under way may take so long to end by itself."""
+        deadline = time.monotonic() + seconds
+        if self._busy_with and seconds:
+            self._tell({"order": "hurry"})
+        while (self._busy_with or self._leaving) and time.monotonic() < deadline:
+            self._read(0.05)
+        self._writer.end()
+        self._snapshot.close()
+
+    def _needed_bytes(self, parameters: Mapping[str, list[int]]) -> int:
+        """What a checkpoint takes on the disk of this host's run_dir."""
+        if self._is_shared:
+            return FLOAT_BYTES * KINDS_COUNT * sum(math.prod(shape) for shape in parameters.values())
+        return self._snapshot.data_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def _failed_anywhere(self) -> float:
+        return float(sum_over_ranks(torch.tensor(self.failed(), device=self._engine.device)))
+
+    def _start(self) -> _Writer:
+        return _Writer(
+            run_dir=str(self._run_dir.absolute()),
+            rank=self._world.rank,
+            world_size=self._world.world_size,
+            attempt=self._attempt,
+            memory=self._snapshot.descriptor,
+            memory_bytes=self._snapshot.size,
+            max_bytes_per_second=self._max_bytes_per_second,
+            keep_last=self._keep_last,
+            keep_every_steps=self._keep_every_steps,
+            mirror=self._mirror.url if self._mirror else None,
+            s3=asdict(self._mirror.s3) if self._mirror else {},
+            is_shared=self._is_shared,
+            leads_host=self._world.is_main or (not self._is_shared and self._world.local_rank == 0),
+        )
+
+    def _tell(self, order: dict[str, Any]) -> None:
+        if not self._writer.send(order):
+            self._lost()
+
+    def _read_until(self, done: Any) -> None:
+        while not done():
+            self._read(1.0)
+
+    def _read(self, seconds: float) -> None:
+        for report in self._writer.receive(seconds):
+            self._hear(report)
+        if not self._writer.alive:
+            self._lost()
+
+    def _hear(self, report: dict[str, Any]) -> None:
+        kind, save_id = report["report"], report["save"]
+        save = self._under_way
+        if kind == "abandoned":
+            self._leaving.pop(save_id, None)
+        elif kind == "idle" and save_id == self._busy_with:
+            self._busy_with = ""
+        if kind == "committed" and (about := self._leaving.get(save_id, save)) is not None:
+            self._committed(about, size_bytes=report["bytes"], at=report["at"])
+        if save is None or save.id != save_id:
+            return
+        if kind == "written":
+            save.written = True
+        elif kind == "failed":
+            wrong_usage = report["exit_code"] == UsageError.exit_code
+            save.error = (UsageError if wrong_usage else PretrainError)(report["reason"])
+
+    def _committed(self, save: _Save, *, size_bytes: int, at: float) -> None:
+        save.committed = True
+        self._reporter.checkpoint(
+            step=save.step,
+            samples=save.samples,
+            seconds=time.monotonic() - save.began,
+            stall_seconds=save.stall_seconds,
+            size_bytes=size_bytes,
+            committed_at=at,
+            path=save.final,
+        )
+
+    def _lost(self) -> None:
+        """The writer is gone. What it had not done is not done; another one serves the next save."""
+        how = self._writer.how_it_ended()
+        self._leaving.clear()
+        self._busy_with = ""
+        save = self._under_way
+        if save is not None and save.error is None and not self._is_done(save):
+            save.error = PretrainError(f"the process that writes checkpoints {how}")
+        if self._writer.served:  # else it may never serve: that is tried again at the next save
+            self._writer = self._start()
+
+    def _is_done(self, save: _Save) -> bool:
+        """Had the lost writer done it all, but not said so?"""
+        if save.committed or (save.written and not self._world.is_main):
+            return True
+        if not self._world.is_main:
+            return False
+        final = save.final if self._is_shared else mirrored_folder(self._run_dir, save.step)
+        try:
+            if read_manifest(final).save_id != save.id:
+                return False
+        except CheckpointError:
+            return False
+        size_bytes = sum(path.stat().st_size for path in final.glob("rank-*.safetensors"))
+        save.written = True
+        self._committed(save, size_bytes=size_bytes, at=time.time())
+        return True
+
+
+class _Writer:
+    """The writer's process, as the trainer holds it."""
+
+    def __init__(self, *, memory: int, **settings: Any) -> None:
+        ours, theirs = socket.socketpair()
+        self._connection = ours
+        self._buffer = b""
+        self.alive = True
+        self.served = False  # has it ever answered?
+        arguments = Settings(control=theirs.fileno(), memory=memory, parent=os.getpid(), **settings)
+        # Held back until it ignores them: one that comes while it starts must not end it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pretrain.checkpoint.writer", arguments.to_json()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), memory),
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            theirs.close()
+
+    def send(self, order: dict[str, Any]) -> bool:
+        if self.alive:
+            try:
+                self._connection.sendall(json.dumps(order).encode() + b"\n")
+            except OSError:
+                self.alive = False
+        return self.alive
+
+    def receive(self, seconds: float) -> list[dict[str, Any]]:
+        """What it reports, waiting so long at most for the first word of it."""
+        if not self.alive or not select.select([self._connection], [], [], seconds)[0]:
+            return []
+        try:
+            received = self._connection.recv(1 << 16)
+        except OSError:
+            received = b""
+        if not received:
+            self.alive = False
+            return []
+        *lines, self._buffer = (self._buffer + received).split(b"\n")
+        self.served = self.served or bool(lines)
+        return [json.loads(line) for line in lines]
+
+    def how_it_ended(self) -> str:
+        self._connection.close()
+        try:
+            code = self._process.wait(2)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return "closed its connection"
+        if code >= 0:
+            return f"ended with exit code {code}"
+        hint = "; out of memory? see `dmesg`" if -code == signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-code).name}{hint}"
+
+    def end(self) -> None:
+        self._connection.close()
+        self._process.kill()
+        self._process.wait()

@@ -1,0 +1,158 @@
+"""List a run's checkpoints, verify them to the last byte, remove those that are not wanted any more.
+
+  pretrain checkpoints RUN
+  pretrain checkpoints RUN --verify
+  pretrain checkpoints RUN --prune --keep-last 2 --keep-every 50000
+
+Besides checkpoints a run's folder may hold `….saving`, what a save that was cut short left (the next attempt
+removes it), and `….rejected`, a damaged checkpoint that a resume passed over; --prune removes both kinds. A run
+that is live is not pruned: it does so itself, by checkpoint.keep_last and checkpoint.keep_every_steps. `in the mirror`:
+here are its manifest and what files this host needed, the rest is in checkpoint.mirror, which --prune leaves alone.
+
+exit codes: 0 · 2 wrong usage, or the run is live · 4 --verify found damage, or there is no checkpoint
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from pretrain.checkpoint.manifest import (
+    CHECKPOINTS,
+    MANIFEST_NAME,
+    MIRRORED_SUFFIX,
+    known,
+    read_manifest,
+)
+from pretrain.checkpoint.retention import kept_steps, remove_checkpoint, step_of
+from pretrain.checkpoint.run_directory import held
+from pretrain.checkpoint.verify import problems_of
+from pretrain.errors import CheckpointError, PretrainError, UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run_dir of a run")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every byte and compare it with its digest"
+    )
+    parser.add_argument(
+        "--prune", action="store_true", help="remove checkpoints; wants --keep-last, --keep-every or both"
+    )
+    parser.add_argument("--keep-last", type=int, metavar="N", help="the newest N stay")
+    parser.add_argument("--keep-every", type=int, metavar="STEPS", help="those of every STEPS-th step stay")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    _check(args)
+    removed = prune(args.run, keep_last=args.keep_last or 0, keep_every=args.keep_every) if args.prune else []
+    found = [describe(folder, verify=args.verify) for folder in known(args.run)]
+    leftovers = [{"path": str(path), "bytes": _size_of(path)} for path in leftovers_of(args.run)]
+    if args.json:
+        print(
+            json.dumps({"checkpoints": found, "leftovers": leftovers, "removed": [str(p) for p in removed]})
+        )
+    else:
+        _print(found, leftovers, removed)
+    if not found:
+        raise CheckpointError(f"{args.run}: holds no checkpoint")
+    return CheckpointError.exit_code if any(entry["problems"] for entry in found) else 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    if not (args.run / CHECKPOINTS).is_dir():
+        raise UsageError(f"{args.run}: is not the folder of a run, it has no {CHECKPOINTS}/; give a run_dir")
+    for option in ("keep_last", "keep_every"):
+        value = getattr(args, option)
+        if value is not None and not args.prune:
+            raise UsageError(f"--{option.replace('_', '-')} goes with --prune")
+        if value is not None and value < 1:
+            raise UsageError(f"--{option.replace('_', '-')} must be at least 1: got {value}")
+    if args.prune and args.keep_last is None and args.keep_every is None:
+        raise UsageError(
+            "--prune removes all that is not kept; say what is, with --keep-last N or --keep-every N"
+        )
+
+
+def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Remove what need not stay, leftovers included. Raises UsageError while the run is live, and when none
+    would be left.
+    """
+    with held(run_dir):
+        by_step = {step_of(folder): folder for folder in known(run_dir)}
+        kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every)
+        if by_step and not kept:
+            raise UsageError(
+                f"{run_dir}: --keep-every {keep_every} keeps none of the steps {sorted(by_step)}; add --keep-last 1"
+            )
+        doomed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
+        for folder in doomed:
+            remove_checkpoint(folder)
+        leftovers = leftovers_of(run_dir)
+        for path in leftovers:
+            try:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            except OSError as error:
+                raise PretrainError(f"{path}: cannot be removed: {error}; check its permissions") from None
+    return [*doomed, *leftovers]
+
+
+def leftovers_of(run_dir: Path) -> list[Path]:
+    """What stands beside the checkpoints and is none."""
+    return sorted(set((run_dir / CHECKPOINTS).iterdir()) - set(known(run_dir)))
+
+
+def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
+    """One checkpoint; `problems` is None when nobody looked."""
+    entry: dict[str, Any] = {"path": str(folder), "step": step_of(folder), "bytes": _size_of(folder)}
+    entry["time"] = (folder / MANIFEST_NAME).stat().st_mtime
+    entry["whole"] = not folder.name.endswith(MIRRORED_SUFFIX)
+    entry["problems"] = problems_of(folder, whole=entry["whole"]) if verify else None
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return {**entry, "problems": [str(error)]}
+    facts = ("samples", "attempt", "world_size", "zero_stage")
+    return {**entry, **{name: getattr(manifest, name) for name in facts}}
+
+
+def _size_of(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _print(found: list[dict[str, Any]], leftovers: list[dict[str, Any]], removed: list[Path]) -> None:
+    for path in removed:
+        print(f"removed {path}")
+    if found:
+        print(f"{'step':>10}  {'samples':>14}  {'size':>12}  {'saved by':<22}  {'age':>8}  state")
+    for entry in found:
+        saved_by = "?"
+        if "attempt" in entry:
+            ranks = f"{entry['world_size']} rank{'s' if entry['world_size'] > 1 else ''}"
+            saved_by = f"{ranks}, ZeRO {entry['zero_stage']}, #{entry['attempt']}"
+        state = "not looked at" if entry["problems"] is None else "damaged" if entry["problems"] else "sound"
+        if not entry["whole"]:
+            state += ", in the mirror"
+        samples = f"{entry['samples']:,}" if "samples" in entry else "?"
+        size = f"{entry['bytes'] / 1e6:,.1f} MB"
+        print(
+            f"{entry['step']:>10}  {samples:>14}  {size:>12}  {saved_by:<22}  {_age(entry['time']):>8}  {state}"
+        )
+    for entry in found:
+        for problem in entry["problems"] or ():
+            print(f"  {problem}")
+    for leftover in leftovers:
+        print(f"left over: {leftover['path']} ({leftover['bytes'] / 1e6:,.1f} MB)")
+
+
+def _age(timestamp: float) -> str:
+    seconds = max(0.0, time.time() - timestamp)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

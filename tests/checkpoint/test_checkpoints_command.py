@@ -1,0 +1,125 @@
+"""`pretrain checkpoints`: what a run holds, whether it is sound, and what may go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from held_state import ALONE, HeldState, facts
+
+from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint.run_directory import RunDirectory
+from pretrain.checkpoint.save import save_checkpoint
+from pretrain.cli import main
+
+SHAPES = {"w": [64, 33], "b": [7]}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """Checkpoints of steps 10, 20 … 60, a torn save and a rejected one."""
+    state = HeldState(SHAPES)
+    for step in range(10, 70, 10):
+        made = {**facts(step), "optimizer_steps": step, "world_size": 1, "zero_stage": 1}
+        fragments = state.fill(step).owned_fragments()
+        save_checkpoint(tmp_path, fragments, world=ALONE, keep_last=10, facts={**made, "parameters": SHAPES})
+    for name in ("step-00000070.2-1.saving", "step-00000030.rejected"):
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "rank-00000.safetensors").write_bytes(b"torn")
+    return tmp_path
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(folder.name[5:]) for folder in committed(run_dir)]
+
+
+def test_the_list_names_step_samples_size_and_leftovers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoints", str(run_dir)]) == 0
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) == 1 + 6 + 2
+    assert "1 rank, ZeRO 1, #1" in said
+    assert "not looked at" in said
+    assert "left over:" in said
+    assert "step-00000070.2-1.saving" in said
+    assert main(["checkpoints", str(run_dir), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [entry["step"] for entry in listed["checkpoints"]] == [10, 20, 30, 40, 50, 60]
+    assert listed["checkpoints"][0]["samples"] == 80
+    assert listed["checkpoints"][0]["problems"] is None
+    assert len(listed["leftovers"]) == 2
+
+
+def test_verify_reads_every_byte_and_names_the_damage(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoints", str(run_dir), "--verify", "--json"]) == 0
+    assert all(entry["problems"] == [] for entry in json.loads(capsys.readouterr().out)["checkpoints"])
+    flipped = run_dir / "checkpoints" / "step-00000020" / "rank-00000.safetensors"
+    data = bytearray(flipped.read_bytes())
+    data[-2] ^= 4
+    flipped.write_bytes(data)
+    (run_dir / "checkpoints" / "step-00000030" / "rank-00000.safetensors").unlink()
+    manifest = run_dir / "checkpoints" / "step-00000040" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"samples": 320', '"samples": 321'))
+    assert main(["checkpoints", str(run_dir), "--verify"]) == 4
+    said = capsys.readouterr().out
+    assert (said.count("  damaged"), said.count("  sound")) == (3, 3)
+    for words in ("exp_avg_sq/b/0 has sha256", "No such file", "its sha256 is"):
+        assert words in said
+
+
+def test_prune_keeps_the_newest_and_multiples_and_sweeps_leftovers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoints", str(run_dir), "--prune", "--keep-last", "1", "--keep-every", "20"]) == 0
+    assert steps(run_dir) == [20, 40, 60]
+    assert capsys.readouterr().out.count("removed ") == 3 + 2
+    assert len(list((run_dir / "checkpoints").iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prune"], "say what is, with --keep-last N or --keep-every N"),
+        (["--keep-last", "2"], "--keep-last goes with --prune"),
+        (["--prune", "--keep-last", "0"], "--keep-last must be at least 1: got 0"),
+        (
+            ["--prune", "--keep-every", "7"],
+            "keeps none of the steps [10, 20, 30, 40, 50, 60]; add --keep-last 1",
+        ),
+    ],
+)
+def test_wrong_usage_is_told_and_removes_nothing(
+    run_dir: Path, arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["checkpoints", str(run_dir), *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert len(steps(run_dir)) == 6
+
+
+def test_a_live_run_is_not_pruned_and_no_run_is_told(
+    run_dir: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    live = RunDirectory.claim(run_dir)
+    assert main(["checkpoints", str(run_dir), "--prune", "--keep-last", "1"]) == 2
+    assert "is in use by process" in capsys.readouterr().err
+    assert len(steps(run_dir)) == 6
+    live.close()
+    empty = tmp_path_factory.mktemp("empty")
+    assert main(["checkpoints", str(empty)]) == 2
+    (empty / "checkpoints").mkdir()
+    assert main(["checkpoints", str(empty)]) == 4
+    assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch(run_dir: Path) -> None:
+    code = f"import sys; from pretrain.cli import main; main(['checkpoints', {str(run_dir)!r}, '--verify'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
