@@ -7,7 +7,8 @@ process is alone and nothing here touches a network.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import PretrainError, UsageError
+from pretrain.errors import LostPeerError, PretrainError, UsageError
 
 T = TypeVar("T")
 
@@ -112,14 +113,25 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     return World(rank=rank, local_rank=local_rank, world_size=world_size, device=device, launched=True)
 
 
-def lost_peer(error: RuntimeError) -> PretrainError | None:
+def lost_peer(error: RuntimeError) -> LostPeerError | None:
     """Our error for a collective that failed because a peer has gone; None for any other error."""
     if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return None
-    return PretrainError(
+    return LostPeerError(
         f"rank {dist.get_rank()} lost a peer ({' '.join(str(error).split())}); "
         "what the others said before tells why"
     )
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """In this block a collective that fails because a peer has gone raises LostPeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (lost := lost_peer(error)) is None:
+            raise
+        raise lost from error
 
 
 def leave() -> None:

@@ -57,7 +57,7 @@ from pretrain.distributed import (
     is_launched,
     join,
     leave,
-    lost_peer,
+    lost_peers_named,
     sum_over_ranks,
     together,
 )
@@ -74,12 +74,8 @@ from pretrain.signals import StopSignals, exit_code_for
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """`pretrain train`: the exit code of training `config`, the recipe that the arguments named."""
-    try:
+    with lost_peers_named():
         code = train(config, debug=args.debug)
-    except RuntimeError as error:
-        if (lost := lost_peer(error)) is None:
-            raise
-        raise lost from error
     leave()  # only after a good end: a rank that failed must not wait for its peers
     if code == EXIT_FINISHED and os.environ.get("RANK", "0") == "0":
         export_at_the_end(config)  # after the peers were let go: it may take longer than they would wait
@@ -124,6 +120,7 @@ def train(config: RunConfig, *, debug: bool = False) -> int:
     with ExitStack() as stack:
         attempt = from_main(world, lambda: claim(run_dir, stack))
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
+        stack.enter_context(lost_peers_named())  # inside, so that the record says so
         reporter = together(
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
         )

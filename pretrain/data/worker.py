@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from pretrain.data.fork_server import die_with_server
 from pretrain.data.prepare import Arrays, CounterDeltas, Origin, Preparer, Wanted, storage_counters
 from pretrain.data.shared import Arena, SharedPulse
 from pretrain.data.tasks import Task
@@ -126,8 +127,8 @@ def become_worker() -> None:
     torch.set_num_threads(1)  # a worker is one core's worth
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are children"
-    # The kernel's parent-death signal would not do: the kernel's parent of a worker is the fork
-    # server, which lives as long as its workers do.
+    # The kernel's parent of a worker is the fork server, which may be one that does not end with the trainer.
+    die_with_server()
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
 
 
