@@ -125,9 +125,13 @@ def stopped_while_waiting(inbox: Inbox, seconds: float) -> int | None:
         for event in inbox.wait(max(0.0, left)):
             if isinstance(event, int) and event in ENDING_SIGNALS:
                 say(f"{signal.Signals(event).name}: not starting the run again")
-                return EXIT_CTRL_C if event == signal.SIGINT else EXIT_INTERRUPTED
+                return stopped_code(event)
         if left <= 0:
             return None
+
+
+def stopped_code(signum: int) -> int:
+    return EXIT_CTRL_C if signum == signal.SIGINT else EXIT_INTERRUPTED
 
 
 def attempt_line(outcome: Outcome, left: After, decision: Decision, *, started: float) -> dict[str, Any]:
@@ -148,7 +152,7 @@ def attempt_line(outcome: Outcome, left: After, decision: Decision, *, started: 
         "last_step": left.last_step,
         "checkpoint_step": left.checkpoint_step,
         "steps_lost": lost,
-        "world_size": len(outcome.ended),
+        "world_size": len(outcome.ended) + outcome.lost_ranks,
         "restart": decision.restart,
     }
 

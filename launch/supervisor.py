@@ -64,14 +64,15 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How an attempt ended. `lost`: a host that was lost with whatever it ran; `left`: what is in the run's folder,
-    None where there is none to look at."""
+    """How an attempt ended. `lost`: in words, a host that was lost with its `lost_ranks`; `left`: what is in the
+    run's folder, None where there is none to look at."""
 
     ended: tuple[Ended, ...]
     ctrl_c: bool = False
     terminated: bool = False
     finished: bool = True
     lost: str | None = None
+    lost_ranks: int = 0
     left: After | None = None
 
     @property
@@ -164,7 +165,7 @@ def _ended(rank: Rank, record: Mapping[str, Any] | None, began: float) -> Ended:
     assert rank.exit_code is not None, f"rank {rank.number} is still running"
     code, reason, lost_peer = rank.exit_code, how_it_ended(rank.exit_code), False
     # Another rank of that number may have written there: under a host name of its own, one that this host does not see.
-    if record is not None and record.get("pid") == rank.process.pid and record["code"]:
+    if record is not None and record.get("pid", rank.process.pid) == rank.process.pid and record["code"]:
         # The process may have been killed after it had said how it ended, and its launcher never gets to hear the rest.
         code, reason = int(record["code"]), str(record["reason"])[:_LONGEST_REASON]
         lost_peer = record.get("error") == LostPeerError.__name__

@@ -1,25 +1,38 @@
-"""Imported by the fork server of loader workers before anything else: the server dies with the trainer.
+"""Imported by the fork server of loader workers before anything else: it ends its workers when the trainer is gone.
 
-The server would otherwise live as long as its workers do, and a worker that is stopped or stuck in the kernel cannot
-see that the trainer has gone. With this, and `die_with_server` in each worker, the kernel ends them all, whatever
-state they are in. Used by workers.py, which names this module, and worker.py.
+Workers watch the trainer themselves (worker.py), but one that is stopped, or stuck in the kernel, sees nothing. The
+kernel tells the server of its parent's end by a signal, and the server kills whatever it forked. Used by workers.py,
+which names this module.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import os
 import signal
 import sys
+from pathlib import Path
+from types import FrameType
 
+TRAINER_IS_GONE = signal.SIGUSR1
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def die_with_server() -> None:
-    """This process, too, ends when the one that forked it does. Does nothing on other systems than Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+def _end_workers(number: int, frame: FrameType | None) -> None:
+    with contextlib.suppress(OSError):
+        for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+    os._exit(1)
+
+
+def forget() -> None:
+    """For a worker: the signal means nothing to it."""
+    signal.signal(TRAINER_IS_GONE, signal.SIG_DFL)
 
 
 # Being imported is all that the server can be asked to do; anybody else who imports this is left alone.
-if any("multiprocessing.forkserver" in word for word in sys.orig_argv):
-    die_with_server()
+if sys.platform == "linux" and any("multiprocessing.forkserver" in word for word in sys.orig_argv):
+    signal.signal(TRAINER_IS_GONE, _end_workers)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, TRAINER_IS_GONE, 0, 0, 0)
