@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from launch.channel import Arrived, Channel, Message
 from launch.family import NEVER, say
-from launch.inbox import ENDING_SIGNALS, Inbox
+from launch.inbox import Inbox
 from launch.restarts import Decision, Restarts, attempt_line, stopped_code
 from launch.supervisor import Ended, Outcome
 from pretrain.checkpoint.attempts import After
@@ -193,8 +193,7 @@ class Coordinator:
         """Wait for what comes, and take note of it."""
         for event in self._inbox.wait(seconds):
             if isinstance(event, int):
-                if event in ENDING_SIGNALS:
-                    self._asked.append((None, event))
+                self._asked.append((None, event))
             elif isinstance(event, Arrived):
                 self.adopt(event.channel)
             elif isinstance(event, Message):

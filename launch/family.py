@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
 
-from launch.inbox import ENDING_SIGNALS, Inbox
+from launch.inbox import Inbox
 from launch.processes import children_of, die_with_parent, end_children, reap
 from pretrain.errors import EXIT_CRASHED, EXIT_FINISHED, EXIT_INTERRUPTED
 
@@ -165,10 +165,9 @@ class Family:
         return [rank for rank in self._ranks if rank.exit_code is None]
 
     def _on_signal(self, signum: int) -> None:
-        if signum in ENDING_SIGNALS:
-            if self._link:
-                self._link.told(signum)
-            self.stop(signum)
+        if self._link:
+            self._link.told(signum)
+        self.stop(signum)
 
     def _pass_on(self, signum: signal.Signals, now: float) -> None:
         for rank in self._running():

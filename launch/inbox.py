@@ -65,12 +65,12 @@ class Inbox:
             self._selector.unregister(source)
 
     def wait(self, seconds: float | None) -> list[Any]:
-        """What came, at once or within `seconds` (None: however long it takes): an int for each signal, and
-        what the sources give."""
+        """What came, at once or within `seconds` (None: however long it takes): an int for each ending signal, and
+        what the sources give. The end of a child only ends the wait."""
         events: list[Any] = []
         for key, _ in self._selector.select(seconds):
             if key.data is None:
-                events += os.read(self._reader, 4096)
+                events += [number for number in os.read(self._reader, 4096) if number in ENDING_SIGNALS]
             else:
                 events += key.data.events()
         return events

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.family import say
-from launch.inbox import ENDING_SIGNALS, Inbox
+from launch.inbox import Inbox
 from launch.supervisor import Outcome
 from pretrain.checkpoint.attempts import After, append_attempt, checkpoint_step
 from pretrain.errors import EXIT_CRASHED, EXIT_CTRL_C, EXIT_INTERRUPTED, UsageError
@@ -123,7 +123,7 @@ def stopped_while_waiting(inbox: Inbox, seconds: float) -> int | None:
     while True:
         left = deadline - time.monotonic()
         for event in inbox.wait(max(0.0, left)):
-            if isinstance(event, int) and event in ENDING_SIGNALS:
+            if isinstance(event, int):
                 say(f"{signal.Signals(event).name}: not starting the run again")
                 return stopped_code(event)
         if left <= 0:
