@@ -82,7 +82,7 @@ class Agent:
 
     def _attempt(self, body: dict[str, Any]) -> None:
         environments = rank_environments(
-            {**base_environment(body["number"]), **self._variables},
+            base_environment(body["number"], self._variables),
             processes=self._processes,
             port=body["port"],
             cores=count_cores(),

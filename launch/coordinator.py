@@ -21,6 +21,7 @@ from pretrain.checkpoint.attempts import After
 from pretrain.errors import EXIT_CRASHED, UsageError
 
 _TICK_SECONDS = 1.0
+_FAREWELL_SECONDS = 5.0
 _NOTHING_LEFT = After(
     attempt=None, records={}, first_step=None, last_step=None, checkpoint_step=None, finished=False
 )
@@ -248,6 +249,11 @@ class Coordinator:
     def _dismiss(self, code: int, why: str) -> int:
         for channel in [*self._strangers, *(node.channel for node in self._nodes.values())]:
             channel.say("exit", code=code, why=why)
+        # They hang up once they have read it. Were we to go first, what they had said meanwhile and we had not read
+        # would make the network throw away our last words.
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while self._nodes and time.monotonic() < deadline:
+            self._look(_TICK_SECONDS)
         return code
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from launch import restarts
 from launch.family import Patience, say
@@ -73,9 +74,11 @@ def train_command(config: str, overrides: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "pretrain.cli", "train", config, *overrides]
 
 
-def base_environment(number: int) -> dict[str, str]:
-    """Ours, for attempt `number` since we were started: a number that the caller chose names the first alone."""
-    return {name: value for name, value in os.environ.items() if number == 0 or name != "PRETRAIN_ATTEMPT"}
+def base_environment(number: int, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Ours and `variables`, for attempt `number` since we were started: an attempt's number that the caller chose is
+    for the first alone."""
+    every = {**os.environ, **variables}
+    return {name: value for name, value in every.items() if number == 0 or name != "PRETRAIN_ATTEMPT"}
 
 
 def choose_processes(asked: int | None, devices: int) -> int:

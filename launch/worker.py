@@ -24,7 +24,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from launch import restarts
@@ -42,7 +42,7 @@ from pretrain.errors import EXIT_CRASHED, UsageError
 DEFAULT_PORT = 29400
 _CONNECT_SECONDS = 5.0
 _RETRY_SECONDS = 1.0
-_FAREWELL_SECONDS = 5.0  # for the coordinator's process to end after it said how all ended
+_FAREWELL_SECONDS = 10.0  # for the coordinator's process to end after it said how all ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,13 +127,11 @@ def run(args: argparse.Namespace) -> int:
         return _serve_stdio(args)
     nodes, node, address, port = place(args, os.environ, socket.getfqdn())
     terms = terms_of(args, nodes)
-    # Before anything else runs here, and before anything is imported that would start a thread.
-    with Inbox() as inbox:
-        load_config(args.config, args.overrides)  # wrong recipes are refused before anybody waits for them
-        choose_processes(args.processes, 0)
+    with Inbox() as inbox:  # first: SIGTERM has no default action in PID 1
+        make = agents(args, inbox, node=node)  # what is wrong is refused before anybody waits for us
         coordinator = start_coordinator(terms, address, port) if node == 0 else None
         try:
-            return _serve(args, inbox, terms, node=node, address=address, port=port)
+            return _serve(make, inbox, terms, node=node, address=address, port=port)
         finally:
             if coordinator is not None:
                 _end(coordinator)
@@ -237,7 +235,7 @@ def _end(coordinator: int) -> None:
 
 
 def _serve(
-    args: argparse.Namespace, inbox: Inbox, terms: Terms, *, node: int, address: str, port: int
+    make: Callable[[Channel], Agent], inbox: Inbox, terms: Terms, *, node: int, address: str, port: int
 ) -> int:
     deadline = time.monotonic() + terms.rendezvous_seconds
     while True:
@@ -245,7 +243,7 @@ def _serve(
         if isinstance(met, int):
             return met
         inbox.add(met)
-        agent = _agent(args, met, inbox, node=node, silence_seconds=terms.silence_seconds)
+        agent = make(met)
         code = agent.serve()
         inbox.remove(met)
         met.close()
@@ -276,21 +274,25 @@ def _meet(inbox: Inbox, address: str, port: int, deadline: float) -> Channel | i
     return EXIT_CRASHED
 
 
-def _agent(
-    args: argparse.Namespace, channel: Channel, inbox: Inbox, *, node: int, silence_seconds: float
-) -> Agent:
+def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Channel], Agent]:
+    """What makes this node's agent for a channel. Raises UsageError for a wrong recipe or number of processes."""
     config = load_config(args.config, args.overrides)
-    return Agent(
-        channel,
-        inbox,
-        node=node,
-        processes=choose_processes(args.processes, cuda_devices()),
-        command=train_command(args.config, args.overrides),
-        recipe=hashlib.sha256(as_yaml(config).encode()).hexdigest(),
-        run_dir=Path(config.run_dir),
-        patience=Patience(save_seconds=args.save_seconds),
-        silence_seconds=silence_seconds,
-    )
+    processes = choose_processes(args.processes, cuda_devices())
+
+    def make(channel: Channel) -> Agent:
+        return Agent(
+            channel,
+            inbox,
+            node=node,
+            processes=processes,
+            command=train_command(args.config, args.overrides),
+            recipe=hashlib.sha256(as_yaml(config).encode()).hexdigest(),
+            run_dir=Path(config.run_dir),
+            patience=Patience(save_seconds=args.save_seconds),
+            silence_seconds=args.silence_seconds,
+        )
+
+    return make
 
 
 def _serve_stdio(args: argparse.Namespace) -> int:
@@ -299,6 +301,5 @@ def _serve_stdio(args: argparse.Namespace) -> int:
     with Inbox() as inbox:
         channel = Channel("pretrain launch hosts", reader, writer)
         inbox.add(channel)
-        agent = _agent(args, channel, inbox, node=args.node_rank, silence_seconds=args.silence_seconds)
-        code = agent.serve()
+        code = agents(args, inbox, node=args.node_rank)(channel).serve()
         return EXIT_CRASHED if code is None else code

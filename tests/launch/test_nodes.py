@@ -283,6 +283,12 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# two kinds\nnode-a slots=8\n\n  user@node-b   slots=4\n10.0.0.3 slots=2 # old\n")
     assert read_hostfile(path) == {"node-a": 8, "user@node-b": 4, "10.0.0.3": 2}
+
+
+@pytest.mark.slow  # importing DeepSpeed takes long
+def test_a_hostfile_means_the_same_to_deepspeed(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# two kinds\nnode-a slots=8\n\n  user@node-b   slots=4\n10.0.0.3 slots=2 # old\n")
     deepspeed = pytest.importorskip("deepspeed.launcher.runner")
     assert deepspeed._parse_hostfile(path.read_text().splitlines()) == read_hostfile(path)
 

@@ -164,6 +164,8 @@ def test_the_callers_own_attempt_number_is_for_the_first_attempt_alone(monkeypat
     monkeypatch.setenv("PRETRAIN_ATTEMPT", "7")
     assert base_environment(0)["PRETRAIN_ATTEMPT"] == "7"
     assert "PRETRAIN_ATTEMPT" not in base_environment(1)
+    assert base_environment(1, {"PRETRAIN_ATTEMPT": "7", "A": "b"}).get("A") == "b"
+    assert "PRETRAIN_ATTEMPT" not in base_environment(1, {"PRETRAIN_ATTEMPT": "7"})
 
 
 def test_a_torn_line_of_the_attempts_journal_does_not_spoil_the_next(tmp_path):

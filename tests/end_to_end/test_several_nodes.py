@@ -113,6 +113,7 @@ def pods(tmp_path: Path, recipe: Path) -> Iterator[Callable[[int], Pod]]:
             pod.process.wait()
 
 
+@pytest.mark.slow
 def test_pods_train_together_go_on_when_one_was_lost_and_save_when_one_is_told_to(
     pods: Callable[[int], Pod], tmp_path: Path
 ) -> None:
@@ -206,6 +207,7 @@ def no_process_left(hosts: Hosts) -> bool:
     return all(len(hosts.pids(name)) <= 1 for name in hosts.names)
 
 
+@pytest.mark.slow
 def test_hosts_train_together_save_when_told_to_and_no_secret_is_on_a_command_line(
     hosts: Hosts, recipe: Path, tmp_path: Path
 ) -> None:
