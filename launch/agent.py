@@ -14,7 +14,7 @@ from launch.channel import Channel, Message
 from launch.family import Family, Patience, Rank, how_it_ended, say
 from launch.inbox import Inbox
 from launch.local import base_environment, rank_environments
-from launch.processes import count_cores, free_port
+from launch.processes import children_of, count_cores, free_port, reap
 from launch.restarts import record
 from launch.supervisor import Outcome, run_ranks
 from pretrain.checkpoint.attempts import checkpoint_step
@@ -53,8 +53,10 @@ class Agent:
             "start": self._attempt,
             "record": lambda body: record(self._run_dir, body["line"]),
         }
+        spared = children_of(os.getpid())
         self._ready()
         while not self._is_lost:
+            reap(children_of(os.getpid()) - spared)  # as PID 1 we are the parent of whoever lost theirs
             for event in self._inbox.wait(_TICK_SECONDS):
                 if isinstance(event, int):
                     self.told(event)

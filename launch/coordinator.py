@@ -70,6 +70,7 @@ class Coordinator:
         self._inbox, self._terms, self._places = inbox, terms, places
         self._nodes: dict[int, Node] = {}
         self._strangers: set[Channel] = set()  # connected, and have not said who they are
+        self._not_awaited: set[int] = set()  # did not come in time; welcome, should they come
         # What was heard, and is still to be acted on.
         self._asked: list[tuple[Node | None, int]] = []  # to stop: by whom (None: here), by which signal
         self._failed: list[tuple[Node, str]] = []
@@ -120,13 +121,16 @@ class Coordinator:
                 signum = self._asked[0][1]
                 why = f"{signal.Signals(signum).name}: no rank is running, ending"
                 return Decision(exit_code=stopped_code(signum), restart=False, why=why)
+            here = {member.number for member in members}
+            self._not_awaited -= here
             is_late = time.monotonic() >= deadline
-            if len(members) == terms.nodes or (is_late and len(members) >= terms.least):
-                if missing:
-                    say(f"going on without {', '.join(map(self._places.name, missing))}")
+            all_came = here | self._not_awaited >= set(range(terms.nodes))
+            if len(members) >= terms.least and (all_came or is_late):
+                self._not_awaited = set(range(terms.nodes)) - here
+                if self._not_awaited:
+                    say(f"going on without {', '.join(map(self._places.name, sorted(self._not_awaited)))}")
                 return _different_recipes(members) or members
             if is_late:
-                here = {member.number for member in members}
                 names = ", ".join(self._places.name(n) for n in range(terms.nodes) if n not in here)
                 why = f"{names} did not come within {terms.rendezvous_seconds:g} s; see what was said there"
                 return Decision(exit_code=EXIT_CRASHED, restart=False, why=why)

@@ -88,10 +88,10 @@ class Outcome:
 
     def began(self) -> Ended | None:
         """The rank that the attempt's end began with: the first to fail, but not of those that only lost a peer or
-        were ended, while there is another."""
+        were ended, while there is another. None when a host was lost, and with it the rank."""
         failures = [each for each in self.ended if each.code != EXIT_FINISHED]
         whole = self.exit_code
-        return min(
+        first = min(
             failures,
             key=lambda each: (
                 each.lost_peer or each.ended_by_us,
@@ -100,12 +100,15 @@ class Outcome:
             ),
             default=None,
         )
+        if first is not None and self.lost is not None and (first.lost_peer or first.ended_by_us):
+            return None
+        return first
 
     def reason(self) -> str:
         if self.exit_code == EXIT_FINISHED:
             return "finished"
         began = self.began()
-        if self.lost is not None and (began is None or began.lost_peer or began.ended_by_us):
+        if began is None and self.lost is not None:
             return self.lost
         if began is None:
             return f"every rank ended with exit code 0, but {FINISHED} is not there: the run is not finished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -101,10 +102,19 @@ def test_a_rank_told_to_stop_then_one_killed_are_restarted_and_a_killed_supervis
 ) -> None:
     run = Supervised(endless, tmp_path / "run", tmp_path / "log")
     try:
-        # One rank alone is told to stop: all agree, save, and go on in a new attempt.
+        # One rank alone is told to stop, again and again: all agree, save, and go on in a new attempt.
         run.until(lambda: len(run.steps_of_attempt(1)) >= 4, "steps of the first attempt")
-        os.kill(run.rank(1), signal.SIGTERM)
-        run.until(lambda: len(read_attempts(run.run_dir)) == 1, "the end of the first attempt")
+        told = run.rank(1)
+
+        def told_again_and_has_ended() -> bool:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(
+                    told, signal.SIGTERM
+                )  # whatever it is doing by now: saving, or about to say that it has
+            return len(read_attempts(run.run_dir)) == 1
+
+        run.until(told_again_and_has_ended, "the end of the first attempt")
+        assert f"rank 1 (process {told}) ended with exit code 75" in run.log.read_text()
         [first] = read_attempts(run.run_dir)
         assert (first["attempt"], first["exit_code"], first["restart"]) == (1, 75, True)
         assert first["last_step"] == first["checkpoint_step"] == max(run.steps_of_attempt(1))
