@@ -23,7 +23,8 @@ _TICK_SECONDS = 1.0
 
 
 class Agent:
-    """Serves one coordinator. `silence_seconds`: after which that counts as lost."""
+    """Serves one coordinator. `silence_seconds`: after which that counts as lost. `says_why`: why all ended, for a node
+    whose output is not seen where the coordinator's is."""
 
     def __init__(
         self,
@@ -37,11 +38,12 @@ class Agent:
         run_dir: Path,
         patience: Patience,
         silence_seconds: float,
+        says_why: bool = True,
     ) -> None:
         self._channel, self._inbox = channel, inbox
         self._node, self._processes, self._command = node, processes, command
         self._recipe, self._run_dir, self._patience = recipe, run_dir, patience
-        self._silence_seconds = silence_seconds
+        self._silence_seconds, self._says_why = silence_seconds, says_why
         self._variables: dict[str, str] = {}
         self._is_lost = False
         self.asked: int | None = None  # the signal that asked this node to stop
@@ -63,7 +65,7 @@ class Agent:
                 elif not isinstance(event, Message) or event.body is None:
                     self._is_lost = True
                 elif event.body["say"] == "exit":
-                    if event.body["why"]:
+                    if event.body["why"] and self._says_why:
                         say(event.body["why"])
                     return int(event.body["code"])
                 elif handler := handlers.get(event.body["say"]):

@@ -290,6 +290,7 @@ def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Ch
             run_dir=Path(config.run_dir),
             patience=Patience(save_seconds=args.save_seconds),
             silence_seconds=args.silence_seconds,
+            says_why=not args.stdio and node != 0,
         )
 
     return make

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -203,8 +204,13 @@ class Launched:
 
 
 def no_process_left(hosts: Hosts) -> bool:
-    """But the sshd of each."""
-    return all(len(hosts.pids(name)) <= 1 for name in hosts.names)
+    """But what belongs to the sshd of each."""
+    commands = []
+    for name in hosts.names:
+        for pid in hosts.pids(name):
+            with contextlib.suppress(OSError):
+                commands.append(Path(f"/proc/{pid}/cmdline").read_bytes())
+    return all(b"sshd" in command for command in commands)
 
 
 @pytest.mark.slow

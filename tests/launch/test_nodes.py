@@ -16,10 +16,11 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launch.coordinator import Terms
 from launch.hostfile import read_hostfile
 from launch.hosts import forwarded, remote_command
 from launch.processes import free_port
-from launch.worker import DEFAULT_PORT, place
+from launch.worker import DEFAULT_PORT, place, start_coordinator
 from pretrain.checkpoint.attempts import read_attempts
 from pretrain.errors import UsageError
 
@@ -188,6 +189,7 @@ def test_a_node_that_dies_ends_the_attempt_and_the_run_goes_on_when_it_is_there_
     assert end(first, again)[0] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_frozen_node_is_lost_after_the_silence_and_the_others_go_on_without_it(cluster):
     program = """
     if world == 1 and not (folder / "alone-0").exists():
@@ -237,6 +239,14 @@ def test_strangers_on_the_port_do_no_harm(cluster):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
     assert end(first, cluster.start(1, "finish()"))[0] == [0, 0]
+
+
+def test_a_port_that_is_taken_is_refused_with_2_before_anybody_waits():
+    terms = Terms(nodes=2, least=2, rendezvous_seconds=1, silence_seconds=1, end_seconds=1, max_restarts=0)
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"--master-port {port} cannot be listened on"):
+            start_coordinator(terms, "127.0.0.1", port)
 
 
 ARGUMENTS = {"nodes": None, "node_rank": None, "master_addr": None, "master_port": None}
