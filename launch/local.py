@@ -1,6 +1,9 @@
-"""Start a run on this machine's devices: one process a device, ended together, with one exit code.
+"""Start a run on this machine's devices: one process a device, ended together, started again while that helps.
 
 example: pretrain launch local configs/debug.yaml run_dir=runs/two --processes 2
+
+After a crash or a lost rank the run is started again from its newest checkpoint. RUN/attempts.jsonl says how each
+attempt ended, and where it began.
 
 exit codes: 0 finished, and recorded so in RUN/finished.json · 2 wrong usage · 3 data · 4 checkpoint ·
 75 interrupted and saved (SIGTERM; start it again) · 130 Ctrl-C · 1 crashed or lost a rank
@@ -15,9 +18,13 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
+from launch import restarts
+from launch.family import Patience, say
+from launch.inbox import Inbox
 from launch.processes import count_cores, count_cuda_devices, free_port
-from launch.supervisor import run_ranks, say
+from launch.supervisor import Outcome, run_ranks
 from pretrain.config.load import load_config
 from pretrain.errors import UsageError
 
@@ -28,13 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes", type=int, metavar="N", help="ranks to start (default: one a CUDA device, else 1)"
     )
-    parser.add_argument(
-        "--save-seconds",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="how long ranks may take to save after SIGTERM or Ctrl-C before they are killed (default: 120)",
-    )
+    restarts.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and the plan")
 
 
@@ -44,20 +45,40 @@ def run(args: argparse.Namespace) -> int:
             f"pretrain launch needs Linux, this is {sys.platform}; `pretrain train {args.config}` runs "
             "on one device anywhere"
         )
+    restarts.check_arguments(args)
     config = load_config(args.config, args.overrides)  # before anything is started
-    processes = choose_processes(args.processes, _cuda_devices())
-    # Not pretrain.train, which has begun to import torch before it can mind Ctrl-C.
-    command = [sys.executable, "-m", "pretrain.cli", "train", args.config, *args.overrides]
-    environments = rank_environments(os.environ, processes=processes, port=free_port(), cores=count_cores())
+    processes = choose_processes(args.processes, cuda_devices())
+    command = train_command(args.config, args.overrides)
+    run_dir, cores = Path(config.run_dir), count_cores()
+
+    def environments(number: int) -> list[dict[str, str]]:
+        base = base_environment(number)
+        return rank_environments(base, processes=processes, port=free_port(), cores=cores)
+
     if args.dry_run:
-        print(describe(command, environments), flush=True)
+        print(describe(command, environments(0)), flush=True)
         return subprocess.call([*command, "--dry-run", "--world-size", str(processes)])
-    return run_ranks(
-        command,
-        environments=environments,
-        finished=Path(config.run_dir) / "finished.json",
-        save_seconds=args.save_seconds,
-    )
+
+    def attempt(inbox: Inbox, number: int) -> Outcome:
+        patience = Patience(save_seconds=args.save_seconds)
+        environment = environments(number)
+        return run_ranks(command, environments=environment, inbox=inbox, run_dir=run_dir, patience=patience)
+
+    with Inbox() as inbox:
+        return restarts.keep_running(attempt, run_dir=run_dir, max_restarts=args.max_restarts, inbox=inbox)
+
+
+def train_command(config: str, overrides: Sequence[str]) -> list[str]:
+    """What runs as each rank."""
+    # Not pretrain.train, which has begun to import torch before it can mind Ctrl-C.
+    return [sys.executable, "-m", "pretrain.cli", "train", config, *overrides]
+
+
+def base_environment(number: int, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Ours and `variables`, for attempt `number` since we were started: an attempt's number that the caller chose is
+    for the first alone."""
+    every = {**os.environ, **variables}
+    return {name: value for name, value in every.items() if number == 0 or name != "PRETRAIN_ATTEMPT"}
 
 
 def choose_processes(asked: int | None, devices: int) -> int:
@@ -75,9 +96,21 @@ def choose_processes(asked: int | None, devices: int) -> int:
 
 
 def rank_environments(
-    base: Mapping[str, str], *, processes: int, port: int, cores: int
+    base: Mapping[str, str],
+    *,
+    processes: int,
+    port: int,
+    cores: int,
+    address: str = "127.0.0.1",
+    first_rank: int = 0,
+    world_size: int | None = None,
+    node: int = 0,
+    nodes: int = 1,
 ) -> list[dict[str, str]]:
-    """One whole environment a rank: `base`, and what DeepSpeed's launcher would set for it."""
+    """One whole environment for each rank of this node: `base`, and what DeepSpeed's launcher would set for it.
+
+    `address` and `port` are where rank 0 listens. `first_rank`: of this node's.
+    """
     environments = []
     for rank in range(processes):
         environment = {
@@ -85,14 +118,14 @@ def rank_environments(
             "OMP_NUM_THREADS": str(max(1, cores // processes)),
             "PYTHONUNBUFFERED": "1",  # what a killed rank said last must not die in a buffer
             **base,
-            "RANK": str(rank),
+            "RANK": str(first_rank + rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
+            "WORLD_SIZE": str(processes if world_size is None else world_size),
             "LOCAL_WORLD_SIZE": str(processes),
             "LOCAL_SIZE": str(processes),  # DeepSpeed's name for it
-            "CROSS_RANK": "0",
-            "CROSS_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
+            "CROSS_RANK": str(node),
+            "CROSS_SIZE": str(nodes),
+            "MASTER_ADDR": address,
             "MASTER_PORT": str(port),
         }
         environments.append(environment)
@@ -109,7 +142,7 @@ def describe(command: Sequence[str], environments: Sequence[Mapping[str, str]]) 
     return "\n".join(lines)
 
 
-def _cuda_devices() -> int:
+def cuda_devices() -> int:
     try:
         return count_cuda_devices()
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -68,8 +68,13 @@ def die_with_parent(handled: Collection[signal.Signals]) -> Callable[[], None]:
 
 
 def children_of(parent: int) -> set[int]:
-    """The process ids whose parent is `parent`, zombies included."""
-    children = set()
+    """The process ids whose parent is `parent`, zombies included.
+
+    None where /proc shows another PID namespace: its numbers are those of strangers.
+    """
+    children: set[int] = set()
+    if os.readlink("/proc/self") != str(os.getpid()):
+        return children
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
@@ -134,8 +139,8 @@ def count_cores() -> int:
         return cores
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on now.
+def free_port(address: str = "127.0.0.1") -> int:
+    """A TCP port of `address` (empty: of all of this host's) that nobody listens on now.
 
     From below the range that outgoing connections take theirs from (32768 and up), so that none of
     those gets it before rank 0 listens on it.
@@ -144,8 +149,8 @@ def free_port() -> int:
         port = random.SystemRandom().randrange(20000, 30000)
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", port))
+                probe.bind((address, port))
             except OSError:
                 continue
             return port
-    raise OSError("none of 100 ports between 20000 and 30000 was free on 127.0.0.1")
+    raise OSError(f"none of 100 ports between 20000 and 30000 was free on {address or 'this host'}")

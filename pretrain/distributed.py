@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from pretrain.errors import PretrainError, UsageError
+from pretrain.errors import LostPeerError, PretrainError, UsageError
 
 T = TypeVar("T")
 
@@ -125,11 +126,11 @@ def join(*, timeout_seconds: float = 600.0) -> World:
     )
 
 
-def lost_peer(error: RuntimeError) -> PretrainError | None:
+def lost_peer(error: RuntimeError) -> LostPeerError | None:
     """Our error for a collective that failed because a peer has gone; None for any other error."""
     if not dist.is_initialized() or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
         return None
-    return PretrainError(
+    return LostPeerError(
         f"rank {dist.get_rank()} lost a peer ({' '.join(str(error).split())}); "
         "what the others said before tells why"
     )
@@ -144,6 +145,17 @@ def be_patient(seconds: float) -> None:
     if dist.is_initialized():
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+@contextmanager
+def lost_peers_named() -> Iterator[None]:
+    """In this block a collective that fails because a peer has gone raises LostPeerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (lost := lost_peer(error)) is None:
+            raise
+        raise lost from error
 
 
 def leave() -> None:

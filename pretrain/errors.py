@@ -66,6 +66,10 @@ class CheckpointMismatchError(CheckpointError):
     """A sound checkpoint, but of another run: going back to an older one would not help."""
 
 
+class LostPeerError(PretrainError):
+    """Another rank is gone: the cause is there, not here. The run may be restarted."""
+
+
 class WorkerError(PretrainError):
     """A loader worker died or hung, again after it was started again. The run may be restarted."""
 

@@ -3,8 +3,9 @@
 example: pretrain report runs/first --out first.png
 
 Loss, validation metrics, learning rate, gradient norm, speed and data wait are drawn against steps
-(samples on the upper axis). Dotted vertical lines mark where the run was resumed. Needs matplotlib,
-which the extra `report` brings: pip install 'vit-pretrain[report]'.
+(samples on the upper axis). Dotted vertical lines mark where the run was resumed, dashed ones where it
+went on with other ranks. The table says what share of the time went into steps that count. Needs matplotlib, which
+the extra `report` brings: pip install 'vit-pretrain[report]'.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.checkpoint.attempts import all_attempts
 from pretrain.errors import UsageError
+from pretrain.metrics.effective import Change, EffectiveTime, changes_of_ranks, effective_time, restarts_table
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal, steps_of
 from pretrain.metrics.progress import format_duration
 
@@ -53,6 +56,9 @@ class Curves:
     attempts: tuple[int, ...]
     seconds: float  # from the first to the last line of each attempt, summed
     redone_steps: int  # steps that were done more than once
+    effective: EffectiveTime
+    restarts: Mapping[str, str]  # lines of the table
+    changes: tuple[Change, ...]  # of ranks
     finished: bool
 
 
@@ -85,6 +91,9 @@ def read_curves(run_dir: Path) -> Curves:
         attempts=tuple(attempts),
         seconds=_seconds(records),
         redone_steps=len(step_lines) - len(lines),
+        effective=effective_time(records, endings := all_attempts(run_dir, records)),
+        restarts=restarts_table(endings),
+        changes=tuple(changes_of_ranks(records)),
         finished=(run_dir / "finished.json").is_file(),
     )
 
@@ -120,7 +129,11 @@ def summarize(curves: Curves) -> dict[str, str]:
         "attempts": f"{len(curves.attempts)}" + _resumed(curves),
         "last step": f"{curves.steps[-1]:,} ({curves.samples[-1]:,} samples)",
         "time in attempts": format_duration(curves.seconds),
+        "effective training": str(curves.effective),
+        **curves.restarts,
     }
+    if curves.changes:
+        table["ranks"] = "; ".join(f"from step {change.step:,} on {change.what}" for change in curves.changes)
     if "loss" in values:
         loss = values["loss"]
         finite = loss[np.isfinite(loss)]
@@ -252,6 +265,9 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
         axes.axvline(
             step, color="black", linestyle=":", linewidth=1.3, label="resumed" if number == 0 else None
         )
+    for number, change in enumerate(curves.changes):
+        label = "other ranks" if number == 0 else None
+        axes.axvline(change.step, color="tab:orange", linestyle="--", linewidth=2.0, label=label)
     _set_limits(axes, panel, curves.steps)
     if is_bottom:
         axes.set_xlabel("step", fontsize=13)

@@ -58,6 +58,9 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
+            if self.terminate and number != signal.SIGINT:
+                # The process saved, and is about to say so with its exit code: a second SIGTERM must not cut that off.
+                handler = signal.SIG_IGN
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

@@ -56,7 +56,7 @@ from pretrain.distributed import (
     is_launched,
     join,
     leave,
-    lost_peer,
+    lost_peers_named,
     together,
 )
 from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
@@ -78,11 +78,8 @@ def run(args: argparse.Namespace, config: RunConfig) -> int:
     """`pretrain train`: the exit code of training `config`, the recipe that the arguments named."""
     pulse = Pulse()
     try:
-        code = train(config, debug=args.debug, pulse=pulse)
-    except RuntimeError as error:
-        if (lost := lost_peer(error)) is None:
-            raise
-        raise lost from error
+        with lost_peers_named():
+            code = train(config, debug=args.debug, pulse=pulse)
     finally:
         if not is_launched():  # a rank that failed stays watched until it is gone: its end can hang, too
             pulse.close()
@@ -138,6 +135,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         attempt = from_main(world, lambda: claim(run_dir, stack, mirror))
         shared = is_shared(run_dir, world=world, has_mirror=mirror is not None)
         ending = stack.enter_context(recorded_exit(run_dir, attempt, world.rank))
+        stack.enter_context(lost_peers_named())  # inside, so that the record says so
         together(lambda: build_watch(config, pulse, world=world, attempt=attempt, debug=debug))
         reporter = together(
             lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)

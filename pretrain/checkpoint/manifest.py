@@ -12,12 +12,13 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any
 
 from pretrain.errors import CheckpointError
+
+if TYPE_CHECKING:  # launchers read manifests, and wait for weeks: without numpy they are a third as large
+    import numpy as np
+    import numpy.typing as npt
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

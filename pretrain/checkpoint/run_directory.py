@@ -4,6 +4,7 @@
     RUN/journal.jsonl            what happened, a line an event
     RUN/checkpoints/step-*/      see manifest.py
     RUN/attempts/3/exit-0.json   how each rank of each attempt ended
+    RUN/attempts.jsonl           how each attempt ended, see attempts.py
     RUN/finished.json            there only when the run reached its last step
 
 Called by train.py; rank 0 claims. Its checkpoint writer asks whether the claim still holds.
@@ -157,21 +158,26 @@ class Ending:
 
 @contextmanager
 def recorded_exit(path: Path, attempt: int, rank: int) -> Iterator[Ending]:
-    """Leave `attempts/N/exit-RANK.json` behind, for whoever asks how it ended."""
-    ending = Ending()
+    """Leave `attempts/N/exit-RANK.json` behind, for whoever asks how it ended: code, reason, and the kind of error."""
+    ending, kind = Ending(), None
     try:
         yield ending
     except PretrainError as error:
-        ending.code, ending.reason = error.exit_code, str(error)
+        kind, ending.code, ending.reason = type(error).__name__, error.exit_code, str(error)
         raise
     except KeyboardInterrupt:
         ending.code, ending.reason = EXIT_CTRL_C, "Ctrl-C"
         raise
     except BaseException as error:
-        ending.code, ending.reason = EXIT_CRASHED, f"{type(error).__name__}: {error}"
+        kind, ending.code, ending.reason = (
+            type(error).__name__,
+            EXIT_CRASHED,
+            f"{type(error).__name__}: {error}",
+        )
         raise
     finally:
-        record = {"rank": rank, "host": socket.gethostname(), **vars(ending), "time": time.time()}
+        who = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
+        record = {**who, **vars(ending), "error": kind, "time": time.time()}
         folder = Path(path) / ATTEMPTS / str(attempt)
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from pretrain.data.fork_server import forget
 from pretrain.data.prepare import Arrays, CounterDeltas, Origin, Preparer, Wanted, storage_counters
 from pretrain.data.shared import Arena, SharedPulse
 from pretrain.data.tasks import Task
@@ -121,13 +122,14 @@ def become_worker() -> None:
     """Ctrl-C and SIGTERM are the parent's to handle: it may need more batches to finish a step and save.
     A worker ends when its parent stops it, or is gone.
     """
+    forget()
     for stop in STOP_SIGNALS:
         signal.signal(stop, signal.SIG_IGN)
     torch.set_num_threads(1)  # a worker is one core's worth
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are children"
-    # The kernel's parent-death signal would not do: the kernel's parent of a worker is the fork
-    # server, which lives as long as its workers do.
+    # The kernel's parent-death signal would not do: the kernel's parent of a worker is the fork server, without
+    # which workers go on.
     threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
 
 

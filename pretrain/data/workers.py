@@ -41,7 +41,7 @@ _END_SECONDS = 5.0  # for a killed process to be gone; one that waits for a dead
 def worker_context() -> Any:
     """The multiprocessing context that workers are made in; its server runs when this returns."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pretrain.data.loader"])
+    context.set_forkserver_preload(["pretrain.data.fork_server", "pretrain.data.loader"])
     # The server and all that it forks inherit a mask in which these signals wait for ever: a worker
     # must not fall to Ctrl-C before it gets as far as become_worker. Blocked here, not ignored, so
     # that one which arrives meanwhile reaches this process afterwards.

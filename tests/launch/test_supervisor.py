@@ -17,19 +17,26 @@ from launch.supervisor import exit_code
 DRIVER = """
 import json, os, signal, sys
 from pathlib import Path
+from launch.family import Patience
+from launch.inbox import Inbox
 from launch.processes import children_of
 from launch.supervisor import run_ranks
 
 options = json.loads(sys.argv[1])
-finished = options.pop("finished")
-signals = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+run_dir = options.pop("run_dir")
+signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 handlers = [signal.getsignal(signum) for signum in signals]
-code = run_ranks(
-    [sys.executable, "-S", "-c", options.pop("program")],
-    environments=[{**os.environ, "RANK": str(rank)} for rank in range(options.pop("processes"))],
-    finished=Path(finished) if finished else None,
-    **options,
-)
+with Inbox() as inbox:
+    outcome = run_ranks(
+        [sys.executable, "-S", "-c", options.pop("program")],
+        environments=[{**os.environ, "RANK": str(rank)} for rank in range(options.pop("processes"))],
+        inbox=inbox,
+        run_dir=Path(run_dir) if run_dir else None,
+        patience=Patience(**options),
+    )
+code = outcome.exit_code
+if code:
+    print(outcome.reason(), file=sys.stderr)
 assert handlers == [signal.getsignal(signum) for signum in signals]
 assert children_of(os.getpid()) == set(), "a child or a zombie was left"
 sys.exit(code)
@@ -53,13 +60,13 @@ class Launch:
     """A supervisor in a process of its own, with ranks that run `program`."""
 
     def __init__(
-        self, folder: Path, program: str, *, processes: int = 2, finished: Path | None = None, **options
+        self, folder: Path, program: str, *, processes: int = 2, run_dir: Path | None = None, **options
     ):
         self.folder = folder
         options |= {
             "program": PRELUDE + textwrap.dedent(program),
             "processes": processes,
-            "finished": finished and str(finished),
+            "run_dir": run_dir and str(run_dir),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-c", DRIVER, json.dumps(options)],
@@ -141,13 +148,10 @@ def test_the_exit_code_follows_the_precedence(codes, ctrl_c, terminated, finishe
 
 
 def test_it_succeeds_only_when_the_run_is_recorded_as_finished(launch, tmp_path):
-    finished = tmp_path / "finished.json"
-    code, _, err = launch("pass", finished=finished).end()
+    code, _, err = launch("pass", run_dir=tmp_path).end()
     assert code == 1
     assert "finished.json is not there" in err
-    code, _, err = launch(
-        "if rank == 0: (folder / 'finished.json').write_text('{}')", finished=finished
-    ).end()
+    code, _, err = launch("if rank == 0: (folder / 'finished.json').write_text('{}')", run_dir=tmp_path).end()
     assert (code, err) == (0, "")
 
 
@@ -173,6 +177,77 @@ def test_a_crashed_rank_ends_the_others_and_their_good_ending_does_not_hide_it(l
     assert "rank 1" in err
     assert "SIGKILL" in err
     assert "rank 0 is still running: ending it" in err
+
+
+RECORD = """
+def record(code, reason, error=None):
+    (folder / "attempts/1").mkdir(parents=True, exist_ok=True)
+    line = {"rank": rank, "host": "h", "pid": os.getpid(), "code": code, "reason": reason, "error": error}
+    import json
+    (folder / f"attempts/1/exit-{rank}.json").write_text(json.dumps(line))
+"""
+
+
+def test_what_a_rank_recorded_counts_more_than_how_its_process_ended_afterwards(launch, tmp_path):
+    program = "record(75 if rank else 4, f'said by {rank}'); os.kill(os.getpid(), signal.SIGKILL)"
+    code, _, err = launch(RECORD + program, run_dir=tmp_path).end()
+    assert code == 4
+    assert "rank 0 on" in err
+    assert err.rstrip().endswith("said by 0")
+
+
+def test_records_of_earlier_attempts_and_of_other_processes_do_not_count(launch, tmp_path):
+    (tmp_path / "attempts/1").mkdir(parents=True)
+    old = {"rank": 0, "host": "h", "pid": 1, "code": 3, "reason": "old"}
+    (tmp_path / "attempts/1/exit-0.json").write_text(json.dumps(old))
+    assert launch("sys.exit(1)", run_dir=tmp_path).end()[0] == 1
+    strange = (
+        RECORD.replace("os.getpid()", "1").replace("attempts/1", "attempts/2")
+        + "record(3, 'not mine'); sys.exit(1)"
+    )
+    assert launch(strange, run_dir=tmp_path).end()[0] == 1
+
+
+def test_a_record_of_a_good_end_does_not_hide_what_failed_after_it(launch, tmp_path):
+    program = "record(0, 'finished'); (folder / 'finished.json').write_text('{}'); sys.exit(2 * rank)"
+    assert launch(RECORD + program, run_dir=tmp_path).end()[0] == 2
+
+
+def test_the_rank_that_others_lost_is_named_though_it_ends_last(launch, tmp_path):
+    program = """
+if rank == 0:
+    record(1, "lost a peer", "LostPeerError"); sys.exit(1)
+while not (folder / "attempts/1/exit-0.json").exists(): time.sleep(0.01)
+time.sleep(0.3); os.kill(os.getpid(), signal.SIGKILL)
+"""
+    code, _, err = launch(RECORD + program, run_dir=tmp_path).end()
+    assert code == 1
+    assert "rank 1 on" in err.splitlines()[-1]
+    assert "SIGKILL" in err.splitlines()[-1]
+
+
+def test_a_second_sigterm_does_not_cut_the_save_of_the_first_short(launch):
+    one = launch(
+        """
+        def save():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one would be the end
+            tell("saving", "")
+            time.sleep(1.0)
+            tell("saved", "")
+            sys.exit(75)
+        on(signal.SIGTERM, save)
+        tell("ready", "")
+        time.sleep(60)
+        """
+    )
+    [one.told("ready", rank) for rank in (0, 1)]
+    one.process.terminate()
+    [one.told("saving", rank) for rank in (0, 1)]
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        one.process.send_signal(signum)
+        time.sleep(0.1)
+    assert one.end()[0] == 75
+    [one.told("saved", rank) for rank in (0, 1)]
 
 
 def test_peers_that_notice_by_themselves_keep_their_own_codes(launch):
@@ -244,7 +319,7 @@ def test_a_rank_that_ended_takes_its_process_group_with_it_while_the_others_go_o
     assert one.end()[0] == 75
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_sigterm_reaches_all_ranks_at_once_and_the_launch_ends_with_75(launch, signum):
     one = launch(
         """
@@ -376,10 +451,12 @@ def test_a_sighup_that_the_caller_ignores_is_left_to_the_ranks_to_ignore_too(lau
 def test_a_command_that_cannot_be_started_raises_and_leaves_nothing():
     program = (
         "import os\n"
+        "from launch.inbox import Inbox\n"
         "from launch.processes import children_of\n"
         "from launch.supervisor import run_ranks\n"
         "try:\n"
-        "    run_ranks(['/nonexistent/program'], environments=[dict(os.environ)] * 2)\n"
+        "    with Inbox() as inbox:\n"
+        "        run_ranks(['/nonexistent/program'], environments=[{'RANK': '0'}] * 2, inbox=inbox)\n"
         "except FileNotFoundError:\n"
         "    assert children_of(os.getpid()) == set()\n"
         "    print('refused')\n"

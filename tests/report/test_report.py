@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.checkpoint.attempts import append_attempt
 from pretrain.cli import main
 from pretrain.errors import UsageError
+from pretrain.metrics.effective import counted_seconds, effective_time
 from pretrain.metrics.journal import Journal
 from pretrain.report import draw, read_curves, smooth, summarize
 
-BLUE, RED = (31, 119, 180), (255, 0, 0)  # matplotlib's tab:blue (a curve) and the cross of a missing number
+BLUE, RED, ORANGE = (
+    (31, 119, 180),
+    (255, 0, 0),
+    (255, 127, 14),
+)  # matplotlib's tab:blue (a curve) and the cross of a missing number
 
 
 def write_attempt(run_dir, attempt, steps, *, loss=lambda step: 10.0 / step):
@@ -163,3 +169,44 @@ def test_the_report_does_not_import_torch_or_draw_on_a_global_canvas(tmp_path):
     assert (
         subprocess.run([sys.executable, "-c", program, "report", str(tmp_path)], timeout=60).returncode == 0
     )
+
+
+def test_only_steps_whose_result_was_kept_count_and_pauses_that_were_asked_for_do_not(tmp_path):
+    journal = []
+    for attempt, (start, stop) in enumerate([(0, 12), (10, 30), (10, 25)], start=1):
+        journal.append({"event": "start", "attempt": attempt, "step": start})
+        journal += [
+            {"event": "step", "step": step, "step_seconds": 2.0} for step in range(start + 1, stop + 1)
+        ]
+    assert counted_seconds(journal) == 25 * 2.0  # 10 of the first, 15 of the third
+    every_fifth = [r for r in journal if r["event"] == "start" or r["step"] % 5 == 0]
+    assert counted_seconds(every_fifth) == 25 * 2.0
+    rolled_back = [{"event": "step", "step": step, "step_seconds": 1.0} for step in (1, 2, 3, 4, 3, 4, 5)]
+    assert counted_seconds(rolled_back) == 5.0
+
+    crashed = {"started": 0.0, "ended": 30.0, "exit_code": 1, "restart": True}
+    stopped = {"started": 40.0, "ended": 80.0, "exit_code": 75, "restart": False}
+    last = {"started": 1080.0, "ended": 1100.0, "exit_code": 0, "restart": False}
+    time = effective_time(journal, [crashed, stopped, last])
+    assert (time.counted, time.wall, time.paused) == (50.0, 30.0 + 10.0 + 40.0 + 20.0, 1000.0)
+    assert time.share == 0.5
+    assert "50.0%" in str(time)
+
+
+def test_restarts_lost_steps_and_other_ranks_are_told_and_drawn(tmp_path, capsys):
+    for attempt, (ranks, first) in enumerate([(4, 1), (2, 11), (2, 21)], start=1):
+        journal = Journal(tmp_path / "journal.jsonl", attempt=attempt)
+        journal.append("start", step=first - 1, world_size=ranks, zero_stage=1 if attempt < 3 else 3)
+        write_attempt(tmp_path, attempt, range(first, first + 12))
+        reason = {"exit_code": 1, "reason": "rank 1 on h2: was ended by SIGKILL", "restart": attempt < 3}
+        times = {"started": attempt * 100.0, "ended": attempt * 100.0 + 90.0}
+        line = {"attempt": attempt, "last_step": first + 11, "steps_lost": 2, **times, **reason}
+        append_attempt(tmp_path, line)
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "picture.png")]) == 0
+    table = {line[:22].strip(): line[23:] for line in capsys.readouterr().out.splitlines()}
+    assert table["restarts"] == "2 by the supervisor; 6 steps lost in all attempts"
+    assert table["attempt 2 ended"] == "with 1 at step 22, 2 steps lost: rank 1 on h2: was ended by SIGKILL"
+    assert table["ranks"] == "from step 10 on 4 → 2 ranks; from step 20 on ZeRO 1 → 3"
+    # 32 steps of 0.5 s in three times 90 s and two gaps of 10 s
+    assert table["effective training"].startswith("5.5% (")
+    assert colors_of(tmp_path / "picture.png")[ORANGE] > 500
