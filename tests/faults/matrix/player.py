@@ -1,0 +1,171 @@
+"""Play a row: start the run, let the fault strike, and see that it ends, or goes on, as promised."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from faults.matrix.references import References, begin_from
+from faults.matrix.row import Measured, Row
+from faults.matrix.runs import PATIENCE_SECONDS, START_SECONDS, Run, Scraper, is_alive, until
+from faults.matrix.verdict import (
+    require_nobody_left,
+    require_nothing_left,
+    require_same_state,
+    require_sound_checkpoints,
+    shared_memory,
+)
+from launching import free_port
+
+from pretrain.checkpoint.manifest import committed
+from pretrain.errors import EXIT_CRASHED, EXIT_FINISHED, EXIT_INTERRUPTED
+
+RESTARTED = (EXIT_CRASHED, EXIT_INTERRUPTED)  # what a scheduler starts again
+
+
+@dataclass
+class Struck:
+    """The moment, and the run as it was then."""
+
+    at: float  # monotonic
+    step: int
+    ranks: list[int]
+
+
+def play(row: Row, run: Run, references: References) -> Measured:
+    """Raises AssertionError when the row does not hold. `run` is new, and closed by the caller."""
+    reference = references.get(row.world_size, row.zero_stage, changes=row.reference_changes)
+    scraper = _prepare(row, run, references, reference)
+    memory_before = shared_memory()
+    run.start()
+    struck = _wait_for_the_fault(row, run, scraper)
+
+    ended = recovered = None
+    if row.code == EXIT_FINISHED:
+        _watch(run, scraper, lambda: run.last_step() > struck.step)
+        recovered = time.monotonic() - struck.at
+    else:
+        until(lambda: not any(map(is_alive, struck.ranks)), "the end of the ranks", seconds=PATIENCE_SECONDS)
+        if not struck.ranks:
+            run.end()
+        ended = time.monotonic() - struck.at
+        code = _code_of_the_struck_attempt(run)
+        assert code == row.code, f"ended with {code}, promised is {row.code}:\n{run.said()[-4000:]}"
+        require_sound_checkpoints(run.run_dir)
+        if not row.is_final:
+            recovered = _go_on(row, run, struck, scraper)
+    if not row.is_final:
+        code = run.end()
+        assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
+        _require_the_references_end(run, reference)
+    require_nobody_left(run)
+    if not row.is_final:
+        require_nothing_left(run)
+    assert shared_memory() <= memory_before
+    for words in row.says:
+        assert words in run.said(), run.said()[-4000:]
+    _require_counted(row, run, scraper)
+    took = recovered if ended is None else ended
+    assert took is not None
+    assert took <= row.bound_seconds, f"took {took:.1f} s, promised are {row.bound_seconds:g} s"
+    return Measured(
+        fault=row.fault,
+        outcome=row.outcome,
+        code=row.code,
+        bound_seconds=row.bound_seconds,
+        ended_seconds=ended,
+        recovered_seconds=recovered,
+        counted=str(row.counted or ""),
+    )
+
+
+def _prepare(row: Row, run: Run, references: References, reference: Run) -> Scraper | None:
+    run.changes = {**row.changes}
+    scraper = None
+    if row.counted and row.counted.metric:
+        scraper = Scraper(free_port())
+        run.changes["metrics"] = {"port": scraper.port}
+    run.faults = [{**fault, "mark": str(run.mark_of(number))} for number, fault in enumerate(row.injected)]
+    if row.begins_from:
+        begin_from(reference, run, *row.begins_from)
+    if row.prepare:
+        row.prepare(run, references)
+    return scraper
+
+
+def _wait_for_the_fault(row: Row, run: Run, scraper: Scraper | None) -> Struck:
+    if row.strike:
+        when = row.when or (lambda run: True)
+        run.wait_for(lambda: when(run), f"the moment for: {row.fault}", seconds=START_SECONDS)
+        struck = Struck(time.monotonic(), run.last_step(), list(run.ranks().values()))
+        row.strike(run)
+        return struck
+    if row.injected:
+        mark = run.mark_of(0)
+        run.wait_for(lambda: mark.exists() and bool(mark.read_text()), row.fault, seconds=START_SECONDS)
+        return Struck(float(mark.read_text()), run.last_step(), list(run.ranks().values()))
+    # Damaged before it began: the time counts from the start of the launch.
+    return Struck(time.monotonic(), run.last_step(), [])
+
+
+def _watch(run: Run, scraper: Scraper | None, condition: Callable[[], bool]) -> None:
+    """Until `condition` holds or the launch has ended, reading its metrics meanwhile."""
+    assert run.process is not None
+    process = run.process
+
+    def look() -> bool:
+        if scraper:
+            scraper.look()
+        return condition() or process.poll() is not None
+
+    until(look, "the next step, or the end")
+
+
+def _code_of_the_struck_attempt(run: Run) -> int:
+    """As the supervisor that started it again wrote it down, else that of the launch."""
+    attempts = run.run_dir / "attempts.jsonl"
+    if attempts.exists():
+        lines = [json.loads(line) for line in attempts.read_text().splitlines() if line]
+        if lines and run.process is not None and run.process.poll() is None:
+            return int(lines[0]["exit_code"])
+    return run.end()
+
+
+def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None) -> float:
+    """Started again until it is beyond where it was struck. Seconds from the fault on."""
+    assert run.process is not None
+    if run.process.poll() is not None:
+        require_nobody_left(run)
+        if row.mend:
+            row.mend(run)
+        else:
+            assert row.code in RESTARTED, f"nothing would start a run again that ended with {row.code}"
+        run.start()
+    _watch(run, scraper, lambda: run.last_step() > struck.step)
+    assert run.last_step() > struck.step, f"ended with {run.end()} instead of going on:\n{run.said()[-4000:]}"
+    recovered = time.monotonic() - struck.at
+    if scraper:
+        scraper.look()
+    return recovered
+
+
+def _require_the_references_end(run: Run, reference: Run) -> None:
+    assert (run.run_dir / "finished.json").is_file()
+    mine, theirs = require_sound_checkpoints(run.run_dir), committed(reference.run_dir)
+    assert mine[-1].name == theirs[-1].name
+    require_same_state(mine[-1], theirs[-1])
+    expected, got = reference.losses(), run.losses()
+    assert got == {step: loss for step, loss in expected.items() if step >= min(got)}
+
+
+def _require_counted(row: Row, run: Run, scraper: Scraper | None) -> None:
+    if row.counted is None:
+        return
+    if row.counted.event:
+        count: float = sum(line["event"] == row.counted.event for line in run.journal())
+    else:
+        assert scraper is not None
+        count = max((v for n, v in scraper.highest.items() if n.split("{")[0] == row.counted.metric), default=0.0)
+    assert count >= row.counted.at_least, f"{row.counted} is {count}"
