@@ -36,8 +36,11 @@ class Struck:
 
 def play(row: Row, run: Run, references: References) -> Measured:
     """Raises AssertionError when the row does not hold. `run` is new, and closed by the caller."""
-    reference = references.get(row.world_size, row.zero_stage, changes=row.reference_changes)
-    scraper = _prepare(row, run, references, reference)
+    shards = references.dataset(row.dataset) if row.dataset else references.shards
+    reference = references.get(
+        row.world_size, row.zero_stage, shards=shards, changes=row.reference_changes, faults=row.reference_faults
+    )
+    scraper = _prepare(row, run, reference)
     memory_before = shared_memory()
     run.start()
     struck = _wait_for_the_fault(row, run, scraper)
@@ -57,6 +60,7 @@ def play(row: Row, run: Run, references: References) -> Measured:
         if not row.is_final:
             recovered = _go_on(row, run, struck, scraper)
     if not row.is_final:
+        _watch(run, scraper, lambda: False)
         code = run.end()
         assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
         _require_the_references_end(run, reference)
@@ -67,31 +71,26 @@ def play(row: Row, run: Run, references: References) -> Measured:
     for words in row.says:
         assert words in run.said(), run.said()[-4000:]
     _require_counted(row, run, scraper)
-    took = recovered if ended is None else ended
-    assert took is not None
-    assert took <= row.bound_seconds, f"took {took:.1f} s, promised are {row.bound_seconds:g} s"
-    return Measured(
-        fault=row.fault,
-        outcome=row.outcome,
-        code=row.code,
-        bound_seconds=row.bound_seconds,
-        ended_seconds=ended,
-        recovered_seconds=recovered,
-        counted=str(row.counted or ""),
-    )
+    if row.after:
+        row.after(run)
+    return row.measured(ended=ended, recovered=recovered)
 
 
-def _prepare(row: Row, run: Run, references: References, reference: Run) -> Scraper | None:
+def _prepare(row: Row, run: Run, reference: Run) -> Scraper | None:
+    """The run's recipe, what is injected, and what it begins from."""
+    run.shards = reference.shards
     run.changes = {**row.changes}
     scraper = None
     if row.counted and row.counted.metric:
         scraper = Scraper(free_port())
         run.changes["metrics"] = {"port": scraper.port}
-    run.faults = [{**fault, "mark": str(run.mark_of(number))} for number, fault in enumerate(row.injected)]
+    run.faults = [{**fault} for fault in row.injected]
+    if row.strike is None:  # what is injected is the fault, not the circumstances of one: it happens once
+        run.faults = [{**fault, "mark": str(run.mark_of(number))} for number, fault in enumerate(run.faults)]
     if row.begins_from:
         begin_from(reference, run, *row.begins_from)
     if row.prepare:
-        row.prepare(run, references)
+        row.prepare(run)
     return scraper
 
 
@@ -103,9 +102,8 @@ def _wait_for_the_fault(row: Row, run: Run, scraper: Scraper | None) -> Struck:
         row.strike(run)
         return struck
     if row.injected:
-        mark = run.mark_of(0)
-        run.wait_for(lambda: mark.exists() and bool(mark.read_text()), row.fault, seconds=START_SECONDS)
-        return Struck(float(mark.read_text()), run.last_step(), list(run.ranks().values()))
+        run.wait_for(lambda: bool(run.moments_of(0)), row.fault, seconds=START_SECONDS)
+        return Struck(min(run.moments_of(0)), run.last_step(), list(run.ranks().values()))
     # Damaged before it began: the time counts from the start of the launch.
     return Struck(time.monotonic(), run.last_step(), [])
 

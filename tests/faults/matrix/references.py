@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,18 +22,31 @@ class References:
     shards: str
     _made: dict[str, Run] = field(default_factory=dict)
 
+    def dataset(self, write: Callable[[Path], Path]) -> str:
+        """The shards that `write` makes in a folder, made once."""
+        folder = self.folder / write.__name__
+        return str(folder / "shards" if folder.exists() else write(folder))
+
     def get(
-        self, world_size: int = 2, zero_stage: int = 1, *, shards: str | None = None, changes: Tree | None = None
+        self,
+        world_size: int = 2,
+        zero_stage: int = 1,
+        *,
+        shards: str | None = None,
+        changes: Tree | None = None,
+        faults: Sequence[Tree] = (),
     ) -> Run:
         """A finished run of that kind, all of its checkpoints sound. Not to be written to."""
-        key = json.dumps([world_size, zero_stage, shards, changes], sort_keys=True)
+        shards = shards or self.shards
+        key = json.dumps([world_size, zero_stage, shards, changes, faults], sort_keys=True)
         if key not in self._made:
             run = Run(
                 folder=self.folder / f"reference-{len(self._made)}",
-                shards=shards or self.shards,
+                shards=shards,
                 world_size=world_size,
                 zero_stage=zero_stage,
                 changes=merged({}, changes or {}),
+                faults=faults,
             )
             try:
                 run.start()

@@ -134,6 +134,7 @@ class Run:
     faults: Sequence[Tree] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     launches: int = 0
+    at_the_end: list[Callable[[], object]] = field(default_factory=list)  # for `close`
 
     def __post_init__(self) -> None:
         self.mark = uuid.uuid4().hex
@@ -163,8 +164,13 @@ class Run:
         return path
 
     def mark_of(self, number: int) -> Path:
-        """Where the `number`-th injected fault notes that it struck."""
+        """Where the `number`-th injected fault notes that it struck; each rank appends its own to the name."""
         return self.folder / f"struck-{number}"
+
+    def moments_of(self, number: int) -> list[float]:
+        """When that fault struck, by the monotonic clock."""
+        texts = [path.read_text() for path in self.folder.glob(f"struck-{number}.*")]
+        return [float(text) for text in texts if text]
 
     # Starting and ending it.
 
@@ -234,6 +240,8 @@ class Run:
                 continue
         if self.process is not None:
             self.process.wait()
+        for end in self.at_the_end:
+            end()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
     # Looking at it.

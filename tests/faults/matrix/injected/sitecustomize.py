@@ -4,11 +4,15 @@ MATRIX_FAULTS names a JSON list of faults; without it nothing happens here. Each
 
     do      what: see `Fault`
     at      where: "forward" (before it, in a step), "loss" (after it), "manifest" (before rank 0 writes one),
-            "fsync", "start" (when the engine is there)
+            "fsync", "port" (when the launcher looks for a free one)
     rank    which rank; left out, every one
     step    which optimizer step, counted over the whole run; left out, every one
-    mark    a file, made exclusively with the moment in it when the fault strikes; it strikes once a run then
+    mark    a file whose name gets the rank appended, made exclusively with the moment in it when the fault
+            strikes: once a run and rank then, however often that is started again
     …       what the fault itself wants
+
+Two more variables name folders: MATRIX_POSITIONS gets what each rank trained on, MATRIX_LOADED what each held
+when it had loaded a checkpoint.
 
 The code under test holds no hook for this: functions are replaced when their modules have been imported.
 Standard library only, as it runs in every process.
@@ -33,12 +37,12 @@ class Fault:
     def is_due(self, at, step=None):
         if at != self.at or (self.step is not None and step != self.step):
             return False
-        if self.rank is not None and int(os.environ.get("RANK", "0")) != self.rank:
+        if self.rank is not None and RANK != self.rank:
             return False
         if self.mark is None:
             return True
         try:
-            with open(self.mark, "x") as file:
+            with open(f"{self.mark}.{RANK}", "x") as file:
                 file.write(repr(time.monotonic()))
         except FileExistsError:
             return False
@@ -92,6 +96,9 @@ class Fault:
         bits[0] ^= 1 << self.wants.get("bit", 12)
         return value
 
+    def give_port(self, value):
+        return self.wants["port"]
+
     def jump_clock(self, value):
         shift, true_time = self.wants["seconds"], time.time
         time.time = lambda: true_time() + shift
@@ -117,7 +124,7 @@ def holds(fault, batch):
 
 
 def patch_engine(engine_class):
-    forward, step, init = engine_class.forward, engine_class.step, engine_class.__init__
+    forward, step = engine_class.forward, engine_class.step
     begun = {}  # engine -> steps it began
 
     def current(engine):
@@ -125,10 +132,6 @@ def patch_engine(engine_class):
         if engine not in begun:
             begun[engine] = engine.optimizer_steps + 1
         return begun[engine]
-
-    def new_init(self, *args, **kwargs):
-        init(self, *args, **kwargs)
-        strike_all("start", value=self)
 
     def new_forward(self, images, batch):
         if not self.module.training:
@@ -147,7 +150,7 @@ def patch_engine(engine_class):
         begun[self] = number + 1
         return norm
 
-    engine_class.__init__, engine_class.forward, engine_class.step = new_init, new_forward, new_step
+    engine_class.forward, engine_class.step = new_forward, new_step
 
 
 def log_positions(step, batch):
@@ -156,7 +159,7 @@ def log_positions(step, batch):
     if folder:
         seen = batch["positions"][batch["weights"] > 0].tolist()
         line = json.dumps({"step": step, "time": time.monotonic(), "positions": seen})
-        with open(os.path.join(folder, f"rank-{os.environ.get('RANK', '0')}.jsonl"), "a") as file:
+        with open(os.path.join(folder, f"rank-{RANK}.jsonl"), "a") as file:
             file.write(line + "\n")
 
 
@@ -188,7 +191,30 @@ def patch_files(module):
     module.sync = new_sync
 
 
+def patch_processes(module):
+    free_port = module.free_port
+    module.free_port = lambda: strike_all("port") or free_port()
+
+
+def patch_load(module):
+    load_fragments = module.load_fragments
+
+    def new_load_fragments(reader, fragments):
+        load_fragments(reader, fragments)
+        folder = os.environ.get("MATRIX_LOADED")
+        if folder:
+            import numpy
+
+            held = {f"{f.name}/{kind}/{f.start}": t.numpy() for f in fragments for kind, t in f.tensors.items()}
+            where = os.path.join(folder, f"{reader.manifest.step}-rank-{RANK}.npz")
+            numpy.savez(where, **held)
+
+    module.load_fragments = new_load_fragments
+
+
 PATCHES = {
+    "launch.processes": patch_processes,
+    "pretrain.checkpoint.load": patch_load,
     "pretrain.engine.zero": patch_zero,
     "pretrain.engine.debug": patch_debug,
     "pretrain.checkpoint.manifest": patch_manifest,
@@ -214,6 +240,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
+RANK = int(os.environ.get("RANK", "0"))
 FAULTS: list[Fault] = []
 if "MATRIX_FAULTS" in os.environ:
     FAULTS = read_faults()
