@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,22 +9,13 @@ import pytest
 from faults.matrix.measured import keep
 from faults.matrix.references import References
 from faults.matrix.row import Measured
-from faults.matrix.runs import Run
-from launching import ROOT, clean_environment
+from faults.matrix.runs import Run, write_shards
 
 
 @pytest.fixture(scope="session")
 def matrix_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """150 synthetic images of 6 classes in small chunks, packed by the project's own commands."""
-    root = tmp_path_factory.mktemp("data")
-    for step in (
-        ["data", "synth", str(root / "images"), "--samples", "150", "--image-size", "32", "--classes", "6"],
-        ["data", "pack", str(root / "images"), str(root / "shards"), "--chunk-samples", "16"],
-    ):
-        command = [sys.executable, "-m", "pretrain.cli", *step]
-        done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-    return root / "shards"
+    return write_shards(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")

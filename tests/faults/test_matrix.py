@@ -8,7 +8,7 @@ import pytest
 from faults.matrix.player import play
 from faults.matrix.references import References
 from faults.matrix.row import Measured, Row
-from faults.matrix.rows import PLAYED, ROWS
+from faults.matrix.rows import PLAYED
 from faults.matrix.runs import Run
 
 
@@ -32,8 +32,3 @@ def test_the_run_survives_or_ends_as_the_table_says(
 ) -> None:
     run = new_run(world_size=row.world_size, zero_stage=row.zero_stage)
     measured(play(row, run, references))
-
-
-def test_no_two_rows_have_one_name() -> None:
-    names = [row.fault for row in ROWS]
-    assert len(names) == len(set(names))

@@ -101,11 +101,12 @@ def test_no_bit_that_flips_anywhere_in_a_checkpoint_goes_unnoticed_or_changes_a_
         began = time.monotonic()
         try:
             read = state_of(checkpoint)
-        except CheckpointError as error:
-            assert str(checkpoint) in str(error)
+        except CheckpointError:
             noticed += 1
         else:  # white space of the JSON, say
-            assert all(torch.equal(read[name], sound[name]) for name in sound), f"{file.name}, byte {place}, {bit}"
+            assert all(torch.equal(read[name], sound[name]) for name in sound), (
+                f"{file.name}, byte {place}, {bit}"
+            )
         slowest = max(slowest, time.monotonic() - began)
         file.write_bytes(data)
     assert noticed > 0.8 * PLACES, "most bytes matter"

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from faults.matrix.references import References, begin_from
-from faults.matrix.row import Measured, Row
+from faults.matrix.row import Entry, Measured, Row
 from faults.matrix.runs import PATIENCE_SECONDS, START_SECONDS, Run, Scraper, is_alive, until
 from faults.matrix.verdict import (
     require_nobody_left,
@@ -38,7 +38,11 @@ def play(row: Row, run: Run, references: References) -> Measured:
     """Raises AssertionError when the row does not hold. `run` is new, and closed by the caller."""
     shards = references.dataset(row.dataset) if row.dataset else references.shards
     reference = references.get(
-        row.world_size, row.zero_stage, shards=shards, changes=row.reference_changes, faults=row.reference_faults
+        row.world_size,
+        row.zero_stage,
+        shards=shards,
+        changes=row.reference_changes,
+        faults=row.reference_faults,
     )
     scraper = _prepare(row, run, reference)
     memory_before = shared_memory()
@@ -63,14 +67,14 @@ def play(row: Row, run: Run, references: References) -> Measured:
         _watch(run, scraper, lambda: False)
         code = run.end()
         assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
-        _require_the_references_end(run, reference)
+        require_the_references_end(run, reference)
     require_nobody_left(run)
     if not row.is_final:
         require_nothing_left(run)
     assert shared_memory() <= memory_before
     for words in row.says:
         assert words in run.said(), run.said()[-4000:]
-    _require_counted(row, run, scraper)
+    require_counted(row, run, scraper)
     if row.after:
         row.after(run)
     return row.measured(ended=ended, recovered=recovered)
@@ -149,7 +153,7 @@ def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None) -> float
     return recovered
 
 
-def _require_the_references_end(run: Run, reference: Run) -> None:
+def require_the_references_end(run: Run, reference: Run) -> None:
     assert (run.run_dir / "finished.json").is_file()
     mine, theirs = require_sound_checkpoints(run.run_dir), committed(reference.run_dir)
     assert mine[-1].name == theirs[-1].name
@@ -158,12 +162,14 @@ def _require_the_references_end(run: Run, reference: Run) -> None:
     assert got == {step: loss for step, loss in expected.items() if step >= min(got)}
 
 
-def _require_counted(row: Row, run: Run, scraper: Scraper | None) -> None:
+def require_counted(row: Entry, run: Run, scraper: Scraper | None) -> None:
     if row.counted is None:
         return
     if row.counted.event:
         count: float = sum(line["event"] == row.counted.event for line in run.journal())
     else:
         assert scraper is not None
-        count = max((v for n, v in scraper.highest.items() if n.split("{")[0] == row.counted.metric), default=0.0)
+        count = max(
+            (v for n, v in scraper.highest.items() if n.split("{")[0] == row.counted.metric), default=0.0
+        )
     assert count >= row.counted.at_least, f"{row.counted} is {count}"

@@ -74,10 +74,22 @@ DAMAGED = [
     )
     for fault, prepare, after in (
         ("a torn checkpoint file", to_newest(tear, "rank-00001.safetensors"), rejected_is_kept),
-        ("a bit flipped in a weight", to_newest(flip_in_the_middle, "rank-00000.safetensors"), rejected_is_kept),
-        ("a bit flipped in a file's header", to_newest(flip_in_the_header, "rank-00001.safetensors"), rejected_is_kept),
+        (
+            "a bit flipped in a weight",
+            to_newest(flip_in_the_middle, "rank-00000.safetensors"),
+            rejected_is_kept,
+        ),
+        (
+            "a bit flipped in a file's header",
+            to_newest(flip_in_the_header, "rank-00001.safetensors"),
+            rejected_is_kept,
+        ),
         ("a bit flipped in a manifest", to_newest(flip_in_the_middle, "manifest.json"), rejected_is_kept),
-        ("a hostile pickle as a checkpoint's file", to_newest(make_hostile, "rank-00000.safetensors"), not_executed),
+        (
+            "a hostile pickle as a checkpoint's file",
+            to_newest(make_hostile, "rank-00000.safetensors"),
+            not_executed,
+        ),
     )
 ]
 

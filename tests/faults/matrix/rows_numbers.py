@@ -9,7 +9,7 @@ JUDGE = "pretrain.judge"
 
 NAN_ON_ONE = {"do": "multiply", "at": "loss", "step": 10, "factor": "nan"}
 SPIKED = (17 * BATCH, 18 * BATCH)  # positions: of step 18
-SPIKE = {"train": {"spike": {"window_steps": 8, "threshold": 8.0, "skip_steps": 2, "max_rollbacks": 2}}}
+SPIKE = {"train": {"spike": {"window_steps": 8, "threshold": 8.0, "skip_steps": 2}}}
 
 NUMBERS = [
     Row(

@@ -19,7 +19,11 @@ GRACE_SECONDS = 30.0  # what schedulers give between SIGTERM and SIGKILL
 WATCHDOG = "pretrain.watchdog"
 WRITER = "pretrain.checkpoint.writer"
 
-SLOW_DISK = {"at": "fsync", "do": "sleep", "seconds": 0.25}  # a save takes a second: there is something to hit
+SLOW_DISK = {
+    "at": "fsync",
+    "do": "sleep",
+    "seconds": 0.25,
+}  # a save takes a second: there is something to hit
 WATCHED = {"watchdog": {"step_seconds": 5, "start_seconds": 60}}
 WATCHDOG_BOUND = 5.0 + 10.0
 ONE_WORKER = {"data": {"workers": 1}}

@@ -62,6 +62,19 @@ def merged(base: Tree, changes: Tree) -> dict[str, Any]:
     return result
 
 
+def write_shards(folder: Path) -> Path:
+    """150 images of 6 classes, packed by the project's own commands: two and a half epochs of a run."""
+    images, shards = str(folder / "images"), folder / "shards"
+    for arguments in (
+        ["synth", images, "--samples", "150", "--image-size", "32", "--classes", "6"],
+        ["pack", images, str(shards), "--chunk-samples", "16"],
+    ):
+        command = [sys.executable, "-m", "pretrain.cli", "data", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=clean_environment(), cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+    return shards
+
+
 @dataclass(frozen=True, kw_only=True)
 class Process:
     pid: int
@@ -71,7 +84,9 @@ class Process:
 
     @property
     def is_rank(self) -> bool:
-        return self.rank is not None and ("pretrain.cli train" in self.command or "pretrain.train" in self.command)
+        return self.rank is not None and (
+            "pretrain.cli train" in self.command or "pretrain.train" in self.command
+        )
 
     @property
     def is_writer(self) -> bool:
@@ -109,12 +124,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def until(condition: Callable[[], bool], what: str | Callable[[], str], *, seconds: float = PATIENCE_SECONDS) -> None:
+def until(
+    condition: Callable[[], bool], what: str | Callable[[], str], *, seconds: float = PATIENCE_SECONDS
+) -> None:
     """Wait for `condition`; looks often, as faults must strike where they are meant to."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise AssertionError(f"{what if isinstance(what, str) else what()} did not happen within {seconds:g} s")
+            raise AssertionError(
+                f"{what if isinstance(what, str) else what()} did not happen within {seconds:g} s"
+            )
         time.sleep(0.003)
 
 
@@ -214,7 +233,9 @@ class Run:
         logs = (self.folder / f"launch-{number}.log" for number in range(1, self.launches + 1))
         return "".join(log.read_text(errors="replace") for log in logs)
 
-    def wait_for(self, condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS) -> None:
+    def wait_for(
+        self, condition: Callable[[], bool], what: str, *, seconds: float = PATIENCE_SECONDS
+    ) -> None:
         """Fails when the launch ends before `condition` holds."""
         assert self.process is not None
         process = self.process

@@ -26,7 +26,9 @@ def save(run_dir: Path, step: int) -> None:
     fragments = []
     for name, shape in SHAPES.items():
         values = torch.full((torch.Size(shape).numel(),), float(step))
-        fragments.append(Fragment(name=name, start=0, tensors={"weight": values, **dict.fromkeys(ADAM_MOMENTS, values)}))
+        fragments.append(
+            Fragment(name=name, start=0, tensors={"weight": values, **dict.fromkeys(ADAM_MOMENTS, values)})
+        )
     facts = {
         "step": step,
         "samples": step,

@@ -37,7 +37,7 @@ class Fault:
     def is_due(self, at, step=None):
         if at != self.at or (self.step is not None and step != self.step):
             return False
-        if self.rank is not None and RANK != self.rank:
+        if self.rank not in (None, RANK):
             return False
         if self.mark is None:
             return True
@@ -158,7 +158,7 @@ def log_positions(step, batch):
     folder = os.environ.get("MATRIX_POSITIONS")
     if folder:
         seen = batch["positions"][batch["weights"] > 0].tolist()
-        line = json.dumps({"step": step, "time": time.monotonic(), "positions": seen})
+        line = json.dumps({"step": step, "pid": os.getpid(), "time": time.monotonic(), "positions": seen})
         with open(os.path.join(folder, f"rank-{RANK}.jsonl"), "a") as file:
             file.write(line + "\n")
 
@@ -205,7 +205,9 @@ def patch_load(module):
         if folder:
             import numpy
 
-            held = {f"{f.name}/{kind}/{f.start}": t.numpy() for f in fragments for kind, t in f.tensors.items()}
+            held = {
+                f"{f.name}/{kind}/{f.start}": t.numpy() for f in fragments for kind, t in f.tensors.items()
+            }
             where = os.path.join(folder, f"{reader.manifest.step}-rank-{RANK}.npz")
             numpy.savez(where, **held)
 
