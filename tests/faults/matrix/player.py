@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from launching import free_port
 from pretrain.checkpoint.manifest import committed
 from pretrain.errors import EXIT_CRASHED, EXIT_FINISHED, EXIT_INTERRUPTED
 
-RESTARTED = (EXIT_CRASHED, EXIT_INTERRUPTED)  # what a scheduler starts again
+RESTARTED = (EXIT_CRASHED, EXIT_INTERRUPTED, 128 + signal.SIGKILL)  # what a scheduler starts again
 
 
 @dataclass
@@ -126,17 +127,21 @@ def _watch(run: Run, scraper: Scraper | None, condition: Callable[[], bool]) -> 
 
 
 def _code_of_the_struck_attempt(run: Run) -> int:
-    """As the supervisor that started it again wrote it down, else that of the launch."""
+    """As the supervisor wrote it down, which may start the run again by itself, else that of the launch."""
     attempts = run.run_dir / "attempts.jsonl"
-    if attempts.exists():
-        lines = [json.loads(line) for line in attempts.read_text().splitlines() if line]
-        if lines and run.process is not None and run.process.poll() is None:
-            return int(lines[0]["exit_code"])
-    return run.end()
+    assert run.process is not None
+    process = run.process
+
+    def lines() -> list[str]:
+        return attempts.read_text().splitlines() if attempts.exists() else []
+
+    until(lambda: bool(lines()) or process.poll() is not None, "the attempt's record, or the end of the launch")
+    return int(json.loads(lines()[0])["exit_code"]) if lines() else run.end()
 
 
 def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None) -> float:
-    """Started again until it is beyond where it was struck. Seconds from the fault on."""
+    """Started again until it is beyond where the struck attempt came. Seconds from the fault on."""
+    last = run.last_step()
     assert run.process is not None
     if run.process.poll() is not None:
         require_nobody_left(run)
@@ -145,12 +150,9 @@ def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None) -> float
         else:
             assert row.code in RESTARTED, f"nothing would start a run again that ended with {row.code}"
         run.start()
-    _watch(run, scraper, lambda: run.last_step() > struck.step)
-    assert run.last_step() > struck.step, f"ended with {run.end()} instead of going on:\n{run.said()[-4000:]}"
-    recovered = time.monotonic() - struck.at
-    if scraper:
-        scraper.look()
-    return recovered
+    _watch(run, scraper, lambda: run.last_step() > last)
+    assert run.last_step() > last, f"ended with {run.end()} instead of going on:\n{run.said()[-4000:]}"
+    return time.monotonic() - struck.at
 
 
 def require_the_references_end(run: Run, reference: Run) -> None:

@@ -56,7 +56,8 @@ def offer_hostile_init(run: Run) -> None:
     run.changes = {**run.changes, "init_from": str(path)}
 
 
-def rejected_is_kept(run: Run) -> None:
+def rejected_and_not_executed(run: Run) -> None:
+    not_executed(run)
     assert (run.checkpoints / f"{step_folder(NEWEST)}.rejected").is_dir()
 
 
@@ -64,32 +65,21 @@ DAMAGED = [
     Row(
         fault=fault,
         outcome=PASSED_OVER,
+        world_size=world_size,
         begins_from=(OLDER, NEWEST),
-        prepare=prepare,
+        prepare=to_newest(change, name),
         code=0,
         bound_seconds=START_BOUND,
         says=("passing over", f"going on at step {OLDER} of"),
         counted=REJECTED,
-        after=after,
+        after=rejected_and_not_executed,
     )
-    for fault, prepare, after in (
-        ("a torn checkpoint file", to_newest(tear, "rank-00001.safetensors"), rejected_is_kept),
-        (
-            "a bit flipped in a weight",
-            to_newest(flip_in_the_middle, "rank-00000.safetensors"),
-            rejected_is_kept,
-        ),
-        (
-            "a bit flipped in a file's header",
-            to_newest(flip_in_the_header, "rank-00001.safetensors"),
-            rejected_is_kept,
-        ),
-        ("a bit flipped in a manifest", to_newest(flip_in_the_middle, "manifest.json"), rejected_is_kept),
-        (
-            "a hostile pickle as a checkpoint's file",
-            to_newest(make_hostile, "rank-00000.safetensors"),
-            not_executed,
-        ),
+    for fault, world_size, change, name in (
+        ("a checkpoint's file torn, of one of two ranks", 2, tear, "rank-00001.safetensors"),
+        ("a bit flipped in a weight", 2, flip_in_the_middle, "rank-00000.safetensors"),
+        ("a bit flipped in a file's header", 0, flip_in_the_header, "rank-00000.safetensors"),
+        ("a bit flipped in a manifest", 0, flip_in_the_middle, "manifest.json"),
+        ("a hostile pickle as a checkpoint's file", 0, make_hostile, "rank-00000.safetensors"),
     )
 ]
 
@@ -97,6 +87,7 @@ REFUSED = [
     Row(
         fault="a hostile pickle offered as `init_from`",
         outcome="refused, never run",
+        world_size=0,
         prepare=offer_hostile_init,
         code=2,
         bound_seconds=START_BOUND,
@@ -106,6 +97,7 @@ REFUSED = [
     Row(
         fault="another model's checkpoint",
         outcome="refused with a diff; nothing is changed",
+        world_size=0,
         begins_from=(NEWEST,),
         changes={"model": {"depth": 3}},
         code=4,
@@ -154,6 +146,7 @@ PORTS = [
     Row(
         fault="the metrics port is taken",
         outcome="refused before the first step, the port named",
+        world_size=0,
         prepare=_METRICS_PORT.prepare,
         mend=_METRICS_PORT.give_back,
         code=2,

@@ -79,6 +79,7 @@ DAMAGED = [
     Row(
         fault="a corrupt tar header",
         outcome="the run ends, shard and offset named; with the shard brought back it goes on",
+        world_size=0,
         prepare=damage_a_header,
         mend=bring_shard_back,
         code=3,
@@ -88,6 +89,7 @@ DAMAGED = [
     Row(
         fault="corrupt JPEGs, a decompression bomb, hostile tar members",
         outcome="images that do not decode are replaced by rule, counted and named; nothing is extracted or run",
+        world_size=0,
         dataset=write_hostile_members,
         reference_changes={"data": {"max_replaced_fraction": 0.1}},
         changes={"data": {"workers": 1, "max_replaced_fraction": 0.1}},

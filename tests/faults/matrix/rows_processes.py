@@ -117,7 +117,7 @@ SAVES = [
             code=1,
             bound_seconds=PEER_SECONDS,
         )
-        for said, count in (("100 bytes", 100), ("half", 100_000), ("most", 150_000))
+        for said, count in (("100 bytes", 100), ("half", 60_000), ("nearly all", 100_000))
     ),
     Row(
         fault="rank 0 killed between slices and manifest",
