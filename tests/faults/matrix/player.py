@@ -135,7 +135,9 @@ def _code_of_the_struck_attempt(run: Run) -> int:
     def lines() -> list[str]:
         return attempts.read_text().splitlines() if attempts.exists() else []
 
-    until(lambda: bool(lines()) or process.poll() is not None, "the attempt's record, or the end of the launch")
+    until(
+        lambda: bool(lines()) or process.poll() is not None, "the attempt's record, or the end of the launch"
+    )
     return int(json.loads(lines()[0])["exit_code"]) if lines() else run.end()
 
 

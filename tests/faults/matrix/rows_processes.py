@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from signal import SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 
-from faults.matrix.row import Counted, Row
+from faults.matrix.row import Counted, Row, is_there
 from faults.matrix.strikes import (
     after_step,
     in_a_save,
@@ -30,6 +30,15 @@ ONE_WORKER = {"data": {"workers": 1}}
 
 KILLED = "its peers lose it and end; started again, the run goes on from the newest checkpoint"
 TOLD = "all ranks agree on a step, save it and end"
+
+# Who writes a checkpoint: a process beside each rank, where that is built, else the rank itself.
+if is_there(WRITER):
+    TORN, TORN_CODE = (
+        "the save never commits, that is said and counted; a new writer is started, training goes on",
+        0,
+    )
+else:
+    TORN, TORN_CODE = f"the save never commits; {KILLED}", 1
 
 SIGNALS = [
     Row(
@@ -110,20 +119,20 @@ SAVES = [
     ),
     *(
         Row(
-            fault=f"rank 1 killed in mid-save, after {said} of its file",
-            outcome="the save never commits; " + KILLED,
-            # Before the step whose save is struck; the kernel does it, at that very byte.
-            injected=({"do": "limit_files", "at": "forward", "rank": 1, "step": 12, "bytes": count},),
-            code=1,
+            fault=f"what writes rank 1's part of a checkpoint is killed after {said} of it",
+            outcome=TORN,
+            # The kernel does it, at that very byte.
+            injected=({"do": "limit_files", "at": "part", "rank": 1, "step": 12, "bytes": count},),
+            code=TORN_CODE,
             bound_seconds=PEER_SECONDS,
         )
         for said, count in (("100 bytes", 100), ("half", 60_000), ("nearly all", 100_000))
     ),
     Row(
-        fault="rank 0 killed between slices and manifest",
-        outcome="the save never commits; " + KILLED,
+        fault="what commits a checkpoint is killed between slices and manifest",
+        outcome=TORN,
         injected=({"do": "kill", "at": "manifest", "step": 12},),
-        code=1,
+        code=TORN_CODE,
         bound_seconds=PEER_SECONDS,
     ),
     *(

@@ -3,8 +3,8 @@
 MATRIX_FAULTS names a JSON list of faults; without it nothing happens here. Each fault is an object:
 
     do      what: see `Fault`
-    at      where: "forward" (before it, in a step), "loss" (after it), "manifest" (before rank 0 writes one),
-            "fsync", "port" (when the launcher looks for a free one)
+    at      where: "forward" (before it, in a step), "loss" (after it), "part" (before a rank's part of a checkpoint
+            is written), "manifest" (before rank 0 writes one), "fsync", "port" (when the launcher looks for a free one)
     rank    which rank; left out, every one
     step    which optimizer step, counted over the whole run; left out, every one
     mark    a file whose name gets the rank appended, made exclusively with the moment in it when the fault
@@ -24,6 +24,7 @@ import importlib.abc
 import importlib.machinery
 import json
 import os
+import re
 import sys
 import time
 
@@ -181,6 +182,22 @@ def patch_manifest(module):
     module.Manifest.to_json = new_to_json
 
 
+def patch_save(module):
+    """Wherever a rank's part is written: by the rank itself, or by its writer."""
+    for name in ("_write_slices", "write_part"):
+        if hasattr(module, name):
+            setattr(module, name, with_part(getattr(module, name)))
+
+
+def with_part(write):
+    def new_write(*args, **kwargs):
+        steps = [re.search(r"step-(\d+)", str(value)) for value in (*args, *kwargs.values())]
+        strike_all("part", next((int(found[1]) for found in steps if found), None))
+        return write(*args, **kwargs)
+
+    return new_write
+
+
 def patch_files(module):
     sync = module.sync
 
@@ -220,6 +237,8 @@ PATCHES = {
     "pretrain.engine.zero": patch_zero,
     "pretrain.engine.debug": patch_debug,
     "pretrain.checkpoint.manifest": patch_manifest,
+    "pretrain.checkpoint.save": patch_save,
+    "pretrain.checkpoint.staging": patch_save,
     "pretrain.storage.files": patch_files,
 }
 
