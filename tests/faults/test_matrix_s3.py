@@ -13,7 +13,16 @@ import pytest
 from faults.matrix.player import require_counted, require_the_references_end
 from faults.matrix.references import References
 from faults.matrix.row import Entry, Measured
-from faults.matrix.rows_data import BURST, EXPIRED, MIRRORED, NODE_LOST, REFRESHED, STALL, TRUNCATED
+from faults.matrix.rows_data import (
+    BURST,
+    EXPIRED,
+    MIRRORED,
+    NODE_LOST,
+    REFRESHED,
+    STALL,
+    TRUNCATED,
+    write_in_lanes,
+)
 from faults.matrix.runs import Run, Scraper, merged
 from faults.matrix.verdict import require_nobody_left, require_nothing_left
 from launching import free_port
@@ -22,8 +31,11 @@ from services.radosgw import Radosgw
 
 pytestmark = pytest.mark.slow
 SECRET_OF_PROVIDER = "hunter2-is-secret"
-# Nothing is cached: there are requests all along.
-FROM_THE_STORE = {"data": {"cache_bytes": 1, "prefetch_bytes": 0}, "storage": {"read_timeout_seconds": 1.0}}
+# Nothing is kept or fetched ahead: there are requests all along.
+FROM_THE_STORE = {
+    "data": {"cache_bytes": 1, "prefetch_bytes": 0},
+    "storage": {"read_timeout_seconds": 1.0, "retry_seconds": 5.0},
+}
 
 PROVIDER = """\
 import json, os, sys
@@ -41,8 +53,9 @@ print(json.dumps({{"Version": 1, "AccessKeyId": {access_key!r}, "SecretAccessKey
 
 @dataclass
 class Store:
-    """A bucket with the reference's very shards, behind a proxy; the environment points at it."""
+    """A bucket with the very shards of `reference`, behind a proxy; the environment points at it."""
 
+    reference: Run
     url: str
     bucket: str
     server: Radosgw
@@ -51,15 +64,17 @@ class Store:
 
 @pytest.fixture
 def store(
-    s3_environment: Radosgw, s3_bucket: str, matrix_shards: Path, monkeypatch: pytest.MonkeyPatch
+    s3_environment: Radosgw, s3_bucket: str, references: References, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Store]:
+    shards = references.dataset(write_in_lanes)
+    reference = references.get(shards=shards)
     client = s3_environment.client()
     bucket = s3_bucket.removeprefix("s3://")
-    for file in matrix_shards.iterdir():
+    for file in Path(shards).iterdir():
         client.upload_file(str(file), bucket, f"shards/{file.name}")
     with FaultProxy(s3_environment.port) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        yield Store(f"{s3_bucket}/shards", bucket, s3_environment, proxy)
+        yield Store(reference, f"{s3_bucket}/shards", bucket, s3_environment, proxy)
 
 
 def train(run: Run, entry: Entry, reference: Run) -> float:
@@ -97,7 +112,6 @@ def test_a_run_whose_store_fails_is_the_run_that_nothing_happened_to(
     fault: Fault,
     count: int,
     store: Store,
-    references: References,
     new_run: Callable[..., Run],
     measured: Callable[[Measured], None],
 ) -> None:
@@ -113,7 +127,7 @@ def test_a_run_whose_store_fails_is_the_run_that_nothing_happened_to(
 
     store.proxy.weather = weather
     run = new_run(shards=store.url, changes=FROM_THE_STORE)
-    seconds = train(run, entry, references.get())
+    seconds = train(run, entry, store.reference)
     assert left[0] == 0, "the fault did not strike as often as it was meant to"
     measured(entry.measured(recovered=seconds))
 
@@ -160,7 +174,6 @@ PACED = {"do": "sleep", "at": "forward", "seconds": 0.3}
 
 def test_credentials_that_expire_are_renewed_while_a_run_goes_on(
     store: Store,
-    references: References,
     new_run: Callable[..., Run],
     measured: Callable[[Measured], None],
     tmp_path: Path,
@@ -168,7 +181,7 @@ def test_credentials_that_expire_are_renewed_while_a_run_goes_on(
 ) -> None:
     provider = Provider(tmp_path, store.server, monkeypatch, life_seconds=6.0)
     run = new_run(shards=store.url, changes=FROM_THE_STORE, faults=[PACED])
-    seconds = train(run, REFRESHED, references.get())
+    seconds = train(run, REFRESHED, store.reference)
     assert provider.calls >= 3
     require_secret_nowhere(run, store.server)
     measured(REFRESHED.measured(recovered=seconds))

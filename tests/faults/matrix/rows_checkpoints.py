@@ -19,7 +19,7 @@ from services.required import skip_or_fail
 
 from pretrain.checkpoint.manifest import step_folder
 
-START_BOUND = 60.0  # for what is found at the start: mostly imports
+START_BOUND = 120.0  # for what is found at the start: mostly imports, and machines are busy
 PASSED_OVER = "passed over, kept as `….rejected`; the run goes on from the one before it"
 REJECTED = Counted(event="checkpoint_rejected")
 OLDER, NEWEST = 4, 8  # the checkpoints that such a run begins with

@@ -7,7 +7,7 @@ import shutil
 import tarfile
 from pathlib import Path
 
-from data.tiny_shards import index_folder, jpeg
+from data.tiny_shards import index_folder, jpeg, write_dataset
 from faults.hostile import CASES, MARKER, member, png
 from faults.matrix.row import Counted, Entry, Row
 from faults.matrix.rows_checkpoints import START_BOUND
@@ -37,6 +37,14 @@ def write_hostile_members(folder: Path) -> Path:
                     _as_sample(tar, i, name)
     index_folder(shards, chunk_samples=16)
     return shards
+
+
+def write_in_lanes(folder: Path) -> Path:
+    """More than the small data that is held in memory: chunks are asked for all through a run."""
+    write_dataset(
+        folder / "shards", count=600, per_shard=100, chunk_samples=4, image=lambda i: jpeg(i, (40, 32))
+    )
+    return folder / "shards"
 
 
 def _as_sample(tar: tarfile.TarFile, number: int, name: str) -> None:
@@ -132,9 +140,9 @@ REFRESHED = Entry(
 )
 EXPIRED = Entry(
     fault="S3: credentials that expire and are not renewed",
-    outcome="the run ends within 10 s of the last refusal; the secret is in no log",
+    outcome="the run ends `storage.retry_seconds` (here 5) after they have; the secret is in no log",
     code=3,
-    bound_seconds=START_BOUND,
+    bound_seconds=10.0 + 5.0,
 )
 MIRRORED = Entry(
     fault="S3: 503s, stalls and lost answers while a checkpoint is mirrored",

@@ -43,7 +43,7 @@ SLOW_RANK = Entry(
     fault="a rank slower by 200 ms a step",
     outcome="named by its compute time before the first collective; nothing else changes",
     code=0,
-    bound_seconds=60.0,
+    bound_seconds=120.0,
     counted=Counted(event="slow_rank"),
     waits_for="pretrain.watchdog",
 )
@@ -58,7 +58,7 @@ SEVEN = Entry(
     fault="8 → 7 ranks at a global batch of 64",
     outcome="the state is bitwise the same when loaded, ten losses within 1e-5",
     code=75,
-    bound_seconds=60.0,
+    bound_seconds=120.0,
 )
 PARTITION = Entry(
     fault="a network partition between two hosts",
