@@ -3,6 +3,8 @@
 # make check     formatting, lint, types, layers
 # make test-all  the long suites too
 # make fuzz      ten minutes of damaged input for what reads tars, indexes and images
+# make faults    every row of the fault matrix, and its table, tests/faults/README.md
+# make soak      half an hour of training with a fault every 30 to 60 seconds, then the proof that nothing was lost
 #
 # PYTHON                     the interpreter for .venv (3.10 or newer)
 # PRETRAIN_TORCH             pip's requirement for torch, for example a CPU build
@@ -16,7 +18,7 @@ PRETRAIN_TEST_PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRAIN_PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-all fuzz check format clean
+.PHONY: demo test test-all fuzz faults soak check format clean
 
 demo: .venv/installed
 	$(BIN)/pretrain demo
@@ -32,6 +34,12 @@ test-all: test
 fuzz: .venv/installed
 	$(PIP) -e ".[dev,fuzz]"
 	PYTHONPATH=.:tests $(BIN)/python -m fuzz --minutes 10
+
+faults: .venv/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix
+
+soak: .venv/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix.soak --minutes 30
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

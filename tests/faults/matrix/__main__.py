@@ -1,0 +1,59 @@
+"""Play the fault matrix and write its table, tests/faults/README.md.
+
+PYTHONPATH=.:tests python -m faults.matrix [--only WORDS] [--plain-deepspeed] [--table]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from faults.matrix import measured, plain_deepspeed, table
+
+TESTS = Path(__file__).resolve().parents[2]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m faults.matrix",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", metavar="WORDS", help="the rows that pytest's -k selects by these")
+    parser.add_argument(
+        "--plain-deepspeed", action="store_true", help="the signals under plain `deepspeed` instead"
+    )
+    parser.add_argument(
+        "--table", action="store_true", help="play nothing, write the table of what is measured"
+    )
+    args = parser.parse_args()
+    code = 0
+    if args.plain_deepspeed:
+        plain_deepspeed.measure()
+    elif not args.table:
+        suites = sorted(str(path) for path in (TESTS / "faults").glob("test_matrix*.py"))
+        # The table is tested when it has been written; "" is every mark.
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-m",
+            "",
+            "--deselect",
+            f"{TESTS}/faults/test_matrix_table.py",
+        ]
+        command += ["-k", args.only] if args.only else []
+        code = subprocess.call(
+            [*command, *suites], cwd=TESTS.parent, env={**os.environ, measured.VARIABLE: "1"}
+        )
+    table.write()
+    print(f"wrote {table.README}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
