@@ -40,6 +40,7 @@ from pretrain.checkpoint.manifest import (
 )
 from pretrain.checkpoint.run_directory import write_whole
 from pretrain.checkpoint.segments import FILES, SEGMENTS_NAME
+from pretrain.checkpoint.skipped import SKIPPED_NAME, edges, is_given_up
 from pretrain.config.load import as_yaml, overridden, with_defaults
 from pretrain.config.schema import RunConfig
 from pretrain.data.ledger import LEDGER_FOLDER, read_ledger
@@ -49,7 +50,7 @@ from pretrain.errors import CheckpointMismatchError, ConfigError, PretrainError,
 from pretrain.metrics.journal import JOURNAL_NAME, Journal, read_journal
 
 # What says which samples stand where: the fork has it from its parent.
-ORDER_FILES = (SEGMENTS_NAME, FILES, "skipped.json")
+ORDER_FILES = (SEGMENTS_NAME, FILES, SKIPPED_NAME)
 FORK_ATTEMPT = 0  # before the fork's first own
 
 
@@ -156,12 +157,18 @@ def _check(config: RunConfig, manifest: Manifest, run_dir: Path, *, where: str) 
         consumed=manifest.samples,
         **first_datasets(config, manifest, look_there=same_source),
     )
+    if is_given_up(manifest, edges(data.skipped)):
+        raise CheckpointMismatchError(
+            f"{where} has consumed samples that the run jumps over since ({SKIPPED_NAME}): it is of a course that was "
+            "given up; fork an older checkpoint, or a newer one"
+        )
     check_resumable(
         manifest,
         config=config.model_dump(mode="json"),
         dataset=dataset_facts(data.indexes),
         order=data.stream.fingerprint(),
         segments=data.segments,
+        skipped=data.skipped,
         parameters=manifest.parameters,
         where=where,
     )

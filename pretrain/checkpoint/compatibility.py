@@ -58,6 +58,7 @@ FREE_KEYS = {
     "metrics": "",
     "export": "",
     "storage": "",
+    "watchdog": "",
     "deepspeed": "ZeRO stage, buckets …",
 }
 _WITHOUT_MEANING = ("run_dir", "init_from")  # for what is trained

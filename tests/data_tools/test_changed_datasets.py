@@ -56,6 +56,7 @@ def test_a_dataset_that_was_rewritten_in_place_is_gone_on_from_where_it_changed(
             dataset={},
             order=before.stream.fingerprint(),
             segments=now,
+            skipped=[],
             parameters={},
             where="here",
         )
