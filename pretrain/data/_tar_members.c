@@ -7,11 +7,11 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { BLOCK = 512, NAME = 100, SIZE_AT = 124, SIZE_DIGITS = 11, SUM_AT = 148, SUM_DIGITS = 6, SUM_FIELD = 8,
+enum { BLOCK = 512, NAME = 100, SIZE_AT = 124, SIZE_DIGITS = 11, SIZE_FIELD = 12, SUM_AT = 148, SUM_DIGITS = 6, SUM_FIELD = 8,
        TYPE_AT = 156, MAGIC_AT = 257, PREFIX_AT = 345 };
 
-/* Returns -1 if not all of them are octal digits. */
-static int64_t octal(const unsigned char *digits, int count)
+/* Returns -1 if not all of them are octal digits, or the rest of the field holds more than NULs and blanks. */
+static int64_t octal(const unsigned char *digits, int count, int field)
 {
     int64_t value = 0;
     for (int i = 0; i < count; i++) {
@@ -19,6 +19,9 @@ static int64_t octal(const unsigned char *digits, int count)
             return -1;
         value = value * 8 + (digits[i] - '0');
     }
+    for (int i = count; i < field; i++)
+        if (digits[i] && digits[i] != ' ')
+            return -1;
     return value;
 }
 
@@ -31,7 +34,7 @@ static int name_length(const unsigned char *header)
     for (int i = SUM_AT + SUM_FIELD; i < BLOCK; i++)
         sum += header[i];
     const unsigned char *end = memchr(header, 0, NAME);
-    if (octal(header + SUM_AT, SUM_DIGITS) != sum || header[TYPE_AT] != '0' || header[PREFIX_AT] ||
+    if (octal(header + SUM_AT, SUM_DIGITS, SUM_FIELD) != sum || header[TYPE_AT] != '0' || header[PREFIX_AT] ||
         memcmp(header + MAGIC_AT, "ustar", 5) || !end)
         return 0;
     for (const unsigned char *rest = end; rest < header + NAME; rest++)
@@ -53,7 +56,7 @@ static Py_ssize_t walk(const Py_buffer *tar, int64_t *data, int64_t *sizes, int 
     Py_ssize_t at = 0, count = 0;
     *longest = 0;
     while (tar->len - at >= BLOCK) {
-        const int64_t size = octal(buffer + at + SIZE_AT, SIZE_DIGITS);
+        const int64_t size = octal(buffer + at + SIZE_AT, SIZE_DIGITS, SIZE_FIELD);
         if (size < 0)
             break; /* the end mark, or another kind of header */
         const int length = name_length(buffer + at);

@@ -220,6 +220,7 @@ def plain_headers(buffer: bytes) -> dict[int, tuple[bytes, int, int]]:
         (stored == actual)
         & (size_digits.min(axis=1, initial=0) >= 0)
         & (size_digits.max(axis=1, initial=0) <= 7)
+        & _are_ended(rows).all(axis=1)
         & (rows[:, 99] == 0)
         & (rows[:, 345] == 0)
         & (ends <= len(blocks))
@@ -227,6 +228,12 @@ def plain_headers(buffer: bytes) -> dict[int, tuple[bytes, int, int]]:
     names = np.ascontiguousarray(rows[plain, :100]).view("S100")[:, 0].tolist()
     values = zip(names, sizes[plain].tolist(), ends[plain].tolist(), strict=True)
     return dict(zip(marked[plain].tolist(), values, strict=True))
+
+
+def _are_ended(headers: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
+    """[m, 3]: does a NUL or a blank end each number? Without one, the field's last byte is a digit more."""
+    ends = headers[:, (135, 154, 155)]  # of the size; of the checksum
+    return (ends == 0) | (ends == ord(" "))
 
 
 class PlainMembers(NamedTuple):
@@ -290,6 +297,7 @@ def plain_members_in_python(buffer: bytes) -> PlainMembers | None:
         or not np.array_equal(sum_digits @ (8 ** np.arange(5, -1, -1)), actual)
         or size_digits.min() < 0
         or size_digits.max() > 7
+        or not _are_ended(rows).all()
         or (rows[:, 156] != PLAIN_FILE).any()
         or (rows[:, 257:262] != np.frombuffer(b"ustar", np.uint8)).any()
         or rows[:, 345].any()

@@ -11,7 +11,14 @@ import pytest
 from services.required import skip_or_fail
 
 from pretrain.data.framer import cut_chunks, frame
-from pretrain.data.tar import _compiled, list_members, plain_members, plain_members_in_python
+from pretrain.data.tar import (
+    PlainMembers,
+    _compiled,
+    list_members,
+    plain_headers,
+    plain_members,
+    plain_members_in_python,
+)
 from pretrain.errors import DataError
 
 NAME = "d" * 120 + ".jpg"
@@ -83,6 +90,24 @@ def test_a_damaged_pax_record_is_an_error_and_never_another_name(kind: str) -> N
     for read in readers:
         with pytest.raises(DataError, match="damaged tar header at byte 0"):
             read()
+
+
+@pytest.mark.parametrize("find", [plain_members, plain_members_in_python])
+def test_numbers_that_fill_their_field_are_read_whole(find: Callable[[bytes], PlainMembers | None]) -> None:
+    """Twelve octal digits of a size, nothing behind them: eleven would be an eighth of it. Found by fuzzing."""
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 1024
+        tar.addfile(info, io.BytesIO(bytes(1024)))  # read as 128 bytes, the rest would look like the end
+    header = bytearray(file.getvalue()[:512])
+    header[124:136] = b"%012o" % 1024
+    header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    data = bytes(header) + file.getvalue()[512:]
+    assert find(file.getvalue()) is not None
+    assert find(data) is None
+    assert plain_headers(data) == {}
+    assert list(list_members([data], where="x")) == list(list_members([file.getvalue()], where="x"))
 
 
 def test_plain_members_are_found_alike_with_and_without_compiled_parts() -> None:
