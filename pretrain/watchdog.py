@@ -105,7 +105,10 @@ class Watchdog:
         before = Process.look_at(self._pid)
         time.sleep(_BUSY_SECONDS)
         later = Process.look_at(self._pid)
-        stacks = "" if before.state in "Tt" else self._dump()
+        # A stopped process cannot answer. One that is held is not asked before its time is over: the signal ends some
+        # system calls, and it should be its own doing if it goes on.
+        silent = before.state in "Tt" or (stall.is_held and not stall.is_expired)
+        stacks = "" if silent else self._dump()
         now = Process.look_at(self._pid)
         kind = kind_of(now, stall, stacks)
         host = self._hosts[self._rank]

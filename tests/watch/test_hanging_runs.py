@@ -18,6 +18,7 @@ from watched_runs import BOUND_SECONDS, STEP_SECONDS, launch_local
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed
 
+TRAIN = [sys.executable, "-m", "pretrain.cli", "train", "RECIPE"]
 HERE = os.uname().nodename
 
 
@@ -42,6 +43,21 @@ def end_in_time(run, rank: int, *, since: float) -> int:
     return code
 
 
+def test_a_run_on_one_device_that_hangs_is_ended_too(launch):
+    run = launch(TRAIN, inject=[{"what": "hang", "step": 4}], overrides=["watchdog.step_seconds=3"])
+    assert run.end() == -signal.SIGKILL
+    record = run.record(0)
+    assert (record["kind"], record["phase"], record["step"], record["at_fault"]) == (
+        "stuck",
+        "forward",
+        4,
+        [0],
+    )
+    assert f"rank 0 on host {HERE} is stuck, in phase forward after step 4" in run.exit_record(0)["reason"]
+    assert "in hang" in run.stacks(0)
+
+
+@pytest.mark.slow
 def test_a_stopped_rank_ends_the_run_and_is_named(launch):
     run = launch(once_only(launch_local(2)))
     run.wait_for(lambda: run.steps() >= 7, "step 7")
@@ -96,14 +112,13 @@ def test_under_the_launcher_of_deepspeed_a_stopped_rank_ends_the_run_too(launch)
 
 @pytest.mark.slow
 def test_the_next_attempt_tells_of_the_watchdog_that_ended_the_one_before(launch):
-    train = [sys.executable, "-m", "pretrain.cli", "train", "RECIPE"]
-    run = launch(train, inject=[{"what": "hang", "step": 8}])
+    run = launch(TRAIN, inject=[{"what": "hang", "step": 8}])
     run.wait_for(lambda: run.steps() >= 8, "step 8")
     since = time.monotonic()
     assert run.end() == -signal.SIGKILL
     assert time.monotonic() < since + STEP_SECONDS + BOUND_SECONDS
     port = free_port()
-    again = launch(train, overrides=["metrics.port=" + str(port)])
+    again = launch(TRAIN, overrides=["metrics.port=" + str(port)])
     again.wait_for(lambda: again.steps() >= 12, "step 12")
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         metrics = answer.read().decode()

@@ -77,14 +77,14 @@ def test_a_pulse_shows_what_it_was_told():
         ("optimizer", 6, 10.0),
         ("save", 6, 100.0),
         ("validate", 6, 100.0),
-        ("end", 6, 10.0),
-        ("end", 5, 10.0),
+        ("end", 6, 60.0),
+        ("end", 5, 60.0),
     ],
 )
 def test_how_long_a_phase_may_take(phase, step, limit):
     stall = stall_of(sight(phase=phase, step=step, started=5), Clock())
     assert stall.limit == limit
-    assert stall.setting == ("watchdog.step_seconds" if limit == 10.0 else "watchdog.start_seconds")
+    assert stall.setting == ("watchdog.start_seconds" if limit == 100.0 else "watchdog.step_seconds")
 
 
 def test_time_counts_from_the_last_move_and_only_while_the_watchdog_looks():

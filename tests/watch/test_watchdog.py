@@ -77,7 +77,7 @@ PROGRAMS = {
     "unwritable": "pulse.at('forward', 2); hang()",
     "moves": """
 import time
-for step in range(25):
+for step in range(35):
     pulse.at('forward', step + 1); time.sleep(0.1)
 pulse.close()
 """,
@@ -94,14 +94,15 @@ pulse.at("forward", 6); hang()
     # As gloo has it: the peer is gone, the collective fails, and the rank puts its things away.
     "ends_itself": """
 import threading, time
-threading.Timer(2.5, lambda: (pulse.at("end"), time.sleep(0.6), os._exit(3))).start()
+threading.Timer(3.5, lambda: (pulse.at("end"), time.sleep(0.6), os._exit(3))).start()
 pulse.at('count', 9); wait_in_collective()
 """,
     "alone": WAITS,
 }
 SETTINGS: dict[str, dict] = {
     "held": {"step_seconds": 2.5},
-    "goes_on": {"step_seconds": 3.0},
+    "moves": {"step_seconds": 2.0},
+    "goes_on": {"step_seconds": 6.0},
     "ends_itself": {"world_size": 2},
     "alone": {"rank": 2, "world_size": 4},
 }
