@@ -68,10 +68,10 @@ class Reporter:
         attempt: int,
         total_steps: int,
         server: MetricsServer | None,
-        trackers: Trackers,
         log_every_steps: int,
-        slow_ranks: SlowRanks,
-        hosts: Sequence[str],
+        trackers: Trackers | None = None,
+        slow_ranks: SlowRanks | None = None,
+        hosts: Sequence[str] = (),
     ) -> Reporter:
         """`hosts`: of all ranks, in their order."""
         return cls(

@@ -12,7 +12,6 @@ from pretrain.metrics.compute_time import ComputeTime
 from pretrain.metrics.journal import read_journal
 from pretrain.metrics.reporter import Reporter
 from pretrain.metrics.slow_ranks import SlowRanks
-from pretrain.metrics.trackers import Trackers
 
 
 class Clock:
@@ -110,7 +109,6 @@ def test_a_slow_rank_and_its_recovery_are_told_once_each(tmp_path, capsys):
         attempt=1,
         total_steps=100,
         server=None,
-        trackers=Trackers([], attempt=1, notes={}),
         log_every_steps=1,
         slow_ranks=SlowRanks(ratio=1.25, window_steps=10, seconds=0.0),
         hosts=["a", "b", "b"],
