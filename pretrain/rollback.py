@@ -51,7 +51,9 @@ def go_back(
     """
     start = first_position(fault, data, samples=samples, global_batch_size=global_batch_size)
     if fault.skip:
-        data = data.skipping(from_main(world, lambda: _commit(fault, run_dir, start, samples, attempt)))
+        data = data.skipping(
+            from_main(world, lambda: _commit(fault, run_dir, start, samples, attempt, mirror))
+        )
     from_main(world, lambda: remove(given_up(run_dir, data.skipped, beyond=start), mirror))
     manifest = resume(
         run_dir,
@@ -71,9 +73,13 @@ def go_back(
     return manifest, data
 
 
-def _commit(fault: Fault, run_dir: Path, start: int, stop: int, attempt: int) -> tuple[Skipped, ...]:
+def _commit(
+    fault: Fault, run_dir: Path, start: int, stop: int, attempt: int, mirror: Mirror | None
+) -> tuple[Skipped, ...]:
     """Have the run skip the positions [start, stop) for good. Returns all that it skips."""
     one = Skipped(start=start, stop=stop, reason=fault.reason, attempt=attempt, time=time.time())
     skipped = adding(read_skipped(run_dir), one)
     write_skipped(run_dir, skipped)
+    if mirror is not None:
+        mirror.push(run_dir, rank=0)
     return skipped
