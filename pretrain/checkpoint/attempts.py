@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint.manifest import known
+from pretrain.checkpoint.retention import step_of
 from pretrain.checkpoint.run_directory import ATTEMPTS, FINISHED
 from pretrain.metrics.journal import JOURNAL_NAME
 
@@ -72,10 +73,10 @@ def look_after(run_dir: Path, before: Before) -> After:
 def checkpoint_step(run_dir: Path) -> int | None:
     """The newest committed one's, None without any."""
     try:
-        folders = committed(run_dir)
+        folders = known(run_dir)
     except OSError:
         return None
-    return int(folders[-1].name.removeprefix("step-")) if folders else None
+    return step_of(folders[-1]) if folders else None
 
 
 def exit_records(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:

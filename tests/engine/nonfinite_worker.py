@@ -16,6 +16,8 @@ import zero_worker as worker
 
 from pretrain.checkpoint.manifest import KINDS
 from pretrain.distributed import Sums, gather_objects, join
+from pretrain.metrics.compute_time import ComputeTime
+from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
 from pretrain.steps import take_step
 
@@ -65,7 +67,13 @@ def run(world: Any, engine: Any, case: dict[str, Any], wrong: str | None) -> dic
         engine.forward = forward
         sums = Sums(engine.device)
         norm = take_step(
-            engine, micro_batches, lambda b: (b["images"], dict(b)), lr=worker.LRS[step], sums=sums
+            engine,
+            micro_batches,
+            lambda b: (b["images"], dict(b)),
+            lr=worker.LRS[step],
+            sums=sums,
+            pulse=Pulse(),
+            compute=ComputeTime(engine.device),
         )
         told.append({"step": step, "finite": bool(torch.isfinite(norm)), "skipped": engine.skipped})
     engine.forward = right

@@ -14,6 +14,8 @@ from launching import run_ranks
 
 from pretrain.distributed import Sums
 from pretrain.engine.debug import AccelerateEngine
+from pretrain.metrics.compute_time import ComputeTime
+from pretrain.pulse import Pulse
 from pretrain.steps import take_step
 
 WORKER = Path(worker.__file__)
@@ -160,6 +162,8 @@ def test_one_device_through_accelerate_does_the_same(precision: str, wrong: str)
                 lambda b: (b["images"], dict(b)),
                 lr=zero_worker.LRS[step],
                 sums=Sums(engine.device),
+                pulse=Pulse(),
+                compute=ComputeTime(engine.device),
             )
             skipped += [step] if engine.skipped else []
         return engine, skipped
