@@ -72,7 +72,7 @@ def test_4_then_2_then_3_ranks_and_zero_1_then_3_then_2_go_on_with_the_same_stat
     loaded.mkdir()
     run = new_run(world_size=2, zero_stage=3, environment={"MATRIX_LOADED": str(loaded)})
     (first,) = begin_from(reference, run, 4)
-    ended = go_on_until(run, 12)
+    ended = go_on_until(run, 14)
     require_loaded_bitwise(loaded, first)
     require_close(run, reference, after=4)
     second = find_newest(run.run_dir)

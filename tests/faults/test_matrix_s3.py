@@ -34,7 +34,7 @@ SECRET_OF_PROVIDER = "hunter2-is-secret"
 # Nothing is kept or fetched ahead: there are requests all along.
 FROM_THE_STORE = {
     "data": {"cache_bytes": 1, "prefetch_bytes": 0},
-    "storage": {"read_timeout_seconds": 1.0, "retry_seconds": 5.0},
+    "storage": {"read_timeout_seconds": 1.0},
 }
 
 PROVIDER = """\
@@ -196,7 +196,7 @@ def test_credentials_that_stay_expired_end_the_run_soon_after_the_last_renewal_f
 ) -> None:
     life = 12.0
     provider = Provider(tmp_path, store.server, monkeypatch, life_seconds=life)
-    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}})
+    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}, "storage": {"retry_seconds": 5.0}})
     run = new_run(shards=store.url, changes=changes, faults=[PACED])
     run.start()
     run.wait_for(lambda: run.last_step() >= 3, "step 3")

@@ -48,7 +48,6 @@ SIGNALS = [
         code=1,
         bound_seconds=PEER_SECONDS,
         says=("was ended by SIGKILL",),
-        fast=True,
     ),
     Row(
         fault="SIGKILL of rank 0, from outside",

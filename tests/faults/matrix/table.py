@@ -27,7 +27,7 @@ scheduler would (or as the supervisor does itself). In the end it must be the ru
 `make faults` plays all rows and writes this page; `PYTHONPATH=.:tests python -m faults.matrix --only WORDS` plays some.
 Times are seconds from the fault on, one measurement each, on two shared cores. *Ended*: until the last process
 of the attempt was gone. *Back*: until the run was beyond where it had been; of a restart most is imports, about
-ten seconds there. A row without times waits for a part that is not built.
+ten seconds there. A row without times waits for a part that is not built, or to be measured.
 
 """
 
@@ -80,4 +80,8 @@ def text() -> str:
 
 
 def write() -> None:
+    """Measurements of rows that are no more, or have another name now, are forgotten."""
+    names = {entry.fault for entry in ROWS}
+    known = measured.read(measured.ROWS)
+    measured.write(measured.ROWS, {name: took for name, took in known.items() if name in names})
     README.write_text(text(), encoding="utf-8")
