@@ -54,6 +54,10 @@ def share_credentials(session: Any) -> None:
     session.register_component("credential_provider", CredentialResolver([NodeProvider()]))
 
 
+class CredentialsExpiredError(ConnectionError):
+    """They have, and their provider, asked again and again before they did, gives no new ones."""
+
+
 class _NodeCredentials:
     """What a node knows of one way to get credentials: a file, and the chain of providers that fills it."""
 
@@ -93,7 +97,7 @@ class _NodeCredentials:
     def _renew(self) -> dict[str, Any]:
         """New ones; the old ones once more while a provider fails and they still hold.
 
-        Raises ConnectionError, a fault that may pass, without the provider's text: it may quote a secret.
+        Raises CredentialsExpiredError, a fault that may pass, without the provider's text: it may quote a secret.
         """
         problem = "it failed a moment ago"
         if time.monotonic() >= self._not_before:
@@ -110,7 +114,9 @@ class _NodeCredentials:
             _LOGGER.warning("S3 credentials could not be renewed: %s; trying again", problem)
         if self._known is not None and _seconds_left(self._known) > 0:
             return self._known
-        raise ConnectionError(f"S3 credentials have expired, and their provider gives no new ones: {problem}")
+        raise CredentialsExpiredError(
+            f"S3 credentials have expired, and their provider gives no new ones: {problem}"
+        )
 
     def _read(self) -> dict[str, Any] | None:
         """The file's credentials if it is time for nobody to renew them yet."""

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from pretrain.errors import ObjectChangedError, ObjectNotFoundError, PretrainError, StorageError, UsageError
 from pretrain.storage import counters
 from pretrain.storage.base import ObjectInfo, S3Settings, check_name
+from pretrain.storage.credentials import CredentialsExpiredError
 from pretrain.storage.retry import Retries
 from pretrain.storage.retry_budget import RetryBudget, node_budget
 from pretrain.storage.s3_body import pieces
@@ -34,6 +35,7 @@ Parts = list[dict[str, Any]]
 
 _BLOCK_BYTES = 1 << 20  # read from a connection at once, if so much has come in
 _PROGRESS_BYTES = 64 << 10  # less than this in an attempt is a store that drips, not one that serves
+_EXPIRED_SECONDS = 10.0  # their provider has been asked since long before they expired
 _MOST_PARTS = 10_000  # S3's limit for a multipart upload
 _UPLOAD_THREADS = 4
 _WRITER_KEY = "pretrain-writer"  # metadata by which a writer knows its own object again
@@ -310,6 +312,8 @@ class S3Storage:
     def _may_try_again(self, error: Exception, retries: Retries) -> bool:
         # An endpoint that has never answered may be a wrong one: it does not get the patience of a run.
         seconds = None if self._answered else self._settings.start_seconds
+        if isinstance(error, CredentialsExpiredError):
+            seconds = _EXPIRED_SECONDS
         return is_transient(error) and retries.try_again(seconds=seconds)
 
     def _to_typed_error(self, error: Exception, url: str, retries: Retries) -> PretrainError:

@@ -83,7 +83,8 @@ def test_a_run_killed_and_resumed_on_as_many_ranks_is_bitwise_the_run_that_was_n
 ) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", tmp_path / "run", shards, deepspeed=stage(1))
     ranks = start_ranks(2, [*TRAIN, str(recipe)], folder=tmp_path)
-    wait_for(lambda: last_step(tmp_path / "run") >= 5, ranks, timeout_seconds=150)
+    run_dir = tmp_path / "run"
+    wait_for(lambda: last_step(run_dir) >= 5 and bool(committed(run_dir)), ranks, timeout_seconds=150)
     for rank in ranks:
         rank.kill()
     assert set(wait_for_ranks(ranks, timeout_seconds=20)) == {-signal.SIGKILL}

@@ -180,11 +180,10 @@ def test_a_provider_that_fails_later_is_borne_while_the_old_ones_hold_and_then_w
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pretrain.storage import RetryPolicy
-
     monkeypatch.setattr("pretrain.storage.credentials._PAUSE_SECONDS", 0.5)
+    monkeypatch.setattr("pretrain.storage.s3._EXPIRED_SECONDS", 2.0)
     Provider(tmp_path, Keys(s3_server.access_key, s3_server.secret_key), life_seconds=8.0)
-    store = open_storage(s3_bucket, s3=S3Settings(retry=RetryPolicy(seconds=2.0)))
+    store = open_storage(s3_bucket, s3=S3Settings())
     assert store.read("a") == b"x"
     provider.break_it()
     end = time.monotonic() + 6.7
@@ -194,8 +193,10 @@ def test_a_provider_that_fails_later_is_borne_while_the_old_ones_hold_and_then_w
     assert 2 <= provider.calls < 10, "it is left alone between attempts"
     assert "could not be renewed" in caplog.text
     time.sleep(1.5)
+    asked = time.monotonic()
     with pytest.raises(StorageError, match="credentials have expired, and their provider gives no new ones"):
         store.read("a")
+    assert time.monotonic() - asked < 5.0, "not as long as a store that is away would be waited for"
     assert "hunter2" not in caplog.text
     assert s3_server.secret_key not in caplog.text
     (tmp_path / "broken").unlink()
