@@ -15,7 +15,7 @@ from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, ch
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.restore import open_reader, settle_restored
+from pretrain.checkpoint.restore import answered_by_store, open_reader, settle_restored
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
 from pretrain.checkpoint.skipped import edges, is_given_up
@@ -31,10 +31,10 @@ def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
 
     Raises UsageError when the folder is not to be had, or another process has the run's mirror.
     """
-    run = RunDirectory.claim(run_dir, taken=mirror.attempts() if mirror else ())
+    run = RunDirectory.claim(run_dir, taken=answered_by_store(mirror.attempts) if mirror else ())
     stack.callback(run.close)
     if mirror is not None:
-        mirror.claim(run.attempt)
+        answered_by_store(lambda: mirror.claim(run.attempt))
     try:
         unmark_finished(run_dir)  # it was the end of a shorter run
         remove_torn_saves(run_dir)
@@ -67,7 +67,7 @@ def remove(folders: Sequence[Path], mirror: Mirror | None) -> None:
     """Of a course that was given up: here, and where they would come back from. Raises PretrainError."""
     for folder in folders:
         if mirror is not None:
-            mirror.remove(folder)
+            answered_by_store(lambda folder=folder: mirror.remove(folder))  # type: ignore[misc]
         remove_checkpoint(folder)
 
 
@@ -154,5 +154,5 @@ def resume(
 def _reject(folders: list[Path], mirror: Mirror | None) -> None:
     for folder in folders:
         if mirror is not None:
-            mirror.set_aside(folder)
+            answered_by_store(lambda folder=folder: mirror.set_aside(folder))  # type: ignore[misc]
     set_aside(folders)

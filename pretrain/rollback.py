@@ -14,6 +14,7 @@ from typing import Any
 from pretrain.assemble import Data
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.restore import answered_by_store
 from pretrain.checkpoint.skipped import Skipped, adding, read_skipped, write_skipped
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
@@ -81,5 +82,5 @@ def _commit(
     skipped = adding(read_skipped(run_dir), one)
     write_skipped(run_dir, skipped)
     if mirror is not None:
-        mirror.push(run_dir, rank=0)
+        answered_by_store(lambda: mirror.push(run_dir, rank=0))
     return skipped

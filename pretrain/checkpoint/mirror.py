@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,6 +273,12 @@ class Mirror:
             write_whole(journal, b"".join(self._store.read(info.name) for info in self._journal_parts()))
             brought.append(JOURNAL)
         return brought
+
+    def fetch_small(self, folder: Path, names: Sequence[str]) -> None:
+        """Write those of the run's small files that the mirror has into `folder`."""
+        for info in self._store.list("run/"):
+            if (name := info.name.removeprefix("run/")) in names:
+                (folder / name).write_bytes(self._store.read(info.name))
 
     def _journal_parts(self) -> Iterator[ObjectInfo]:
         """Those that follow each other without a gap: what comes after one is of an attempt that was overtaken."""

@@ -6,6 +6,7 @@ Called by train.py, through resume.py, before anything of the run is read; all r
 from __future__ import annotations
 
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,8 @@ from pretrain.checkpoint.manifest import (
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
 from pretrain.checkpoint.retention import remove_checkpoint, step_of
 from pretrain.checkpoint.run_directory import write_whole
+from pretrain.checkpoint.segments import SEGMENTS_NAME, read_changes, write_changes
+from pretrain.checkpoint.skipped import SKIPPED_NAME, adding, read_skipped, write_skipped
 from pretrain.distributed import World, from_main, gather_objects, together
 from pretrain.errors import (
     AccessDeniedError,
@@ -48,7 +51,7 @@ def bring_back(run_dir: Path, mirror: Mirror, *, world: World) -> list[str]:
 
     def of_main() -> list[str]:
         mirror.identify(run_dir)
-        brought = mirror.pull(run_dir, replace=False)
+        brought = mirror.pull(run_dir, replace=False) + _merge_lists(run_dir, mirror)
         mirror.push(run_dir, rank=0)  # the run's data may have been changed here meanwhile
         return brought + _adopt(run_dir, mirror)
 
@@ -57,14 +60,14 @@ def bring_back(run_dir: Path, mirror: Mirror, *, world: World) -> list[str]:
             mirror.pull(run_dir, replace=True)
             _adopt(run_dir, mirror)
 
-    brought = from_main(world, lambda: _at_the_start(of_main), patiently=True)
-    together(lambda: _at_the_start(of_host))
+    brought = from_main(world, lambda: answered_by_store(of_main), patiently=True)
+    together(lambda: answered_by_store(of_host))
     return brought
 
 
-def _at_the_start(action: Callable[[], T]) -> T:
-    """A mirror that cannot be used when a run begins is a mistake in its recipe or its environment; one that is
-    away for a while is not, and no fault of the data either.
+def answered_by_store(action: Callable[[], T]) -> T:
+    """A mirror that cannot be used is a mistake in the recipe or the environment; one that is away for a while is
+    not, and no fault of the data either: the run may be started again.
     """
     try:
         return action()
@@ -72,6 +75,32 @@ def _at_the_start(action: Callable[[], T]) -> T:
         raise UsageError(f"checkpoint.mirror: {error}") from None
     except StorageError as error:
         raise PretrainError(f"checkpoint.mirror: {error}") from None
+
+
+def _merge_lists(run_dir: Path, mirror: Mirror) -> list[str]:
+    """Add to the lists that only ever grow what the mirror's have beyond this folder's: a host whose disk missed the
+    last attempts may be rank 0's now, and what it lacks must not be lost by pushing its own. Returns the names.
+
+    Raises CheckpointError for a list that cannot be read.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = Path(folder)
+        mirror.fetch_small(theirs, (SKIPPED_NAME, SEGMENTS_NAME))
+        skipped, changes = read_skipped(theirs), read_changes(theirs)
+    brought = []
+    merged = mine = read_skipped(run_dir)
+    for one in skipped:
+        merged = adding(merged, one)
+    if merged != mine:
+        write_skipped(run_dir, merged)
+        brought.append(SKIPPED_NAME)
+    known_changes = read_changes(run_dir)
+    if len(changes) > len(known_changes) and [change.time for change in changes][: len(known_changes)] == [
+        change.time for change in known_changes
+    ]:
+        write_changes(run_dir, changes)
+        brought.append(SEGMENTS_NAME)
+    return brought
 
 
 def _adopt(run_dir: Path, mirror: Mirror) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from pretrain.checkpoint.mirror import Mirror, MirroredSave
 from pretrain.checkpoint.restore import bring_back, open_reader, settle_restored
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.saver import Saver
+from pretrain.checkpoint.segments import Change, read_changes, write_changes
+from pretrain.checkpoint.skipped import Skipped, read_skipped, write_skipped
 from pretrain.distributed import World
-from pretrain.errors import CheckpointError, UsageError
+from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.metrics.journal import Journal, read_journal
+from pretrain.resume import remove
 from pretrain.storage import RetryPolicy, S3Settings
 
 SHAPES = {"w": [1_000_000], "b": [7]}  # 12 MB: more than two parts
@@ -252,3 +256,42 @@ def test_of_two_saves_of_a_step_the_later_attempt_s_counts(tmp_path: Path, mirro
     assert mirror.saves() == [MirroredSave(1, 1, 1), MirroredSave(2, 2, 1)]
     assert not list(mirror._store.list("checkpoints/step-00000002.1-2/"))
     assert state.is_in(committed(tmp_path / "run")[-1])
+
+
+def skip(start: int, stop: int) -> Skipped:
+    return Skipped(start=start, stop=stop, reason="a spike", attempt=1, time=1.0)
+
+
+def test_a_host_that_missed_what_the_run_skips_learns_it_and_does_not_overwrite_it(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    """Rank 0's host is lost, and one whose disk holds an older list is rank 0's now."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    for run_dir in (first, second):
+        bring_back(run_dir, mirror, world=ALONE)
+    write_skipped(second, [skip(0, 16)])  # committed there, and killed before it was mirrored
+    write_skipped(first, [skip(32, 64)])
+    mirror.push(first, rank=0)
+    change = Change(start=64, attempt=1, time=2.0, datasets=())
+    write_changes(second, [change])
+    bring_back(second, mirror, world=ALONE)
+    assert read_skipped(second) == (skip(0, 16), skip(32, 64))
+    bring_back(first, mirror, world=ALONE)
+    assert read_skipped(first) == (skip(0, 16), skip(32, 64))
+    assert read_changes(first) == (change,)
+    later = Change(start=96, attempt=2, time=3.0, datasets=())
+    write_changes(first, [change, later])
+    bring_back(first, mirror, world=ALONE)
+    bring_back(second, mirror, world=ALONE)
+    assert read_changes(second) == (change, later)
+
+
+def test_a_store_that_is_away_when_checkpoints_of_a_given_up_course_go_is_no_fault_of_the_data(
+    mirror: Mirror, proxy: FaultProxy, tmp_path: Path
+) -> None:
+    """Else the run would never be started again."""
+    away = Mirror(mirror.url, s3=replace(QUICK, retry=replace(QUICK.retry, attempts=2, seconds=1.0)))
+    proxy.weather = lambda method: Fault(kind="503", method=method)
+    with pytest.raises(PretrainError, match="checkpoint.mirror: ") as caught:
+        remove([tmp_path / "checkpoints" / "step-00000003"], away)
+    assert caught.value.exit_code == 1
