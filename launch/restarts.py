@@ -72,8 +72,12 @@ class Restarts:
         code = outcome.exit_code
         if code not in RESTARTED or outcome.asked_to_stop:
             return Decision(exit_code=code, restart=False)
-        if newest is not None and newest > self._newest:
-            self._newest, self._without_progress = newest, 0
+        if newest is not None:
+            if newest > self._newest:
+                self._without_progress = 0
+            self._newest = (
+                newest  # lower after a rollback: what is saved on the way back up is progress again
+            )
         if self._max_restarts == 0:
             return Decision(exit_code=code, restart=False)
         where = f"step {self._newest}" if self._newest >= 0 else "the beginning, there is no checkpoint"

@@ -16,8 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     removed = prune(args.run, keep_last=args.keep_last or 0, keep_every=args.keep_every) if args.prune else []
-    found = [describe(folder, verify=args.verify) for folder in known(args.run)]
+    found = [
+        entry for folder in known(args.run) if (entry := describe(folder, verify=args.verify)) is not None
+    ]
     leftovers = [{"path": str(path), "bytes": _size_of(path)} for path in leftovers_of(args.run)]
     if args.json:
         print(
@@ -106,8 +110,18 @@ def leftovers_of(run_dir: Path) -> list[Path]:
     return sorted(set((run_dir / CHECKPOINTS).iterdir()) - set(known(run_dir)))
 
 
-def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
-    """One checkpoint; `problems` is None when nobody looked."""
+def describe(folder: Path, *, verify: bool) -> dict[str, Any] | None:
+    """One checkpoint; `problems` is None when nobody looked. None when a live run has removed it meanwhile, which
+    is no damage.
+    """
+    try:
+        entry = _described(folder, verify=verify)
+    except FileNotFoundError:
+        return None
+    return entry if (folder / MANIFEST_NAME).exists() else None
+
+
+def _described(folder: Path, *, verify: bool) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": str(folder), "step": step_of(folder), "bytes": _size_of(folder)}
     entry["time"] = (folder / MANIFEST_NAME).stat().st_mtime
     entry["whole"] = not folder.name.endswith(MIRRORED_SUFFIX)
@@ -121,8 +135,15 @@ def describe(folder: Path, *, verify: bool) -> dict[str, Any]:
 
 
 def _size_of(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """Of what is there: a live run removes and renames meanwhile."""
+    total = 0
+    for root, _, names in os.walk(path):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(root, name)).st_size
+    with suppress(FileNotFoundError):
+        total += 0 if path.is_dir() else path.stat().st_size
+    return total
 
 
 def _print(found: list[dict[str, Any]], leftovers: list[dict[str, Any]], removed: list[Path]) -> None:

@@ -31,10 +31,12 @@ from pretrain.checkpoint.compatibility import (
 from pretrain.checkpoint.lineage import Lineage, copy_checkpoint, read_lineage, write_lineage
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
+    IN_THE_MIRROR_ALONE,
     MANIFEST_NAME,
     Manifest,
     committed,
     find_newest,
+    known,
     read_manifest,
     step_folder,
 )
@@ -112,6 +114,8 @@ def find_parent(text: str) -> tuple[Path, Path]:
     if (run_dir / MANIFEST_NAME).is_file() and wanted is None:
         return run_dir.resolve().parents[1], run_dir
     folders = committed(run_dir)
+    if not folders and known(run_dir):
+        raise UsageError(f"{run_dir}: {IN_THE_MIRROR_ALONE}")
     if not folders:
         raise UsageError(
             f"{run_dir}: there is no checkpoint in it; give the folder of a run that has saved one"

@@ -157,6 +157,12 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 _ADVICE = "the file is damaged; take an older checkpoint, or a copy of this one"
 
 
+IN_THE_MIRROR_ALONE = (
+    "its checkpoints are in its checkpoint.mirror, here are their manifests; start the run again, and the newest is "
+    "brought back"
+)
+
+
 def committed(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first. There is no pointer file: they are found by looking."""
     root = Path(run_dir) / CHECKPOINTS
@@ -191,6 +197,8 @@ def find_newest(run_or_checkpoint: Path) -> Path:
     if (folder / MANIFEST_NAME).is_file():
         return folder
     found = committed(folder)
+    if not found and known(folder):
+        raise CheckpointError(f"{folder}: {IN_THE_MIRROR_ALONE}")
     if not found:
         raise CheckpointError(
             f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*"

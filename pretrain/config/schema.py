@@ -7,6 +7,7 @@ never written back.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -336,5 +337,13 @@ class RunConfig(Section):
                 raise ValueError(
                     f"objective.mask_ratio={self.objective.mask_ratio} of {patches} patches leaves {visible} "
                     f"visible; between 1 and {patches - 1} are needed"
+                )
+        mirror = self.checkpoint.mirror
+        if mirror is not None and "://" not in mirror:
+            mirrored, run_dir = Path(mirror).absolute(), Path(self.run_dir).absolute()
+            if mirrored == run_dir or run_dir in mirrored.parents or mirrored in run_dir.parents:
+                raise ValueError(
+                    f"checkpoint.mirror={mirror} and run_dir={self.run_dir} must be apart: a copy is to outlast the "
+                    "run's folder; give s3://bucket/prefix, or a folder on another disk"
                 )
         return self

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 from held_state import ALONE, HeldState, facts
 
-from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint.manifest import committed, find_newest, known, mirrored_folder
+from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
+from pretrain.errors import CheckpointError, UsageError
+from pretrain.fork import find_parent
 
 SHAPES = {"w": [64, 33], "b": [7]}
 
@@ -123,3 +126,26 @@ def test_it_needs_no_torch(run_dir: Path) -> None:
         [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_that_a_live_run_removes_meanwhile_is_no_damage(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention takes it between the listing and the look into it."""
+    listed = known(run_dir)
+    remove_checkpoint(listed[0])
+    monkeypatch.setattr("pretrain.checkpoints.known", lambda _: listed)
+    assert main(["checkpoints", str(run_dir), "--verify", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [entry["step"] for entry in found] == [20, 30, 40, 50, 60]
+
+
+def test_commands_that_need_a_whole_checkpoint_say_when_only_the_mirror_has_it(
+    tmp_path: Path, run_dir: Path
+) -> None:
+    for folder in known(run_dir):
+        folder.rename(mirrored_folder(run_dir, int(folder.name[5:])))
+    with pytest.raises(CheckpointError, match=r"are in its checkpoint\.mirror"):
+        find_newest(run_dir)
+    with pytest.raises(UsageError, match=r"are in its checkpoint\.mirror"):
+        find_parent(f"{run_dir}@20")

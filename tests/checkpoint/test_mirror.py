@@ -292,6 +292,6 @@ def test_a_store_that_is_away_when_checkpoints_of_a_given_up_course_go_is_no_fau
     """Else the run would never be started again."""
     away = Mirror(mirror.url, s3=replace(QUICK, retry=replace(QUICK.retry, attempts=2, seconds=1.0)))
     proxy.weather = lambda method: Fault(kind="503", method=method)
-    with pytest.raises(PretrainError, match="checkpoint.mirror: ") as caught:
+    with pytest.raises(PretrainError, match=r"checkpoint\.mirror: ") as caught:
         remove([tmp_path / "checkpoints" / "step-00000003"], away)
     assert caught.value.exit_code == 1

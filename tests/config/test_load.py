@@ -51,6 +51,7 @@ def recipe(tmp_path: Path) -> Path:
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 follows from train.precision"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
         ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is a mapping"),
+        ("checkpoint.mirror=.", "must be apart"),
         ("checkpoint.mirror=s3://key:secret@bucket/run", "checkpoint.mirror has credentials in its URL"),
         ("objective.decoder_heads=7", "is not a multiple of 4 and of objective.decoder_heads=7"),
         ("data.crop_ratio=[0, 1]", "data.crop_ratio=[0.0, 1.0] is not a range of positive numbers"),

@@ -97,6 +97,14 @@ def test_it_gives_up_after_so_many_restarts_without_a_new_checkpoint_and_waits_l
     assert all(0 <= Restarts(99, newest=1).after(outcome(1), newest=1).wait_seconds <= 60 for _ in range(3))
 
 
+def test_what_is_saved_again_after_a_rollback_is_progress_and_the_step_that_is_told_is_the_runs():
+    """In-process rollbacks remove the newest checkpoints: the run went from 50 back to 20, crashing on its way up."""
+    restarts = Restarts(2, newest=50)
+    decisions = [restarts.after(outcome(1), newest=newest) for newest in (20, 30, 40, 40, 40)]
+    assert [d.restart for d in decisions] == [True, True, True, True, False]
+    assert "from step 20" in decisions[0].why
+
+
 def test_a_run_that_crashes_and_makes_progress_goes_on_until_it_is_finished(tmp_path):
     program = """
 if number < 3:
