@@ -29,6 +29,24 @@ def first_position(fault: Fault, data: Data, *, samples: int, global_batch_size:
     return int(data.stream.skips.position_of(max(0, consumed)))
 
 
+def distrust(
+    fault: Fault,
+    run_dir: Path,
+    *,
+    data: Data,
+    samples: int,
+    world: World,
+    global_batch_size: int,
+    mirror: Mirror | None,
+) -> None:
+    """Remove the checkpoints of the steps that `fault` came from. No save may be under way.
+
+    Before it is asked whether the run may go back once more: nobody who starts it again may begin from them.
+    """
+    start = first_position(fault, data, samples=samples, global_batch_size=global_batch_size)
+    from_main(world, lambda: remove(given_up(run_dir, data.skipped, beyond=start), mirror))
+
+
 def go_back(
     fault: Fault,
     run_dir: Path,

@@ -69,7 +69,7 @@ from pretrain.objectives.classification import check_labels
 from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
-from pretrain.rollback import go_back
+from pretrain.rollback import distrust, go_back
 from pretrain.signals import StopSignals, exit_code_for
 from pretrain.steps import describe_batch, preparing, take_step, validate
 
@@ -217,21 +217,21 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.
             if fault is not None:
                 pulse.at("start", step)
-                judge.went_back(fault, step=step)
                 saver.wait()
+                where: dict[str, Any] = {"data": data, "samples": samples, "world": world, "mirror": mirror}
+                if not fault.skip:  # what is skipped stands in a list of its own
+                    distrust(fault, run_dir, global_batch_size=global_batch_size, **where)
+                judge.went_back(fault, step=step)
                 came_to = {"from_step": step, "from_samples": samples}
                 manifest, data = go_back(
                     fault,
                     run_dir,
                     engine,
-                    data=data,
-                    samples=samples,
-                    world=world,
                     attempt=attempt,
                     identity=identity,
                     global_batch_size=global_batch_size,
                     on_rejected=reporter.checkpoint_rejected,
-                    mirror=mirror,
+                    **where,
                 )
                 identity["skipped"] = data.skipped
                 step, samples, replaced = standing(manifest)

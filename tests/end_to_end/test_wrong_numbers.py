@@ -205,3 +205,22 @@ def test_a_flipped_bit_of_one_ranks_weights_is_found_before_it_is_used_and_the_r
     assert not events(runs["sound"], "rollback")
     assert losses(runs["flipped"]) == losses(runs["sound"])
     same_state(runs["flipped"], runs["sound"])
+
+
+def test_a_run_that_may_not_go_back_again_leaves_no_checkpoint_that_the_fault_may_be_in(
+    tmp_path: Path, shards: Path
+) -> None:
+    """It ends with 1 and is started again: not from weights that nobody trusts."""
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        run_dir,
+        shards,
+        train={"steps": STEPS, "precision": "float32", "replica_check_steps": 4, "max_rollbacks": 0},
+        checkpoint={"every_steps": 1, "keep_last": 20},
+        deepspeed=stage(0),
+    )
+    flip = {"flip": "blocks.1.mlp.fc1.weight", "rank": 1, "step": 8}
+    extra = {"WRONG": json.dumps([flip])}
+    run_ranks(2, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path, extra=extra, expect=1)
+    assert [read_manifest(folder).step for folder in committed(run_dir)] == [1, 2, 3, 4]
