@@ -5,8 +5,8 @@ example: pretrain report runs/first --out first.png
 Loss, validation metrics, learning rate, gradient norm, speed and data wait are drawn against steps (samples
 on the upper axis). Dotted vertical lines mark where the run was resumed, dashed ones where it went on with
 other ranks, dash-dotted ones to where it went back when numbers went wrong. The table says what share of the
-time went into steps that count. Needs matplotlib, which the extra `report` brings: pip install 'vit-
-pretrain[report]'.
+time went into steps that count. Needs matplotlib: pip install
+'vit-pretrain[report]'.
 """
 
 from __future__ import annotations
