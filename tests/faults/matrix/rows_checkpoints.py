@@ -21,7 +21,7 @@ from pretrain.checkpoint.manifest import step_folder
 
 START_BOUND = 120.0  # for what is found at the start: mostly imports, and machines are busy
 PASSED_OVER = "passed over, kept as `….rejected`; the run goes on from the one before it"
-REJECTED = Counted(event="checkpoint_rejected")
+REJECTED = Counted(metric="pretrain_checkpoints_rejected_total")
 OLDER, NEWEST = 4, 8  # the checkpoints that such a run begins with
 
 
@@ -158,7 +158,7 @@ PORTS = [
     ),
     Row(
         fault="the master port is taken",
-        outcome="ends, the port named; started again, another port is chosen",
+        outcome="ends, the port named; the supervisor starts the run again, on another port",
         prepare=_MASTER_PORT.prepare,
         code=1,
         bound_seconds=START_BOUND,
@@ -194,7 +194,10 @@ def free_disk(run: Run) -> None:
 DISK = [
     Row(
         fault="the disk is full when a checkpoint is saved",
-        outcome="the save is given up and leaves nothing; the run ends in words; with room again it goes on",
+        outcome="the save is given up and leaves nothing; more than `checkpoint.max_failures` (here 0) in a row end "
+        "the run in words; with room again it goes on",
+        changes={"checkpoint": {"max_failures": 0}},
+        max_restarts=0,
         prepare=make_small_disk,
         when=after_step(9),
         strike=fill_disk,
@@ -202,6 +205,7 @@ DISK = [
         code=1,
         bound_seconds=PEER_SECONDS,
         says=("No space left on device", "free space, or set run_dir elsewhere"),
+        counted=Counted(event="checkpoint_failed"),
     ),
 ]
 
