@@ -216,7 +216,7 @@ def patch_files(module):
 
 def patch_processes(module):
     free_port = module.free_port
-    module.free_port = lambda: strike_all("port") or free_port()
+    module.free_port = lambda *wanted: strike_all("port") or free_port(*wanted)
 
 
 def patch_load(module):
