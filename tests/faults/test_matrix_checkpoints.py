@@ -19,7 +19,7 @@ from faults.matrix.verdict import state_of, unfinished_files
 from launching import ROOT, clean_environment
 
 from pretrain.checkpoint.manifest import committed, read_manifest
-from pretrain.checkpoint.save import remove_torn_saves
+from pretrain.checkpoint.staging import remove_torn_saves
 from pretrain.errors import CheckpointError
 
 PLACES = 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -181,10 +182,12 @@ def make_small_disk(run: Run) -> None:
 
 
 def fill_disk(run: Run) -> None:
-    """But for what the journal needs."""
-    with (run.run_dir / "somebody-elses").open("wb") as file:
-        free = os.statvfs(run.run_dir).f_bavail * os.statvfs(run.run_dir).f_frsize
-        file.write(bytes(max(0, free - 100_000)))
+    """But for what the journal needs. A save that is under way may be quicker than we are."""
+    with (run.run_dir / "somebody-elses").open("wb", buffering=0) as file:
+        disk = os.statvfs(run.run_dir)
+        with contextlib.suppress(OSError):
+            file.write(bytes(disk.f_bavail * disk.f_frsize))
+        file.truncate(max(0, file.tell() - 100_000))
 
 
 def free_disk(run: Run) -> None:

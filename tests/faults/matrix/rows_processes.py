@@ -149,6 +149,14 @@ SAVES = [
     ),
 ]
 
+WRITER_OFFSETS = Entry(  # tests/checkpoint/test_saver.py
+    fault="SIGKILL of a checkpoint writer at 20 offsets of its file",
+    outcome=TORN,
+    code=0,
+    bound_seconds=5.0,
+    counted=Counted(event="checkpoint_failed"),
+)
+
 HELPERS = [
     Row(
         fault="SIGTERM of a loader worker",
@@ -224,4 +232,4 @@ WORKER_KILLED = [
     for node in (0, 1)
 ]
 
-ROWS: list[Entry] = [*SIGNALS, *SAVES, *HELPERS, *WORKER_TOLD, *WORKER_KILLED, *HANGS]
+ROWS: list[Entry] = [*SIGNALS, *SAVES, WRITER_OFFSETS, *HELPERS, *WORKER_TOLD, *WORKER_KILLED, *HANGS]
