@@ -26,10 +26,10 @@ from pretrain.checkpoint.compatibility import flatten
 from pretrain.checkpoint.lineage import Lineage, read_lineage
 from pretrain.compare_picture import Line, Panel, draw, write_page
 from pretrain.config.load import read_recipe, with_defaults
+from pretrain.curves import Curves, read_curves, smooth
 from pretrain.datasets import CONFIG_NAME
 from pretrain.errors import UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
-from pretrain.report import Curves, read_curves, smooth
 
 _NOT_COMPARED = ("run_dir",)
 _NOTHING = "–"

@@ -327,7 +327,9 @@ def test_a_run_folder_without_a_checkpoint_and_one_with_a_flipped_byte_are_refus
     run = make_run(SMALL, {f"backbone.{name}": value for name, value in random_weights(SMALL).items()})
     (shard,) = run.glob("checkpoints/*/rank-*.safetensors")
     content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
+    content[8 + int.from_bytes(content[:8], "little") + 1] ^= (
+        1  # behind the header: a weight, which is what is read
+    )
     shard.write_bytes(content)
     with pytest.raises(CheckpointError, match="sha256"):
         read_backbone(run)

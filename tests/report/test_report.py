@@ -10,10 +10,12 @@ from PIL import Image
 
 from pretrain.checkpoint.attempts import append_attempt
 from pretrain.cli import main
+from pretrain.curves import read_curves, smooth
 from pretrain.errors import UsageError
 from pretrain.metrics.effective import counted_seconds, effective_time
 from pretrain.metrics.journal import Journal
-from pretrain.report import draw, read_curves, smooth, summarize
+from pretrain.report import summarize
+from pretrain.report_picture import draw
 
 BLUE, RED, ORANGE = (
     (31, 119, 180),
@@ -210,3 +212,16 @@ def test_restarts_lost_steps_and_other_ranks_are_told_and_drawn(tmp_path, capsys
     # 32 steps of 0.5 s in three times 90 s and two gaps of 10 s
     assert table["effective training"].startswith("5.5% (")
     assert colors_of(tmp_path / "picture.png")[ORANGE] > 500
+
+
+def test_where_the_run_went_back_is_told_and_drawn(tmp_path, capsys):
+    write_attempt(tmp_path, 1, range(1, 18))
+    journal = Journal(tmp_path / "journal.jsonl", attempt=1)
+    journal.append("rollback", kind="spike", reason="the loss is 9", from_step=17, step=8, samples=256)
+    journal.close()
+    write_attempt(tmp_path, 1, range(9, 31))
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "picture.png")]) == 0
+    table = {line[:22].strip(): line[23:] for line in capsys.readouterr().out.splitlines()}
+    assert table["rollbacks"] == "spike at step 17, back to 8"
+    tab_red = (214, 39, 40)
+    assert colors_of(tmp_path / "picture.png")[tab_red] > 200
