@@ -37,13 +37,15 @@ class Struck:
 def play(row: Row, run: Run, references: References) -> Measured:
     """Raises AssertionError when the row does not hold. `run` is new, and closed by the caller."""
     shards = references.dataset(row.dataset) if row.dataset else references.shards
-    reference = references.get(
-        row.world_size,
-        row.zero_stage,
-        shards=shards,
-        changes=row.reference_changes,
-        faults=row.reference_faults,
-    )
+    run.shards, reference = shards, None
+    if row.begins_from or not row.is_final:
+        reference = references.get(
+            row.world_size,
+            row.zero_stage,
+            shards=shards,
+            changes=row.reference_changes,
+            faults=row.reference_faults,
+        )
     scraper = _prepare(row, run, reference)
     memory_before = shared_memory()
     run.start()
@@ -67,6 +69,7 @@ def play(row: Row, run: Run, references: References) -> Measured:
         _watch(run, scraper, lambda: False)
         code = run.end()
         assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
+        assert reference is not None
         require_the_references_end(run, reference)
     require_nobody_left(run)
     if not row.is_final:
@@ -80,9 +83,8 @@ def play(row: Row, run: Run, references: References) -> Measured:
     return row.measured(ended=ended, recovered=recovered)
 
 
-def _prepare(row: Row, run: Run, reference: Run) -> Scraper | None:
+def _prepare(row: Row, run: Run, reference: Run | None) -> Scraper | None:
     """The run's recipe, what is injected, and what it begins from."""
-    run.shards = reference.shards
     run.changes, run.max_restarts = {**row.changes}, row.max_restarts
     scraper = None
     if row.counted and row.counted.metric:
@@ -91,6 +93,7 @@ def _prepare(row: Row, run: Run, reference: Run) -> Scraper | None:
     if row.strike is None:  # what is injected is the fault, not the circumstances of one: it happens once
         run.faults = [{**fault, "mark": str(run.mark_of(number))} for number, fault in enumerate(run.faults)]
     if row.begins_from:
+        assert reference is not None
         begin_from(reference, run, *row.begins_from)
     if row.prepare:
         row.prepare(run)

@@ -74,7 +74,6 @@ DAMAGED = [
         says=("passing over", f"going on at step {OLDER} of"),
         counted=REJECTED,
         after=rejected_and_not_executed,
-        fast=change is make_hostile,
     )
     for fault, world_size, change, name in (
         ("a checkpoint's file torn, of one of two ranks", 2, tear, "rank-00001.safetensors"),
@@ -107,7 +106,6 @@ REFUSED = [
         bound_seconds=START_BOUND,
         is_final=True,
         says=("is of another run", "model.depth: 2 in the checkpoint, 3 now"),
-        fast=True,
     ),
 ]
 
