@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from faults.matrix.measured import keep
+from faults.matrix.rows_processes import WRITER_OFFSETS
 from held_state import ALONE, HeldState, children, facts, make_saver
 
 from pretrain.checkpoint.manifest import committed, read_manifest
@@ -116,6 +118,7 @@ def test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_ta
 ) -> None:
     state = HeldState(SHAPES).fill(0)
     generator = random.Random(0)
+    slowest = 0.0
     with make_saver(run_dir, state, max_bytes_per_second=150_000_000, max_failures=0) as saver:
         saver.save(facts(0), wait=True)
         for number in range(20):
@@ -124,7 +127,9 @@ def test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_ta
             writer = writer_of(os.getpid())
             until(lambda offset=offset: written(run_dir, 1) >= offset)
             os.kill(writer, signal.SIGKILL)
+            began = time.monotonic()
             poll_until_failed(saver)
+            slowest = max(slowest, time.monotonic() - began)
             with pytest.raises(PretrainError, match=r"max_failures=0.* was ended by SIGKILL"):
                 saver.settle(saver.failed())
             assert [folder.name for folder in committed(run_dir)] == ["step-00000000"]
@@ -136,6 +141,7 @@ def test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_ta
     assert state.is_in(committed(run_dir)[1])
     failed = [r for r in read_journal(run_dir / "journal.jsonl") if r["event"] == "checkpoint_failed"]
     assert len(failed) == 20
+    keep(WRITER_OFFSETS.measured(recovered=slowest))
 
 
 @pytest.mark.slow

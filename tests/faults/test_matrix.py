@@ -17,8 +17,6 @@ def parameters() -> list[object]:
     listed = []
     for row in PLAYED:
         marks = [] if row.fast else [pytest.mark.slow]
-        if row.is_waiting:
-            marks.append(pytest.mark.skip(f"waits for {row.waits_for}"))
         listed.append(pytest.param(row, id=row.fault, marks=marks))
     return listed
 

@@ -8,18 +8,19 @@ import time
 from collections.abc import Callable
 
 import pytest
-from faults.matrix.player import require_the_references_end
+from faults.matrix.player import require_counted, require_the_references_end
 from faults.matrix.references import References
-from faults.matrix.row import Entry, Measured
+from faults.matrix.row import Measured
 from faults.matrix.rows_numbers import (
     CRASH_LOOP,
     FLIPPED_WEIGHT,
     SLOW_RANK,
+    SOON_CALLED_SLOW,
     SPIKE,
     SPIKE_ROW,
     SPIKED,
 )
-from faults.matrix.runs import Run
+from faults.matrix.runs import Run, Scraper
 from faults.matrix.verdict import (
     require_nobody_left,
     require_nothing_left,
@@ -32,30 +33,29 @@ from pretrain.checkpoint.manifest import committed
 pytestmark = pytest.mark.slow
 
 
-def waiting(entry: Entry) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(entry.is_waiting, reason=f"waits for {entry.waits_for}")
-
-
-def finish(run: Run) -> None:
+def finish(run: Run, scraper: Scraper | None = None) -> None:
+    while scraper and run.process and run.process.poll() is None:
+        scraper.look()
     code = run.end()
     assert code == 0, run.said()[-4000:]
     require_nobody_left(run)
     require_nothing_left(run)
 
 
-@waiting(SPIKE_ROW)
 def test_a_spike_sends_the_run_back_and_it_is_then_the_run_that_never_met_those_positions(
     new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
     """Tied to positions, as spikes of data are: whoever meets them again has it again."""
     fault = {"do": "multiply", "at": "loss", "factor": 10, "positions": list(range(*SPIKED))}
     run = new_run(changes=SPIKE, faults=[fault])
+    scraper = Scraper.of(run)
     run.start()
     run.wait_for(lambda: (run.run_dir / "skipped.json").exists(), "the decision to skip")
     struck, step = time.monotonic(), run.last_step()
     run.wait_for(lambda: run.last_step() > step, "a step beyond the spike")
     recovered = time.monotonic() - struck
-    finish(run)
+    finish(run, scraper)
+    require_counted(SPIKE_ROW, run, scraper)
     (interval,) = json.loads((run.run_dir / "skipped.json").read_text())["intervals"]
     assert interval["start"] <= SPIKED[0] < SPIKED[1] <= interval["stop"]
     assert max(run.losses().values()) < 5, "the spike is not of the run's course"
@@ -69,33 +69,35 @@ def test_a_spike_sends_the_run_back_and_it_is_then_the_run_that_never_met_those_
     measured(SPIKE_ROW.measured(recovered=recovered))
 
 
-@waiting(FLIPPED_WEIGHT)
 def test_a_flipped_weight_of_one_rank_is_found_named_and_undone(
     references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
     changes = {"train": {"precision": "bf16", "replica_check_steps": 1}}
     reference = references.get(3, 1, changes=changes)
     run = new_run(world_size=3, changes=changes)
-    run.faults = [{"do": "flip_weight", "at": "forward", "rank": 1, "step": 10, "mark": str(run.mark_of(0))}]
+    run.faults = [{"do": "flip_weight", "at": "stepped", "rank": 1, "step": 9, "mark": str(run.mark_of(0))}]
+    scraper = Scraper.of(run)
     run.start()
     run.wait_for(lambda: bool(run.moments_of(0)), "the flip")
     step = run.last_step()
     run.wait_for(lambda: run.last_step() > step + 1, "steps beyond it")
     recovered = time.monotonic() - min(run.moments_of(0))
-    finish(run)
-    found = [line for line in run.journal() if "replica" in line["event"]]
-    assert found, {line["event"] for line in run.journal()}
-    assert "rank 1" in run.said()
+    finish(run, scraper)
+    (found,) = [line for line in run.journal() if line["event"] == "rollback"]
+    assert found["kind"] == "replica"
+    assert found["reason"].startswith("rank 1 on "), found
+    require_counted(FLIPPED_WEIGHT, run, scraper)
     require_the_references_end(run, reference)
     measured(FLIPPED_WEIGHT.measured(recovered=recovered))
 
 
-@waiting(SLOW_RANK)
 def test_a_slow_rank_is_named_and_no_other_is(
     references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
-    run = new_run(world_size=3, faults=[{"do": "sleep", "at": "forward", "rank": 1, "seconds": 0.2}])
-    reference = references.get(3)
+    slow = {"do": "sleep", "at": "forward", "rank": 1, "seconds": 0.2}
+    run = new_run(world_size=3, changes=SOON_CALLED_SLOW, faults=[slow])
+    scraper = Scraper.of(run)
+    reference = references.get(3, changes=SOON_CALLED_SLOW)
     run.start()
     began: list[float] = []
 
@@ -106,20 +108,21 @@ def test_a_slow_rank_is_named_and_no_other_is(
 
     run.wait_for(named, "the slow rank's name")
     recovered = time.monotonic() - began[0]
-    finish(run)
+    finish(run, scraper)
+    require_counted(SLOW_RANK, run, scraper)
     assert {line["rank"] for line in run.journal() if line["event"] == "slow_rank"} == {1}
     assert not any(line["event"] == "slow_rank" for line in reference.journal()), "a false alarm"
     require_the_references_end(run, reference)
     measured(SLOW_RANK.measured(recovered=recovered))
 
 
-@waiting(CRASH_LOOP)
 def test_a_crash_loop_is_given_up_and_what_was_committed_is_whole(
     references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
-    run = new_run(faults=[{"do": "kill", "at": "forward", "rank": 1, "step": 6}])
+    pace = {"do": "sleep", "at": "forward", "seconds": 0.3}  # step 4 is committed before step 6
+    run = new_run(faults=[pace, {"do": "kill", "at": "forward", "rank": 1, "step": 6}], max_restarts=2)
     began = time.monotonic()
-    run.start([*run.command(), "--max-restarts", "2"])
+    run.start()
     code = run.end()
     ended = time.monotonic() - began
     assert code == CRASH_LOOP.code, run.said()[-4000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -25,7 +26,6 @@ from faults.matrix.rows_data import (
 )
 from faults.matrix.runs import Run, Scraper, merged
 from faults.matrix.verdict import require_nobody_left, require_nothing_left
-from launching import free_port
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw
 
@@ -79,8 +79,7 @@ def store(
 
 def train(run: Run, entry: Entry, reference: Run) -> float:
     """To its end, as the reference; seconds until the first step. The entry's count is looked up on the way."""
-    scraper = Scraper(free_port())
-    run.changes = merged(run.changes, {"metrics": {"port": scraper.port}})
+    scraper = Scraper.of(run)
     began = time.monotonic()
     first = None
     run.start()
@@ -196,7 +195,7 @@ def test_credentials_that_stay_expired_end_the_run_soon_after_the_last_renewal_f
 ) -> None:
     life = 12.0
     provider = Provider(tmp_path, store.server, monkeypatch, life_seconds=life)
-    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}, "storage": {"retry_seconds": 5.0}})
+    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}})
     run = new_run(shards=store.url, changes=changes, faults=[PACED])
     run.start()
     run.wait_for(lambda: run.last_step() >= 3, "step 3")
@@ -213,22 +212,16 @@ def test_credentials_that_stay_expired_end_the_run_soon_after_the_last_renewal_f
     measured(EXPIRED.measured(ended=max(0.0, took)))
 
 
-waits_for_mirror = pytest.mark.skipif(NODE_LOST.is_waiting, reason=f"waits for {NODE_LOST.waits_for}")
-
-
 def mirrored_steps(store: Store) -> set[int]:
     """Of the checkpoints that are whole in the mirror."""
     listed = store.server.client().list_objects_v2(Bucket=store.bucket, Prefix="mirror/").get("Contents", [])
     return {
-        int(part.removeprefix("step-"))
+        int(found[1])
         for item in listed
-        if item["Key"].endswith("/manifest.json")
-        for part in item["Key"].split("/")
-        if part.startswith("step-") and part[5:].isdigit()
+        if (found := re.search(r"/step-(\d+)\.[^/]*/manifest\.json$", item["Key"]))
     }
 
 
-@waits_for_mirror
 def test_a_node_lost_with_its_disk_is_replaced_and_the_run_is_restored_from_its_mirror(
     store: Store, references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
@@ -255,7 +248,6 @@ def test_a_node_lost_with_its_disk_is_replaced_and_the_run_is_restored_from_its_
     measured(NODE_LOST.measured(ended=ended, recovered=recovered))
 
 
-@waits_for_mirror
 def test_a_mirror_whose_store_fails_holds_what_was_committed_and_the_run_is_as_the_reference(
     store: Store, references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:

@@ -14,6 +14,9 @@ from pathlib import Path
 from faults.matrix import measured, plain_deepspeed, table
 
 TESTS = Path(__file__).resolve().parents[2]
+ELSEWHERE = [  # tests of other folders that are rows as well
+    "checkpoint/test_saver.py::test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_takes_its_place"
+]
 
 
 def main() -> int:
@@ -35,6 +38,7 @@ def main() -> int:
         plain_deepspeed.measure()
     elif not args.table:
         suites = sorted(str(path) for path in (TESTS / "faults").glob("test_matrix*.py"))
+        suites += [str(TESTS / test) for test in ELSEWHERE]
         # The table is tested when it has been written; "" is every mark.
         command = [
             sys.executable,

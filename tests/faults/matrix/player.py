@@ -18,7 +18,6 @@ from faults.matrix.verdict import (
     require_sound_checkpoints,
     shared_memory,
 )
-from launching import free_port
 
 from pretrain.checkpoint.manifest import committed
 from pretrain.errors import EXIT_CRASHED, EXIT_FINISHED, EXIT_INTERRUPTED
@@ -38,13 +37,15 @@ class Struck:
 def play(row: Row, run: Run, references: References) -> Measured:
     """Raises AssertionError when the row does not hold. `run` is new, and closed by the caller."""
     shards = references.dataset(row.dataset) if row.dataset else references.shards
-    reference = references.get(
-        row.world_size,
-        row.zero_stage,
-        shards=shards,
-        changes=row.reference_changes,
-        faults=row.reference_faults,
-    )
+    run.shards, reference = shards, None
+    if row.begins_from or not row.is_final:
+        reference = references.get(
+            row.world_size,
+            row.zero_stage,
+            shards=shards,
+            changes=row.reference_changes,
+            faults=row.reference_faults,
+        )
     scraper = _prepare(row, run, reference)
     memory_before = shared_memory()
     run.start()
@@ -59,15 +60,16 @@ def play(row: Row, run: Run, references: References) -> Measured:
         if not struck.ranks:
             run.end()
         ended = time.monotonic() - struck.at
-        code = _code_of_the_struck_attempt(run)
+        code, restarts = _struck_attempt(run)
         assert code == row.code, f"ended with {code}, promised is {row.code}:\n{run.said()[-4000:]}"
         require_sound_checkpoints(run.run_dir)
         if not row.is_final:
-            recovered = _go_on(row, run, struck, scraper)
+            recovered = _go_on(row, run, struck, scraper, restarts=restarts)
     if not row.is_final:
         _watch(run, scraper, lambda: False)
         code = run.end()
         assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
+        assert reference is not None
         require_the_references_end(run, reference)
     require_nobody_left(run)
     if not row.is_final:
@@ -81,18 +83,17 @@ def play(row: Row, run: Run, references: References) -> Measured:
     return row.measured(ended=ended, recovered=recovered)
 
 
-def _prepare(row: Row, run: Run, reference: Run) -> Scraper | None:
+def _prepare(row: Row, run: Run, reference: Run | None) -> Scraper | None:
     """The run's recipe, what is injected, and what it begins from."""
-    run.shards = reference.shards
-    run.changes = {**row.changes}
+    run.changes, run.max_restarts = {**row.changes}, row.max_restarts
     scraper = None
     if row.counted and row.counted.metric:
-        scraper = Scraper(free_port())
-        run.changes["metrics"] = {"port": scraper.port}
+        scraper = Scraper.of(run)
     run.faults = [{**fault} for fault in row.injected]
     if row.strike is None:  # what is injected is the fault, not the circumstances of one: it happens once
         run.faults = [{**fault, "mark": str(run.mark_of(number))} for number, fault in enumerate(run.faults)]
     if row.begins_from:
+        assert reference is not None
         begin_from(reference, run, *row.begins_from)
     if row.prepare:
         row.prepare(run)
@@ -126,8 +127,9 @@ def _watch(run: Run, scraper: Scraper | None, condition: Callable[[], bool]) -> 
     until(look, "the next step, or the end")
 
 
-def _code_of_the_struck_attempt(run: Run) -> int:
-    """As the supervisor wrote it down, which may start the run again by itself, else that of the launch."""
+def _struck_attempt(run: Run) -> tuple[int, bool]:
+    """Its exit code, and whether the supervisor starts the run again by itself: as that wrote it down, else the code
+    of the launch."""
     attempts = run.run_dir / "attempts.jsonl"
     assert run.process is not None
     process = run.process
@@ -138,14 +140,18 @@ def _code_of_the_struck_attempt(run: Run) -> int:
     until(
         lambda: bool(lines()) or process.poll() is not None, "the attempt's record, or the end of the launch"
     )
-    return int(json.loads(lines()[0])["exit_code"]) if lines() else run.end()
+    if not lines():
+        return run.end(), False
+    first = json.loads(lines()[0])
+    return int(first["exit_code"]), bool(first["restart"])
 
 
-def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None) -> float:
-    """Started again until it is beyond where the struck attempt came. Seconds from the fault on."""
+def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None, *, restarts: bool) -> float:
+    """Started again, by its supervisor if that `restarts` it, until it is beyond where the struck attempt came.
+    Seconds from the fault on."""
     last = run.last_step()
-    assert run.process is not None
-    if run.process.poll() is not None:
+    if not restarts:
+        assert run.end() == row.code, run.said()[-4000:]
         require_nobody_left(run)
         if row.mend:
             row.mend(run)
@@ -162,7 +168,8 @@ def require_the_references_end(run: Run, reference: Run) -> None:
     mine, theirs = require_sound_checkpoints(run.run_dir), committed(reference.run_dir)
     assert mine[-1].name == theirs[-1].name
     require_same_state(mine[-1], theirs[-1])
-    expected, got = reference.losses(), run.losses()
+    # As texts: a loss that is not a number is one that it must be here, too.
+    expected, got = ({step: repr(loss) for step, loss in each.losses().items()} for each in (reference, run))
     assert got == {step: loss for step, loss in expected.items() if step >= min(got)}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,11 +48,6 @@ class Entry:
     code: int
     bound_seconds: float
     counted: Counted | None = None
-    waits_for: str = ""  # a module that the row needs and that is not there yet
-
-    @property
-    def is_waiting(self) -> bool:
-        return bool(self.waits_for) and not is_there(self.waits_for)
 
     def measured(self, *, ended: float | None = None, recovered: float | None = None) -> Measured:
         """`ended`, `recovered`: seconds from the fault on. Raises AssertionError beyond the bound."""
@@ -79,8 +73,9 @@ class Row(Entry):
     injected/sitecustomize.py; or `prepare`, damage that is there before the run starts.
 
     code: of the attempt that it hits; 0: the run goes on. bound_seconds: from the fault to that attempt's end (to
-    the next step, where the run goes on). A run that ended is started again, as a scheduler would (after `mend`
-    where only that helps), unless `is_final`, and must end as the reference did: bitwise on as many ranks.
+    the next step, where the run goes on). A run that ended is started again, by its supervisor, or as a scheduler
+    would where that does not (after `mend` where only that helps), unless `is_final`, and must end as the reference
+    did: bitwise on as many ranks.
     """
 
     world_size: int = 2  # 0: one process, without a launcher
@@ -98,11 +93,5 @@ class Row(Entry):
     reference_changes: Tree = field(default_factory=dict)  # where the reference is not of the plain recipe
     reference_faults: tuple[Tree, ...] = ()  # what happens to the reference as well
     dataset: Callable[[Path], Path] | None = None  # writes the shards, where they are not the usual ones
+    max_restarts: int | None = None  # by the supervisor; its default when left out
     fast: bool = False  # runs in `make test` too
-
-
-def is_there(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package it would stand in
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import socket
@@ -21,7 +22,7 @@ from pretrain.checkpoint.manifest import step_folder
 
 START_BOUND = 120.0  # for what is found at the start: mostly imports, and machines are busy
 PASSED_OVER = "passed over, kept as `….rejected`; the run goes on from the one before it"
-REJECTED = Counted(event="checkpoint_rejected")
+REJECTED = Counted(metric="pretrain_checkpoints_rejected_total")
 OLDER, NEWEST = 4, 8  # the checkpoints that such a run begins with
 
 
@@ -73,7 +74,6 @@ DAMAGED = [
         says=("passing over", f"going on at step {OLDER} of"),
         counted=REJECTED,
         after=rejected_and_not_executed,
-        fast=change is make_hostile,
     )
     for fault, world_size, change, name in (
         ("a checkpoint's file torn, of one of two ranks", 2, tear, "rank-00001.safetensors"),
@@ -106,7 +106,6 @@ REFUSED = [
         bound_seconds=START_BOUND,
         is_final=True,
         says=("is of another run", "model.depth: 2 in the checkpoint, 3 now"),
-        fast=True,
     ),
 ]
 
@@ -158,11 +157,11 @@ PORTS = [
     ),
     Row(
         fault="the master port is taken",
-        outcome="ends, the port named; started again, another port is chosen",
+        outcome="the ranks end, the port named; the supervisor starts them again, on another port",
         prepare=_MASTER_PORT.prepare,
-        code=1,
+        code=0,
         bound_seconds=START_BOUND,
-        says=("another process has that port",),
+        says=("another process has that port", "starting the run again"),
     ),
 ]
 
@@ -181,10 +180,12 @@ def make_small_disk(run: Run) -> None:
 
 
 def fill_disk(run: Run) -> None:
-    """But for what the journal needs."""
-    with (run.run_dir / "somebody-elses").open("wb") as file:
-        free = os.statvfs(run.run_dir).f_bavail * os.statvfs(run.run_dir).f_frsize
-        file.write(bytes(max(0, free - 100_000)))
+    """But for what the journal needs. A save that is under way may be quicker than we are."""
+    with (run.run_dir / "somebody-elses").open("wb", buffering=0) as file:
+        disk = os.statvfs(run.run_dir)
+        with contextlib.suppress(OSError):
+            file.write(bytes(disk.f_bavail * disk.f_frsize))
+        file.truncate(max(0, file.tell() - 100_000))
 
 
 def free_disk(run: Run) -> None:
@@ -194,7 +195,10 @@ def free_disk(run: Run) -> None:
 DISK = [
     Row(
         fault="the disk is full when a checkpoint is saved",
-        outcome="the save is given up and leaves nothing; the run ends in words; with room again it goes on",
+        outcome="the save is given up and leaves nothing; more than `checkpoint.max_failures` (here 0) in a row end "
+        "the run in words; with room again it goes on",
+        changes={"checkpoint": {"max_failures": 0}},
+        max_restarts=0,
         prepare=make_small_disk,
         when=after_step(9),
         strike=fill_disk,
@@ -202,6 +206,7 @@ DISK = [
         code=1,
         bound_seconds=PEER_SECONDS,
         says=("No space left on device", "free space, or set run_dir elsewhere"),
+        counted=Counted(event="checkpoint_failed"),
     ),
 ]
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from faults.matrix.row import Counted, Entry, Row
 from faults.matrix.runs import BATCH
 
-JUDGE = "pretrain.judge"
-
 NAN_ON_ONE = {"do": "multiply", "at": "loss", "step": 10, "factor": "nan"}
 SPIKED = (17 * BATCH, 18 * BATCH)  # positions: of step 18
+SOON_CALLED_SLOW = {"watchdog": {"slow_rank_steps": 8, "slow_rank_seconds": 1.0}}
 SPIKE = {"train": {"spike": {"window_steps": 8, "threshold": 8.0, "skip_steps": 2}}}
 
 NUMBERS = [
@@ -21,7 +20,6 @@ NUMBERS = [
         code=0,
         bound_seconds=10.0,
         counted=Counted(metric="pretrain_steps_skipped_total"),
-        waits_for=JUDGE,
     ),
 ]
 
@@ -30,22 +28,21 @@ SPIKE_ROW = Entry(
     outcome="back to the checkpoint before it, on with the positions after it; the skip is committed first",
     code=0,
     bound_seconds=30.0,
-    waits_for=JUDGE,
+    counted=Counted(metric="pretrain_loss_spikes_total"),
 )
 FLIPPED_WEIGHT = Entry(
     fault="one bf16 weight flipped on one of three ranks",
     outcome="found before the next forward that is checked, the rank named; back beyond the last good check",
     code=0,
     bound_seconds=30.0,
-    waits_for=JUDGE,
+    counted=Counted(metric="pretrain_replica_mismatches_total"),
 )
 SLOW_RANK = Entry(
     fault="a rank slower by 200 ms a step",
     outcome="named by its compute time before the first collective; nothing else changes",
     code=0,
     bound_seconds=120.0,
-    counted=Counted(event="slow_rank"),
-    waits_for="pretrain.watchdog",
+    counted=Counted(metric="pretrain_slow_ranks"),
 )
 
 ELASTIC = Entry(
@@ -63,16 +60,14 @@ SEVEN = Entry(
 PARTITION = Entry(
     fault="a network partition between two hosts",
     outcome="both sides end; only one writes",
-    code=1,
+    code=137,
     bound_seconds=15.0,
-    waits_for="pretrain.watchdog",
 )
 CRASH_LOOP = Entry(
     fault="a crash at the same step, again and again",
     outcome="the supervisor gives up after `--max-restarts` restarts without progress",
     code=1,
     bound_seconds=120.0,
-    waits_for="launch.restarts",
 )
 
 ROWS: list[Entry] = [

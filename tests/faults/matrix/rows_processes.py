@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from signal import SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 
-from faults.matrix.row import Counted, Row, is_there
+from faults.matrix.row import Counted, Entry, Row
 from faults.matrix.strikes import (
     after_step,
     in_a_save,
@@ -16,8 +16,6 @@ from faults.matrix.strikes import (
 
 PEER_SECONDS = 25.0  # the supervisor's patience with peers of a dead rank, SIGTERM to SIGKILL, and room
 GRACE_SECONDS = 30.0  # what schedulers give between SIGTERM and SIGKILL
-WATCHDOG = "pretrain.watchdog"
-WRITER = "pretrain.checkpoint.writer"
 
 SLOW_DISK = {
     "at": "fsync",
@@ -28,17 +26,12 @@ WATCHED = {"watchdog": {"step_seconds": 5, "start_seconds": 60}}
 WATCHDOG_BOUND = 5.0 + 10.0
 ONE_WORKER = {"data": {"workers": 1}}
 
-KILLED = "its peers lose it and end; started again, the run goes on from the newest checkpoint"
+KILLED = "its peers lose it and end; the supervisor starts the run again from the newest checkpoint"
 TOLD = "all ranks agree on a step, save it and end"
 
-# Who writes a checkpoint: a process beside each rank, where that is built, else the rank itself.
-if is_there(WRITER):
-    TORN, TORN_CODE = (
-        "the save never commits, that is said and counted; a new writer is started, training goes on",
-        0,
-    )
-else:
-    TORN, TORN_CODE = f"the save never commits; {KILLED}", 1
+TORN = "the save never commits, that is said and counted; a new writer is started, training goes on"
+NOT_SAVED = Counted(metric="pretrain_checkpoint_failures_total")
+ENDED_BY_WATCHDOG = Counted(metric="pretrain_watchdog_ended_ranks")
 
 SIGNALS = [
     Row(
@@ -118,38 +111,51 @@ SAVES = [
     ),
     *(
         Row(
-            fault=f"what writes rank 1's part of a checkpoint is killed after {said} of it",
+            fault=f"rank 1's checkpoint writer is killed after {said} of its file",
             outcome=TORN,
             # The kernel does it, at that very byte.
             injected=({"do": "limit_files", "at": "part", "rank": 1, "step": 12, "bytes": count},),
-            code=TORN_CODE,
-            bound_seconds=PEER_SECONDS,
+            code=0,
+            bound_seconds=10.0,
+            says=("the process that writes checkpoints was ended by SIGXFSZ",),
+            counted=NOT_SAVED,
         )
         for said, count in (("100 bytes", 100), ("half", 60_000), ("nearly all", 100_000))
     ),
     Row(
-        fault="what commits a checkpoint is killed between slices and manifest",
+        fault="rank 0's checkpoint writer is killed between slices and manifest",
         outcome=TORN,
         injected=({"do": "kill", "at": "manifest", "step": 12},),
-        code=TORN_CODE,
-        bound_seconds=PEER_SECONDS,
+        code=0,
+        bound_seconds=10.0,
+        says=("the process that writes checkpoints was ended by SIGKILL",),
+        counted=NOT_SAVED,
     ),
     *(
         Row(
-            fault=f"{signum.name} of a checkpoint writer",
+            fault=f"{signum.name} of a checkpoint writer that is at work",
             outcome=outcome,
-            when=after_step(9),
+            injected=(SLOW_DISK,),
+            when=in_a_save(8),
             strike=to_writer(1, signum),
             code=0,
             bound_seconds=10.0,
-            waits_for=WRITER,
+            counted=counted,
         )
-        for signum, outcome in (
-            (SIGTERM, "it is ignored: the rank decides"),
-            (SIGKILL, "its save never commits, that is said; a new one is started"),
+        for signum, outcome, counted in (
+            (SIGTERM, "it is ignored: the rank decides", None),
+            (SIGKILL, TORN, NOT_SAVED),
         )
     ),
 ]
+
+WRITER_OFFSETS = Entry(  # tests/checkpoint/test_saver.py
+    fault="SIGKILL of a checkpoint writer at 20 offsets of its file",
+    outcome=TORN,
+    code=0,
+    bound_seconds=5.0,
+    counted=Counted(event="checkpoint_failed"),
+)
 
 HELPERS = [
     Row(
@@ -182,7 +188,7 @@ HANGS = [
         strike=to_rank(1, SIGSTOP),
         code=1,
         bound_seconds=WATCHDOG_BOUND,
-        waits_for=WATCHDOG,
+        counted=ENDED_BY_WATCHDOG,
     ),
     Row(
         fault="a rank that hangs and holds the GIL",
@@ -191,7 +197,7 @@ HANGS = [
         injected=({"do": "hold_gil", "at": "forward", "rank": 1, "step": 10},),
         code=1,
         bound_seconds=WATCHDOG_BOUND,
-        waits_for=WATCHDOG,
+        counted=ENDED_BY_WATCHDOG,
     ),
     Row(
         fault="a rank that hangs and lets go of the GIL",
@@ -200,8 +206,30 @@ HANGS = [
         injected=({"do": "sleep", "at": "forward", "rank": 1, "step": 10, "seconds": 3600},),
         code=1,
         bound_seconds=WATCHDOG_BOUND,
-        waits_for=WATCHDOG,
+        counted=ENDED_BY_WATCHDOG,
     ),
 ]
 
-ROWS = [*SIGNALS, *SAVES, *HELPERS, *HANGS]
+# `pretrain launch worker` on two nodes of a rank each; node 0's coordinates.
+WORKER_TOLD = [
+    Entry(
+        fault=f"SIGTERM of `launch worker` on node {node} of two",
+        outcome=TOLD + ", on both nodes",
+        code=75,
+        bound_seconds=GRACE_SECONDS,
+        counted=Counted(event="stopped"),
+    )
+    for node in (0, 1)
+]
+WORKER_KILLED = [
+    Entry(
+        fault=f"SIGKILL of `launch worker` on node {node} of two",
+        outcome="its rank dies with it, the other node ends its own and waits; when it is started again, by hand, both "
+        "go on from the newest checkpoint",
+        code=137,
+        bound_seconds=PEER_SECONDS,
+    )
+    for node in (0, 1)
+]
+
+ROWS: list[Entry] = [*SIGNALS, *SAVES, WRITER_OFFSETS, *HELPERS, *WORKER_TOLD, *WORKER_KILLED, *HANGS]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from launching import ROOT, clean_environment
+from launching import ROOT, clean_environment, free_port
 
 from pretrain.metrics.journal import read_journal, steps_of
 
@@ -142,7 +142,7 @@ class Run:
     """One run's folder and the launches that work on it, one after another.
 
     `world_size` ranks under `pretrain launch local`; 0 is one process without a launcher. `changes` to the
-    recipe, `faults` for injected/sitecustomize.py, `environment` for all processes.
+    recipe, `max_restarts` for the launcher, `faults` for injected/sitecustomize.py, `environment` for all processes.
     """
 
     folder: Path
@@ -150,6 +150,7 @@ class Run:
     world_size: int = 2
     zero_stage: int = 1
     changes: Tree = field(default_factory=dict)
+    max_restarts: int | None = None
     faults: Sequence[Tree] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
     launches: int = 0
@@ -197,7 +198,8 @@ class Run:
         pretrain = [sys.executable, "-m", "pretrain.cli"]
         if self.world_size == 0:
             return [*pretrain, "train", str(self.recipe())]
-        return [*pretrain, "launch", "local", str(self.recipe()), "--processes", str(self.world_size)]
+        command = [*pretrain, "launch", "local", str(self.recipe()), "--processes", str(self.world_size)]
+        return command if self.max_restarts is None else [*command, "--max-restarts", str(self.max_restarts)]
 
     def start(self, command: Sequence[str] | None = None) -> None:
         assert self.process is None or self.process.poll() is not None, "it is still running"
@@ -307,6 +309,13 @@ class Scraper:
     def __init__(self, port: int) -> None:
         self.port = port
         self.highest: dict[str, float] = {}
+
+    @classmethod
+    def of(cls, run: Run) -> Scraper:
+        """For a run that is still to be started: gives it a port."""
+        port = free_port()
+        run.changes = merged(run.changes, {"metrics": {"port": port}})
+        return cls(port)
 
     def look(self) -> None:
         try:

@@ -15,8 +15,10 @@ BEFORE = f"""# The fault matrix
 
 What happens to a run when something goes wrong. Each row is a test of real processes: a small ViT in float32 on two
 to eight gloo ranks under `pretrain launch local`, {STEPS} steps of {BATCH} images, a checkpoint every {SAVE_EVERY}. A
-fault strikes; the run goes on, or ends with the exit code and within the bound below and is started again, as a
-scheduler would (or as the supervisor does itself). In the end it must be the run that nothing happened to:
+fault strikes; the run goes on, or the attempt ends with the exit code and within the bound below and the run is
+started again: after 1, and after a 75 that nobody asked the supervisor for, by the supervisor itself (`--max-restarts`
+is 3, as by default); where that was killed or told to stop, or where a cause had to be removed first, by hand, as a
+scheduler would. In the end it must be the run that nothing happened to:
 
 - on as many ranks weights, moments and every loss are bitwise those of the uninterrupted reference run; on other
   numbers of ranks the state is bitwise the same when loaded and ten losses agree within 1e-5;
@@ -27,7 +29,7 @@ scheduler would (or as the supervisor does itself). In the end it must be the ru
 `make faults` plays all rows and writes this page; `PYTHONPATH=.:tests python -m faults.matrix --only WORDS` plays some.
 Times are seconds from the fault on, one measurement each, on two shared cores. *Ended*: until the last process
 of the attempt was gone. *Back*: until the run was beyond where it had been; of a restart most is imports, about
-ten seconds there. A row without times waits for a part that is not built, or to be measured.
+ten seconds there. A row without times is still to be measured.
 
 """
 

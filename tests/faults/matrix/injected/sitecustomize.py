@@ -3,8 +3,9 @@
 MATRIX_FAULTS names a JSON list of faults; without it nothing happens here. Each fault is an object:
 
     do      what: see `Fault`
-    at      where: "forward" (before it, in a step), "loss" (after it), "part" (before a rank's part of a checkpoint
-            is written), "manifest" (before rank 0 writes one), "fsync", "port" (when the launcher looks for a free one)
+    at      where: "forward" (before it, in a step), "loss" (after it), "stepped" (after the step), "part" (before a
+            rank's part of a checkpoint is written), "manifest" (before rank 0 writes one), "fsync", "port" (when the
+            launcher looks for a free one)
     rank    which rank; left out, every one
     step    which optimizer step, counted over the whole run; left out, every one
     mark    a file whose name gets the rank appended, made exclusively with the moment in it when the fault
@@ -65,9 +66,13 @@ class Fault:
         return value
 
     def hold_gil(self, value):
+        """Native code that keeps the interpreter's lock, and that no signal wakes."""
         import ctypes
 
-        ctypes.PyDLL(None).sleep(int(self.wants.get("seconds", 3600)))  # PyDLL does not let go of it
+        reader, _ = os.pipe()
+        ctypes.PyDLL(None).read(
+            reader, ctypes.create_string_buffer(1), 1
+        )  # PyDLL does not let go of the lock
         return value
 
     def sleep(self, value):
@@ -149,6 +154,7 @@ def patch_engine(engine_class):
         number = current(self)
         norm = step(self, lr)
         begun[self] = number + 1
+        strike_all("stepped", number, self)
         return norm
 
     engine_class.forward, engine_class.step = new_forward, new_step
@@ -210,7 +216,7 @@ def patch_files(module):
 
 def patch_processes(module):
     free_port = module.free_port
-    module.free_port = lambda: strike_all("port") or free_port()
+    module.free_port = lambda *wanted: strike_all("port") or free_port(*wanted)
 
 
 def patch_load(module):
