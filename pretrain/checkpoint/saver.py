@@ -204,6 +204,7 @@ class Saver:
         if (reasons := self.settle(self._failed_anywhere())) is not None:
             return reasons
         if self._world.is_main:  # all parts are there
+            self._tell({"order": "complete"})
             self._read_until(lambda: save.committed or save.error is not None)
         if (reasons := self.settle(self._failed_anywhere())) is not None:
             return reasons

@@ -225,7 +225,9 @@ def _exchange(first: Path, second: Path) -> None:
 def remove_torn_saves(run_dir: Path, *, spare: Path | None = None) -> list[Path]:
     """Remove what saves that never committed left behind. Only for the process that owns the run."""
     torn = sorted((Path(run_dir) / CHECKPOINTS).glob(f"step-*{STAGING_SUFFIX}"))
-    torn = [folder for folder in torn if folder != spare]
+    torn = [
+        folder for folder in torn if spare is None or folder.name != spare.name
+    ]  # one path may be relative
     for folder in torn:
         shutil.rmtree(folder)
     return torn

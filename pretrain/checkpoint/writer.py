@@ -4,7 +4,8 @@ A process and not a thread: it hashes and writes without the trainer's interpret
 and imports no torch. It minds neither SIGTERM nor Ctrl-C, for these are the trainer's, who wants to save
 then; it ends when the trainer closes its side, and dies with it.
 
-Orders and reports are JSON lines over a socket. Orders: `save`, `abandon`, `hurry`. Reports of a save, by its
+Orders and reports are JSON lines over a socket. Orders: `save`, `abandon`, `hurry`, `complete` (all
+ranks have written). Reports of a save, by its
 id: `written` (this rank's part is durable), `committed` (rank 0 only), `failed`, and at last `idle`; `abandoned`.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import mmap
 import os
 import select
@@ -47,6 +49,7 @@ from pretrain.storage.files import sync
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _NICENESS = 10
+_SEEN_SECONDS = 60.0  # a network mount may show a new file late
 _FIRST_LOOK_SECONDS, _LONGEST_LOOK_SECONDS = 0.002, 0.1  # for the parts of other ranks
 _LONGEST_MIRROR_LOOK_SECONDS = 1.0
 
@@ -100,6 +103,7 @@ class _Control:
         self._orders: deque[dict[str, Any]] = deque()
         self._abandoned: set[str] = set()
         self.in_a_hurry = False
+        self.is_complete = False
 
     def next_order(self) -> dict[str, Any]:
         """The next `save`, or the `abandon` that ended the one before; however long that takes."""
@@ -135,10 +139,13 @@ class _Control:
             if message["order"] == "hurry":
                 self.in_a_hurry = True
                 continue
+            if message["order"] == "complete":
+                self.is_complete = True
+                continue
             if message["order"] == "abandon":
                 self._abandoned.add(message["save"])
             else:
-                self.in_a_hurry = False
+                self.in_a_hurry = self.is_complete = False
             self._orders.append(message)
 
 
@@ -251,6 +258,7 @@ class Writer:
     def _await_parts(self, order: Order) -> dict[int, Part]:
         world_size, look = self._settings.world_size, _FIRST_LOOK_SECONDS
         parts: dict[int, Part] = {}
+        seen_by = math.inf
         while True:
             if self._mirror is None:
                 parts = finished_parts(Path(order.staging), world_size)
@@ -258,6 +266,14 @@ class Writer:
                 parts = self._mirror.finished_parts(_mirrored(order), parts)
             if len(parts) == world_size:
                 break
+            if self._control.is_complete:
+                seen_by = min(seen_by, time.monotonic() + _SEEN_SECONDS)
+            if time.monotonic() > seen_by:
+                unseen = min(set(range(world_size)) - set(parts))
+                raise PretrainError(
+                    f"{order.staging}: rank {unseen} has written its part, and {_SEEN_SECONDS:g} s later it is not "
+                    "to be seen here; has anything removed it, or is the mount not the same?"
+                )
             self._control.wait(order.id, look)
             look = min(
                 2 * look, _LONGEST_LOOK_SECONDS if self._mirror is None else _LONGEST_MIRROR_LOOK_SECONDS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import signal
@@ -14,12 +15,12 @@ from pathlib import Path
 import pytest
 from faults.matrix.measured import keep
 from faults.matrix.rows_processes import WRITER_OFFSETS
-from held_state import HeldState, children, facts, make_saver
+from held_state import ALONE, HeldState, children, facts, make_saver
 
 from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.staging import remove_torn_saves
+from pretrain.checkpoint.staging import remove_torn_saves, staging_folder
 from pretrain.distributed import World
 from pretrain.errors import PretrainError, UsageError
 from pretrain.metrics.journal import read_journal
@@ -334,7 +335,7 @@ RANKS = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, "tests/checkpoint")
-from held_state import HeldState, children, facts, make_saver
+from held_state import ALONE, HeldState, children, facts, make_saver
 from pretrain.distributed import Sums, barrier, join, leave
 
 run_dir, world = Path(sys.argv[1]), join()
@@ -378,3 +379,29 @@ def test_ranks_give_up_a_save_together_when_one_of_their_writers_dies(run_dir: P
     failed = [r for r in read_journal(run_dir / "journal.jsonl") if r["event"] == "checkpoint_failed"]
     assert [record["step"] for record in failed] == [2, 4]
     assert all(record["reasons"].startswith("rank 1: ") for record in failed)
+
+
+def test_a_run_dir_given_relative_to_here_keeps_the_save_that_is_under_way(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0's writer clears up when it begins; another rank's part may be there already."""
+    under_way = staging_folder(run_dir, 2, "1-2")
+    for folder in (staging_folder(run_dir, 1, "1-1"), under_way):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(run_dir.parent)
+    remove_torn_saves(run_dir.absolute(), spare=under_way.relative_to(run_dir.parent))
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == [under_way.name]
+
+
+@pytest.mark.slow
+def test_a_part_that_is_written_and_not_to_be_seen_ends_the_wait(run_dir: Path) -> None:
+    world = dataclasses.replace(ALONE, world_size=2)  # of which nobody else is there
+    state = HeldState({"a": [100]}).fill(1)
+    with (
+        make_saver(run_dir, state, world=world) as saver,
+        pytest.raises(
+            PretrainError, match="rank 1 has written its part, and 60 s later it is not to be seen"
+        ),
+    ):
+        saver.save(facts(1), wait=True)
+    assert listing(run_dir) == []
