@@ -10,31 +10,31 @@ from pretrain.verdict import Process, Stall, conclusion, is_in_collective, kind_
 GLOO = """\
 Thread 0x00007f2a (most recent call first):
   File "/usr/lib/python3.11/threading.py", line 324 in wait
-  File "/work/pretrain/pulse.py", line 190 in _beat
+  File "/opt/pretrain/pulse.py", line 190 in _beat
 
 Current thread 0x00007f2b (most recent call first):
   File "/v/torch/distributed/distributed_c10d.py", line 2810 in all_reduce
   File "/v/torch/distributed/c10d_logger.py", line 81 in wrapper
-  File "/work/pretrain/distributed.py", line 130 in sum_over_ranks
-  File "/work/pretrain/train.py", line 280 in take_step
+  File "/opt/pretrain/distributed.py", line 130 in sum_over_ranks
+  File "/opt/pretrain/train.py", line 280 in take_step
 """
 LOADER = """\
 Current thread 0x00007f2b (most recent call first):
   File "/usr/lib/python3.11/selectors.py", line 415 in select
-  File "/work/pretrain/data/workers.py", line 130 in _await
-  File "/work/pretrain/data/source.py", line 90 in __iter__
-  File "/work/pretrain/train.py", line 200 in train
+  File "/opt/pretrain/data/workers.py", line 130 in _await
+  File "/opt/pretrain/data/source.py", line 90 in __iter__
+  File "/opt/pretrain/train.py", line 200 in train
 """
 READING_TOGETHER = """\
 Current thread 0x00007f2b (most recent call first):
-  File "/work/pretrain/checkpoint/load.py", line 415 in read
-  File "/work/pretrain/resume.py", line 130 in verified
-  File "/work/pretrain/distributed.py", line 90 in together
+  File "/opt/pretrain/checkpoint/load.py", line 415 in read
+  File "/opt/pretrain/resume.py", line 130 in verified
+  File "/opt/pretrain/distributed.py", line 90 in together
 """
 DEVICE = """\
 Thread 0x00007f2b (most recent call first):
-  File "/work/pretrain/distributed.py", line 205 in over_ranks
-  File "/work/pretrain/train.py", line 200 in train
+  File "/opt/pretrain/distributed.py", line 205 in over_ranks
+  File "/opt/pretrain/train.py", line 200 in train
 """
 
 
