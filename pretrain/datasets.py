@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.checkpoint.manifest import Manifest, known, read_manifest, stored_lanes
+from pretrain.checkpoint.courses import standing
+from pretrain.checkpoint.manifest import Manifest, read_manifest, stored_lanes
 from pretrain.checkpoint.segments import (
     SEGMENTS_NAME,
     Change,
@@ -24,7 +25,7 @@ from pretrain.checkpoint.segments import (
     read_changes,
     read_numbers,
 )
-from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, is_given_up, read_skipped
+from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, read_skipped
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -345,12 +346,9 @@ def require_run(run_dir: Path) -> Path:
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
     """Of the newest checkpoint that can be gone on from, as far as its manifest says; None when there is none."""
-    skipped = [(one.start, one.stop) for one in read_skipped(run_dir)]
-    for folder in reversed(known(run_dir)):
+    for folder in reversed(standing(run_dir)):
         try:
-            manifest = read_manifest(folder)
+            return read_manifest(folder)
         except CheckpointError:  # resume passes it over too
             continue
-        if not is_given_up(manifest, skipped):
-            return manifest
     return None

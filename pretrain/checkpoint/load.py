@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.manifest import (
     KINDS,
     Manifest,
     Slice,
     check_coverage,
-    find_newest,
     read_manifest,
     slice_sha256,
 )

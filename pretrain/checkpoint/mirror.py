@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.checkpoint.distrusted import DISTRUSTED_NAME
 from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_manifest, step_folder
 from pretrain.checkpoint.retention import kept_steps, step_of
 from pretrain.checkpoint.run_directory import write_whole
+from pretrain.checkpoint.skipped import SKIPPED_NAME
 from pretrain.checkpoint.staging import Part, done_name, part_name
 from pretrain.data.ledger import LEDGER_FOLDER
 from pretrain.errors import ObjectNotFoundError, PretrainError, UsageError
@@ -33,7 +35,8 @@ from pretrain.storage import ObjectInfo, S3Settings, join_url, open_storage
 
 IDENTITY = "mirror.json"  # in the run's folder
 # What a run needs besides checkpoints and journal, or would be missed: written by several parts of the project.
-_FILES = ("config.yaml", "segments.json", "skipped.json", "lineage.json", "attempts.jsonl", "tracking.json")
+_LISTS = (SKIPPED_NAME, DISTRUSTED_NAME)  # that change while a run goes on
+_FILES = ("config.yaml", "segments.json", *_LISTS, "lineage.json", "attempts.jsonl", "tracking.json")
 _FOLDERS = ("segments",)
 _FOLDER_NAME = re.compile(r"(step-\d+)\.(\d+)-(\d+)")
 
@@ -164,6 +167,14 @@ class Mirror:
             if save.step == step_of(folder):
                 self._remove(save)
 
+    def remove_newer(self, step: int) -> None:
+        """Remove the saves of later steps than `step`, to which the run went back: also those that were published
+        just before their writer died, and that no host lists.
+        """
+        for save in sorted(self._folders()[0]):
+            if save.step > step:
+                self._remove(save)
+
     def _remove(self, save: MirroredSave) -> None:
         self._store.delete(f"{save.folder}/{MANIFEST_NAME}")  # from here on it is not committed
         for info in list(self._store.list(f"{save.folder}/")):
@@ -233,13 +244,24 @@ class Mirror:
         names = _local_files(run_dir) if is_main else []
         ledgers = (run_dir / LEDGER_FOLDER).glob(f"attempt-*-rank-{rank}.jsonl")
         for name in [*names, *(f"{LEDGER_FOLDER}/{path.name}" for path in sorted(ledgers))]:
-            data = (run_dir / name).read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if self._carried.get(name) != digest:
-                self._store.put(f"run/{name}", data)
-                self._carried[name] = digest
+            self._push_file(run_dir, name)
         if is_main:
             self._push_journal(run_dir / JOURNAL)
+
+    def push_lists(self, run_dir: Path) -> None:
+        """Of courses that were given up, while the writer goes on: the journal is the writer's to carry, for two who
+        count its bytes would each overwrite what the other has brought.
+        """
+        for name in _LISTS:
+            if (run_dir / name).is_file():
+                self._push_file(run_dir, name)
+
+    def _push_file(self, run_dir: Path, name: str) -> None:
+        data = (run_dir / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if self._carried.get(name) != digest:
+            self._store.put(f"run/{name}", data)
+            self._carried[name] = digest
 
     def _push_journal(self, journal: Path) -> None:
         if not journal.exists():
@@ -284,7 +306,10 @@ class Mirror:
         """Those that follow each other without a gap: what comes after one is of an attempt that was overtaken."""
         end = 0
         for info in self._store.list("journal/"):
-            if int(info.name.rpartition("/")[2].partition(".")[0]) != end:
+            start = int(info.name.rpartition("/")[2].partition(".")[0])
+            if start < end:  # within the part before it, which was written anew
+                continue
+            if start > end:
                 return
             end += info.size
             yield info

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,8 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.rename(path)
         sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what kept it from being written may keep it from being removed
+            temporary.unlink(missing_ok=True)
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
         ) from None

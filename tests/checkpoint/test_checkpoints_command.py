@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from held_state import ALONE, HeldState, facts
 
-from pretrain.checkpoint.manifest import committed, find_newest, known, mirrored_folder
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import committed, known, mirrored_folder
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.save import save_checkpoint

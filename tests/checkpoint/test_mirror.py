@@ -295,3 +295,47 @@ def test_a_store_that_is_away_when_checkpoints_of_a_given_up_course_go_is_no_fau
     with pytest.raises(PretrainError, match=r"checkpoint\.mirror: ") as caught:
         remove([tmp_path / "checkpoints" / "step-00000003"], away)
     assert caught.value.exit_code == 1
+
+
+def test_the_journal_comes_back_whole_after_a_rollback_that_told_the_mirror_what_is_given_up(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    """The trainer brings the lists while its writer brings the journal."""
+    run_dir = tmp_path / "run"
+    saver, _ = begin(run_dir, mirror)
+    written = 0
+    with saver:
+        for step in (1, 2, 3):
+            Journal(run_dir / "journal.jsonl", attempt=1).append("step", step=step)
+            write_skipped(run_dir, [skip(100, 100 + step)])
+            mirror.push_lists(run_dir)
+            saver.save(facts(step), wait=True)
+            written = (run_dir / "journal.jsonl").stat().st_size
+    shutil.rmtree(run_dir)
+    bring_back(run_dir, Mirror(mirror.url, s3=QUICK), world=ALONE)
+    steps = [r["step"] for r in read_journal(run_dir / "journal.jsonl") if r["event"] == "step"]
+    assert steps == [1, 2, 3]
+    assert read_skipped(run_dir) == (skip(100, 103),)
+    assert written
+
+
+def test_a_journal_of_which_an_older_version_brought_a_part_twice_is_read_on(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    for start, data in ((0, b'{"a": 1}\n{"b": 2}\n'), (9, b'{"b": 2}\n'), (18, b'{"c": 3}\n')):
+        mirror._store.put(f"journal/{start:020d}.jsonl", data)
+    bring_back(tmp_path / "run", mirror, world=ALONE)
+    assert (tmp_path / "run" / "journal.jsonl").read_bytes() == b'{"a": 1}\n{"b": 2}\n{"c": 3}\n'
+
+
+def test_a_save_that_was_published_and_listed_nowhere_goes_when_the_run_goes_back(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    """Else it counts as the newest, and retention removes for it what the run goes on from."""
+    saver, _ = begin(tmp_path / "run", mirror)
+    with saver:
+        for step in (1, 2, 3):
+            saver.save(facts(step), wait=True)
+    shutil.rmtree(committed(tmp_path / "run")[-1])  # its writer died before it listed it
+    mirror.remove_newer(1)
+    assert [save.step for save in mirror.saves()] == [1]

@@ -11,8 +11,9 @@ import pytest
 from launching import ROOT, free_port, rank_environment
 from small_run import losses, pretrain
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import committed, find_newest, known, read_manifest
+from pretrain.checkpoint.manifest import committed, known, read_manifest
 from pretrain.metrics.journal import read_journal
 
 
