@@ -16,7 +16,8 @@ from pretrain.checkpoint.courses import given_up, standing
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.restore import answered_by_store, open_reader, settle_restored
+from pretrain.checkpoint.mirrored import answered_by_store
+from pretrain.checkpoint.restore import open_reader, settle_restored
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
 from pretrain.checkpoint.staging import remove_torn_saves, set_aside

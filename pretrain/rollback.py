@@ -17,7 +17,7 @@ from pretrain.checkpoint.courses import given_up
 from pretrain.checkpoint.distrusted import Distrusted, distrusting, read_distrusted, write_distrusted
 from pretrain.checkpoint.manifest import Manifest, known
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.restore import answered_by_store
+from pretrain.checkpoint.mirrored import answered_by_store
 from pretrain.checkpoint.retention import remove_checkpoint, step_of
 from pretrain.checkpoint.run_directory import only_newest_attempt
 from pretrain.checkpoint.saver import Saver

@@ -83,7 +83,8 @@ class Mirror:
         Raises UsageError when it is another run's.
         """
         local = run_dir / IDENTITY
-        known = json.loads(local.read_text(encoding="utf-8"))["id"] if local.exists() else None
+        record = json.loads(local.read_text(encoding="utf-8")) if local.exists() else {}
+        known = record.get("id")
         is_new = known is None and not (run_dir / CHECKPOINTS).exists()
         wanted = known or secrets.token_hex(16)
         if self._store.put_if_absent("run.json", json.dumps({"id": wanted}).encode()):
@@ -95,9 +96,12 @@ class Mirror:
                 f"checkpoint.mirror={self.url} is the mirror of another run than the one in {run_dir}; give each "
                 "run a mirror of its own, or take an empty run_dir to go on with what is mirrored"
             )
-        if known is None:
+        if record != (wanted_record := {"id": there, "url": self.url}):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(local, json.dumps({"id": there}).encode() + b"\n")
+            write_whole(local, json.dumps(wanted_record).encode() + b"\n")
+
+    def is_a_runs(self) -> bool:
+        return self._store.exists("run.json")
 
     def attempts(self) -> list[int]:
         names = (info.name.rpartition("/")[2] for info in self._store.list("attempts/"))
@@ -212,7 +216,9 @@ class Mirror:
                         file.write(piece)
                 partial.rename(folder / name)
             except OSError as error:
-                raise PretrainError(f"{folder / name}: cannot be restored: {error}; free space") from None
+                raise PretrainError(
+                    f"{folder / name}: cannot be restored: {error}; free space, or see who may write there"
+                ) from None
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -300,7 +306,9 @@ class Mirror:
         """Write those of the run's small files that the mirror has into `folder`."""
         for info in self._store.list("run/"):
             if (name := info.name.removeprefix("run/")) in names:
-                (folder / name).write_bytes(self._store.read(info.name))
+                data = self._store.read(info.name)
+                (folder / name).write_bytes(data)
+                self._carried[name] = hashlib.sha256(data).hexdigest()  # need not be carried back as it is
 
     def _journal_parts(self) -> Iterator[ObjectInfo]:
         """Those that follow each other without a gap: what comes after one is of an attempt that was overtaken."""

@@ -25,6 +25,7 @@ from pretrain.checkpoint.segments import Change, read_changes, write_changes
 from pretrain.checkpoint.skipped import Skipped, read_skipped, write_skipped
 from pretrain.distributed import World
 from pretrain.errors import CheckpointError, PretrainError, UsageError
+from pretrain.formats.incoming import read_backbone
 from pretrain.metrics.journal import Journal, read_journal
 from pretrain.resume import remove
 from pretrain.storage import RetryPolicy, S3Settings
@@ -218,7 +219,11 @@ def test_a_mirror_belongs_to_one_run_and_an_attempt_to_one_process(tmp_path: Pat
         bring_back(other, mirror, world=ALONE)
     with pytest.raises(UsageError, match="attempt 1 was claimed already"):
         mirror.claim(1)
-    assert json.loads((tmp_path / "one" / "mirror.json").read_text())["id"]
+    record = json.loads((tmp_path / "one" / "mirror.json").read_text())
+    assert len(record["id"]) == 32
+    assert record["url"] == mirror.url
+    with pytest.raises(UsageError, match="is the mirror of a run"):
+        read_backbone(mirror.url)
 
 
 @pytest.mark.slow
