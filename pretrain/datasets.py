@@ -291,9 +291,7 @@ def open_run(run_dir: Path) -> ExistingRun:
 
     Raises UsageError when that is no run's folder, and what `open_run_data` raises.
     """
-    path = require_run(run_dir)
-    config = parse_config(read_recipe(path), source=str(path))
-    config = config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
+    config = read_config(run_dir)
     manifest = newest_manifest(run_dir)
     lanes = stored_lanes(run_dir) or _journalled_lanes(run_dir) or run_lanes(config)
     first = first_datasets(config, manifest, look_there=True)
@@ -304,6 +302,13 @@ def open_run(run_dir: Path) -> ExistingRun:
         first=first,
         data=open_run_data(config, lanes=lanes, **first),
     )
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The run's recipe as its newest attempt resolved it. Raises UsageError when that is no run's folder."""
+    path = require_run(run_dir)
+    config = parse_config(read_recipe(path), source=str(path))
+    return config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
 
 
 def first_datasets(
