@@ -125,8 +125,11 @@ class Mirror:
 
     # -- saving ----------------------------------------------------------------------------------------
 
-    def put_part(self, save: MirroredSave, rank: int, file: Path, part: Part) -> None:
-        self._store.put(f"{save.folder}/{part_name(rank)}", file)
+    def put_part(
+        self, save: MirroredSave, rank: int, file: Path, part: Part, *, pace: Callable[[int], None]
+    ) -> None:
+        """`pace`: see `Storage.put`."""
+        self._store.put(f"{save.folder}/{part_name(rank)}", file, pace=pace)
         self._store.put(f"{save.folder}/{done_name(rank)}", part.to_json().encode())
 
     def finished_parts(self, save: MirroredSave, known: dict[int, Part]) -> dict[int, Part]:

@@ -151,7 +151,7 @@ class _Control:
 
 
 class _Pace:
-    """Holds writing to so many bytes a second, and listens to the trainer meanwhile."""
+    """Holds writing, or uploading, to so many bytes a second, and listens to the trainer meanwhile."""
 
     def __init__(self, control: _Control, save_id: str, bytes_per_second: float | None) -> None:
         self._control, self._save_id, self._rate = control, save_id, bytes_per_second
@@ -216,7 +216,8 @@ class Writer:
         part = write_part(staging, settings.rank, order.pieces, self._data, pace=pace)
         if self._mirror is not None:
             file = staging / part_name(settings.rank)
-            self._mirror.put_part(_mirrored(order), settings.rank, file, part)
+            pace = _Pace(self._control, order.id, settings.max_bytes_per_second)  # of the way there alone
+            self._mirror.put_part(_mirrored(order), settings.rank, file, part, pace=pace)
             if not self._is_main:
                 self._mirror.push(self._run_dir, rank=settings.rank)
             self._control.wait(order.id, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -344,3 +345,41 @@ def test_a_save_that_was_published_and_listed_nowhere_goes_when_the_run_goes_bac
     shutil.rmtree(committed(tmp_path / "run")[-1])  # its writer died before it listed it
     mirror.remove_newer(1)
     assert [save.step for save in mirror.saves()] == [1]
+
+
+@pytest.mark.parametrize("to", [pytest.param("bucket", marks=pytest.mark.slow), "folder"])
+def test_a_limit_of_the_rate_holds_for_uploads_too_until_somebody_waits(
+    mirror: Mirror, tmp_path: Path, to: str
+) -> None:
+    """12 MB in parts of 5 MB, or pieces of 8."""
+    where = mirror if to == "bucket" else Mirror(str(tmp_path / "mirror"), s3=QUICK)
+    saver, state = begin(tmp_path / "run", where, max_bytes_per_second=6_000_000)
+    with saver:
+        began = time.monotonic()
+        saver.save(facts(1), wait=False)
+        while not committed(tmp_path / "run"):
+            saver.poll()
+            assert not saver.failed()
+            time.sleep(0.01)
+        assert time.monotonic() - began > 3.5, "2 s to the disk, and as long to the mirror"
+        saver.save(facts(2), wait=False)
+        began = time.monotonic()
+        assert saver.wait() is None
+        assert time.monotonic() - began < 3.5
+    assert [save.step for save in where.saves()] == [1, 2]
+    assert state.is_in(committed(tmp_path / "run")[-1])
+
+
+def test_an_upload_that_is_given_up_ends_in_its_midst_and_leaves_nothing_that_counts(
+    mirror: Mirror, tmp_path: Path
+) -> None:
+    saver, _ = begin(tmp_path / "run", mirror, max_bytes_per_second=4_000_000)
+    with saver:
+        saver.save(facts(1), wait=False)
+        while not list((tmp_path / "run").glob("checkpoints/*/rank-00000.done")):
+            time.sleep(0.01)
+        began = time.monotonic()
+        saver.leave(beyond=0)
+        saver.save(facts(1), wait=True)
+        assert time.monotonic() - began < 3
+    assert [save.id for save in mirror.saves()] == ["1-2"]
