@@ -123,15 +123,11 @@ def _run_mirror(args: argparse.Namespace) -> int:
 
 def bring_back(mirror: Mirror, run_dir: Path) -> None:
     """Make `run_dir`, or bring it up to the mirror. Raises UsageError when it is another run's, or live."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--bring-back {run_dir}: cannot be made: {error}; name another folder") from None
-    if any(run_dir.iterdir()) and not (run_dir / IDENTITY).is_file():
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / IDENTITY).is_file():
         raise UsageError(
             f"--bring-back {run_dir}: holds something else than this run; name a folder of its own"
         )
-    with held(run_dir):
+    with held(run_dir, make=True):
         answered_by_store(lambda: take_back(run_dir, mirror, push=False))
 
 

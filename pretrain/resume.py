@@ -17,7 +17,7 @@ from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fr
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.mirrored import answered_by_store
-from pretrain.checkpoint.restore import open_reader, settle_restored
+from pretrain.checkpoint.restore import here, open_reader, settle_restored
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
 from pretrain.checkpoint.staging import remove_torn_saves, set_aside
@@ -107,8 +107,8 @@ def resume(
     parameters = parameter_shapes(engine.module)
     rejected: list[tuple[Path, CheckpointError]] = []
 
-    def verified(folder: Path) -> CheckpointReader:
-        reader = open_reader(folder, mirror)
+    def verified(folder: Path, save_id: str) -> CheckpointReader:
+        reader = open_reader(folder, mirror, save_id=save_id)
         _check_same_run(reader.manifest, identity, parameters=parameters, where=str(folder))
         check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
@@ -116,7 +116,8 @@ def resume(
 
     for folder in reversed(folders):
         try:
-            reader = together(lambda folder=folder: verified(folder))  # type: ignore[misc]
+            save_id = from_main(world, lambda folder=folder: read_manifest(here(folder)).save_id)  # type: ignore[misc]
+            reader = together(lambda folder=folder, save_id=save_id: verified(folder, save_id))  # type: ignore[misc]
         except CheckpointMismatchError:
             raise
         except CheckpointError as error:

@@ -299,11 +299,20 @@ class Mirror:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, data)
                 brought.append(name)
-        journal, mirrored = run_dir / JOURNAL, sum(info.size for info in self._journal_parts())
-        if mirrored > (journal.stat().st_size if journal.exists() else 0):  # another host wrote it last
-            write_whole(journal, b"".join(self._store.read(info.name) for info in self._journal_parts()))
+        parts = list(self._journal_parts())
+        if parts and not self._begins(run_dir / JOURNAL, parts):  # another host wrote it last
+            write_whole(run_dir / JOURNAL, b"".join(self._store.read(info.name) for info in parts))
             brought.append(JOURNAL)
         return brought
+
+    def _begins(self, journal: Path, parts: Sequence[ObjectInfo]) -> bool:
+        """Does it begin as the mirror's? Its last part tells: a host whose attempt was overtaken wrote other lines."""
+        size, last = sum(info.size for info in parts), parts[-1]
+        if not journal.exists() or journal.stat().st_size < size:
+            return False
+        with journal.open("rb") as file:
+            file.seek(size - last.size)
+            return file.read(last.size) == self._store.read(last.name)
 
     def fetch_small(self, folder: Path, names: Sequence[str]) -> None:
         """Write those of the run's small files that the mirror has into `folder`."""

@@ -19,8 +19,8 @@ from pretrain.checkpoint.manifest import (
 )
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
 from pretrain.checkpoint.mirrored import adopt_save, answered_by_store, follow_main, take_back
-from pretrain.checkpoint.retention import step_of
-from pretrain.checkpoint.run_directory import write_whole
+from pretrain.checkpoint.retention import remove_checkpoint, step_of
+from pretrain.checkpoint.run_directory import held, write_whole
 from pretrain.distributed import World, from_main, gather_objects, together
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.storage.files import sync
@@ -32,16 +32,18 @@ def bring_back(run_dir: Path, mirror: Mirror, *, world: World) -> list[str]:
     """Make every host's folder say what the mirror says: the run's small files, and the manifests of its
     checkpoints, whose files come when they are needed. Returns what rank 0's host was brought.
 
-    Raises UsageError when the mirror is another run's, or cannot be used.
+    Raises UsageError when the mirror is another run's, or cannot be used, and while the run is live here.
     """
 
     def of_host() -> None:
         if world.local_rank == 0 and not world.is_main:
             follow_main(run_dir, mirror)
 
-    brought = from_main(
-        world, lambda: answered_by_store(lambda: take_back(run_dir, mirror, push=True)), patiently=True
-    )
+    def of_main() -> list[str]:
+        with held(run_dir, make=True):  # what a live attempt writes must not be replaced under its hands
+            return take_back(run_dir, mirror, push=True)
+
+    brought = from_main(world, lambda: answered_by_store(of_main), patiently=True)
     together(lambda: answered_by_store(of_host))
     return brought
 
@@ -53,20 +55,40 @@ def here(folder: Path) -> Path:
     return whole if (whole / MANIFEST_NAME).is_file() else folder.with_name(f"{name}{MIRRORED_SUFFIX}")
 
 
-def open_reader(folder: Path, mirror: Mirror | None) -> CheckpointReader:
-    """A reader that takes from the mirror what this host lacks, or has damaged."""
+def open_reader(folder: Path, mirror: Mirror | None, *, save_id: str | None = None) -> CheckpointReader:
+    """A reader that takes from the mirror what this host lacks, or has damaged.
+
+    save_id: of rank 0's; this host may have kept another save of the step, or none. Raises CheckpointError where that
+    cannot be put right: ranks must not go on from two.
+    """
     place = here(folder)
-    if (
-        mirror is not None and not (place / MANIFEST_NAME).is_file()
-    ):  # retention here was ahead of rank 0's host
+    if mirror is not None and save_id and _save_id(place) != save_id:
         for save in answered_by_store(mirror.saves):
-            if save.step == step_of(folder):
-                place = answered_by_store(lambda save=save: adopt_save(folder.parents[1], mirror, save))  # type: ignore[misc]
+            if (save.step, save.id) == (step_of(folder), save_id):
+                if place.exists():
+                    remove_checkpoint(place)
+                place = _adopted(folder.parents[1], mirror, save)
     reader = CheckpointReader(place)
+    if save_id is not None and reader.manifest.save_id != save_id:
+        raise CheckpointError(
+            f"{place}: is the save {reader.manifest.save_id or '?'} of its step, rank 0 has {save_id or '?'}; see that "
+            "all hosts have one run_dir or one checkpoint.mirror"
+        )
     if mirror is not None and reader.manifest.save_id:
         save = MirroredSave.of(reader.manifest.step, reader.manifest.save_id)
         reader.fetch = mirror.fetcher(save, reader.folder)
     return reader
+
+
+def _adopted(run_dir: Path, mirror: Mirror, save: MirroredSave) -> Path:
+    return answered_by_store(lambda: adopt_save(run_dir, mirror, save))
+
+
+def _save_id(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder).save_id
+    except CheckpointError:
+        return None
 
 
 def settle_restored(run_dir: Path, *, world: World) -> None:

@@ -67,8 +67,16 @@ class RunDirectory:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Within it no attempt of the run is live. Raises UsageError when one is, or the folder cannot be written."""
+def held(path: Path, *, make: bool = False) -> Iterator[None]:
+    """Within it no attempt of the run is live. `make`: the folder, if it is not there.
+
+    Raises UsageError when one is, or the folder cannot be written.
+    """
+    if make:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
     lock = _lock(path)
     try:
         yield

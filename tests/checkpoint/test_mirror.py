@@ -17,8 +17,12 @@ from held_state import ALONE, HeldState, children, facts, make_saver
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw
 
+from pretrain.checkpoint.attempts import append_attempt, read_attempts
+from pretrain.checkpoint.courses import standing
+from pretrain.checkpoint.distrusted import Distrusted, write_distrusted
 from pretrain.checkpoint.manifest import committed, known
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
+from pretrain.checkpoint.mirrored import bring_files
 from pretrain.checkpoint.restore import bring_back, open_reader, settle_restored
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.saver import Saver
@@ -383,3 +387,97 @@ def test_an_upload_that_is_given_up_ends_in_its_midst_and_leaves_nothing_that_co
         saver.save(facts(1), wait=True)
         assert time.monotonic() - began < 3
     assert [save.id for save in mirror.saves()] == ["1-2"]
+
+
+@pytest.fixture
+def folder_mirror(tmp_path: Path) -> Mirror:
+    return Mirror(str(tmp_path / "mirror"), s3=QUICK)
+
+
+def test_a_host_whose_journal_went_another_way_takes_the_mirror_s_instead_of_adding_to_it(
+    folder_mirror: Mirror, tmp_path: Path
+) -> None:
+    """It was overtaken, and had written longer than the one that took over."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for run_dir in (one, two):
+        bring_back(run_dir, folder_mirror, world=ALONE)
+    journal = Journal(one / "journal.jsonl", attempt=1)
+    journal.append("step", step=1)
+    folder_mirror.push(one, rank=0)
+    bring_back(two, Mirror(folder_mirror.url, s3=QUICK), world=ALONE)
+    for step in range(2, 20):
+        journal.append("step", step=step)
+    Journal(two / "journal.jsonl", attempt=2).append("step", step=2)
+    Mirror(folder_mirror.url, s3=QUICK).push(two, rank=0)
+    assert "journal.jsonl" in bring_back(one, Mirror(folder_mirror.url, s3=QUICK), world=ALONE)
+    assert (one / "journal.jsonl").read_bytes() == (two / "journal.jsonl").read_bytes()
+    Journal(one / "journal.jsonl", attempt=3).append("step", step=3)  # it goes on from there
+    Mirror(folder_mirror.url, s3=QUICK).push(one, rank=0)
+    assert bring_back(two, Mirror(folder_mirror.url, s3=QUICK), world=ALONE) == ["journal.jsonl"]
+    records = read_journal(two / "journal.jsonl")
+    assert [(r["attempt"], r["step"]) for r in records] == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_a_host_with_another_save_of_the_step_takes_rank_0_s_or_refuses_it(
+    folder_mirror: Mirror, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    saver, state = begin(run_dir, folder_mirror)
+    with saver:
+        state.fill(1)
+        saver.save(facts(1), wait=True)
+        shutil.copytree(run_dir, tmp_path / "other")
+        state.fill(2)
+        saver.save(facts(1), wait=True)
+    theirs = committed(tmp_path / "other")[0]
+    with pytest.raises(CheckpointError, match="is the save 1-1 of its step, rank 0 has 1-2"):
+        open_reader(theirs, None, save_id="1-2")
+    reader = open_reader(theirs, folder_mirror, save_id="1-2")
+    (values,) = (values for _, values in reader.pieces("b", "weight", 0, 7))
+    assert torch.equal(values, state.module["b"].new_tensor(values.tolist()))
+    bring_files(reader.folder)
+    assert state.is_in(reader.folder)
+    shutil.rmtree(reader.folder)  # retention there was ahead of rank 0's
+    assert state.is_in(complete(open_reader(theirs, folder_mirror, save_id="1-2").folder))
+
+
+def complete(folder: Path) -> Path:
+    bring_files(folder)
+    return folder
+
+
+def test_while_a_run_is_live_another_start_brings_nothing_back_over_its_files(
+    folder_mirror: Mirror, tmp_path: Path
+) -> None:
+    bring_back(tmp_path / "run", folder_mirror, world=ALONE)
+    live = RunDirectory.claim(tmp_path / "run")
+    with pytest.raises(UsageError, match="is in use by process"):
+        bring_back(tmp_path / "run", folder_mirror, world=ALONE)
+    live.close()
+    bring_back(tmp_path / "run", folder_mirror, world=ALONE)
+
+
+def test_how_attempts_ended_on_several_hosts_is_put_together(folder_mirror: Mirror, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    bring_back(one, folder_mirror, world=ALONE)
+    bring_back(two, folder_mirror, world=ALONE)
+    append_attempt(one, {"attempt": 1, "started": 1.0})
+    append_attempt(two, {"attempt": 2, "started": 2.0})
+    append_attempt(one, {"attempt": 3, "started": 3.0})
+    for run_dir in (one, two, one):
+        bring_back(run_dir, Mirror(folder_mirror.url, s3=QUICK), world=ALONE)
+    for run_dir in (one, two):
+        assert [line["attempt"] for line in read_attempts(run_dir)] == [1, 2, 3]
+
+
+def test_what_one_host_distrusts_another_does_too(folder_mirror: Mirror, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    bring_back(two, folder_mirror, world=ALONE)
+    saver, _ = begin(one, folder_mirror)
+    with saver:
+        for step in (1, 2):
+            saver.save(facts(step), wait=True)
+        write_distrusted(one, [Distrusted(beyond=8, attempt=1, saves=2, reason="a bit", time=1.0)])
+        folder_mirror.push_lists(one)  # and it is killed
+    bring_back(two, Mirror(folder_mirror.url, s3=QUICK), world=ALONE)
+    assert [folder.name for folder in standing(two)] == ["step-00000001.mirrored"]
