@@ -119,7 +119,7 @@ def test_hosts_that_share_no_run_dir_need_a_mirror_and_with_one_go_on_when_a_dis
 
 
 @pytest.mark.slow
-def test_a_run_whose_folder_is_lost_is_made_anew_exported_replayed_forked_and_evaluated_from_its_mirror(
+def test_a_run_whose_folder_is_lost_is_made_anew_exported_replayed_and_forked_from_its_mirror(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir, mirror = tmp_path / "run", tmp_path / "mirror"
