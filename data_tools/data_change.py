@@ -2,7 +2,8 @@
 
 The run must not be live; the next `pretrain train` goes on with the change. What was consumed before stays as it
 was: a run's data is a list of segments, and this appends one. A dataset's epochs begin anew with it. Where an
-excluded sample would stand another one of its neighbourhood stands in, by rule.
+excluded sample would stand another one of its neighbourhood stands in, by rule. With a checkpoint.mirror it may be used
+on any of the run's hosts; elsewhere make RUN first: `pretrain checkpoints MIRROR --bring-back RUN`.
 
   pretrain data-change runs/a --add s3://bucket/more=0.5         (a weight relative to the others'; 1 if left out)
   pretrain data-change runs/a --set shards/train=3 --remove shards/old
@@ -26,6 +27,8 @@ import numpy as np
 
 from data_tools.start import read_keys as read_key_file
 from data_tools.start import wrong_if_unreachable
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.mirrored import answered_by_store, take_back
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, recorded_exit
 from pretrain.checkpoint.segments import (
     Change,
@@ -46,10 +49,11 @@ from pretrain.datasets import (
     lasting_url,
     open_run,
     open_run_data,
+    read_config,
     require_run,
 )
 from pretrain.derived import cache_dir, s3_settings, total_steps
-from pretrain.errors import UsageError
+from pretrain.errors import PretrainError, UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
 
 
@@ -92,12 +96,10 @@ def run(args: argparse.Namespace) -> int:
     asked_keys = None if args.exclude is None else read_key_file(args.exclude, option="--exclude")
     require_run(args.run_dir)
     with ExitStack() as stack, wrong_if_unreachable():
-        attempt = 0
+        attempt, mirror = 0, None
         if not args.dry_run:  # a live run holds this claim, and a run cannot begin while we do
-            held = RunDirectory.claim(args.run_dir)
-            stack.callback(held.close)
-            attempt = held.attempt
-            stack.enter_context(recorded_exit(args.run_dir, attempt, 0))
+            mirror = _mirror_of(args.run_dir)
+            attempt = _claim(args.run_dir, mirror, stack)
         existing = open_run(args.run_dir)
         start = 0 if existing.manifest is None else existing.manifest.samples
         # Changes that were to come after a checkpoint that is lost come now: nothing kept was made with them.
@@ -112,7 +114,10 @@ def run(args: argparse.Namespace) -> int:
         excluded = _exclusions(existing, changes, data, asked_keys, ignore_unknown=args.ignore_unknown)
         _say(existing, data, excluded, start=start)
         if args.dry_run:
-            print("nothing was changed (--dry-run)")
+            asked = (
+                "" if existing.config.checkpoint.mirror is None else ", and checkpoint.mirror was not asked"
+            )
+            print(f"nothing was changed (--dry-run){asked}")
             return 0
         change = _with_exclusions(args.run_dir, change, number=len(changes) + 1, excluded=excluded)
         # Read back as the run will read it, before it counts.
@@ -129,8 +134,41 @@ def run(args: argparse.Namespace) -> int:
             excluded_keys=0 if change.keys is None else change.keys.count,
         )
         journal.close()
+        if mirror is not None:
+            _tell(mirror, args.run_dir)
         print(f"done; `pretrain train` with run_dir={args.run_dir} goes on with it{_if_finished(existing)}")
     return 0
+
+
+def _mirror_of(run_dir: Path) -> Mirror | None:
+    config = read_config(run_dir)
+    url = config.checkpoint.mirror
+    return Mirror(url, s3=s3_settings(config)) if url else None
+
+
+def _claim(run_dir: Path, mirror: Mirror | None, stack: ExitStack) -> int:
+    """The run is ours until `stack` is closed; what its other hosts know of it is known here. Returns our attempt.
+
+    An attempt that is live on another host learns of ours at its next save, and ends: only the mirror could tell.
+    """
+    held = RunDirectory.claim(run_dir, taken=answered_by_store(mirror.attempts) if mirror else ())
+    stack.callback(held.close)
+    stack.enter_context(recorded_exit(run_dir, held.attempt, 0))
+    if mirror is not None:
+        answered_by_store(lambda: mirror.claim(held.attempt))
+        answered_by_store(lambda: take_back(run_dir, mirror, push=False))
+    return held.attempt
+
+
+def _tell(mirror: Mirror, run_dir: Path) -> None:
+    """The next start may have its rank 0 on any host: it learns of the change from the mirror."""
+    try:
+        answered_by_store(lambda: mirror.push(run_dir, rank=0))
+    except PretrainError as error:
+        raise PretrainError(
+            f"the change is in {run_dir}, and the mirror could not be told: {error}; start the run with rank 0 on this "
+            "host, which tells it"
+        ) from None
 
 
 def _changed_datasets(existing: ExistingRun, changes: list[Change], args: argparse.Namespace) -> list[Share]:

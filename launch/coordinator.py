@@ -296,11 +296,20 @@ def _merged(outcomes: Sequence[Outcome]) -> Outcome:
     that rank 0 writes to."""
     lefts = [outcome.left for outcome in outcomes if outcome.left]
     most = max(lefts, key=lambda left: (left.attempt or 0, left.last_step or 0), default=_NOTHING_LEFT)
-    newest = max((left.checkpoint_step for left in lefts if left.checkpoint_step is not None), default=None)
+    saved = max(
+        (left for left in lefts if left.checkpoint_step is not None),
+        key=lambda left: left.checkpoint_step or 0,
+        default=_NOTHING_LEFT,
+    )
     return Outcome(
         ended=tuple(each for outcome in outcomes for each in outcome.ended),
         ctrl_c=any(outcome.ctrl_c for outcome in outcomes),
         terminated=any(outcome.terminated for outcome in outcomes),
         finished=any(outcome.finished for outcome in outcomes),
-        left=replace(most, checkpoint_step=newest),
+        left=replace(
+            most,
+            checkpoint_step=saved.checkpoint_step,
+            checkpoint_attempt=saved.checkpoint_attempt,
+            earlier=lefts[0].earlier if lefts else 0,  # rank 0's host, which the run's records are brought to
+        ),
     )

@@ -32,7 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_RESTARTS,
         metavar="N",
         help="start the run again after a crash or a lost rank, and give up after N restarts in a row that brought "
-        f"no new checkpoint (default: {DEFAULT_RESTARTS}; 0: never)",
+        "no new checkpoint, those of launchers included that were lost with their node (default: "
+        f"{DEFAULT_RESTARTS}; 0: never)",
     )
     parser.add_argument(
         "--save-seconds",
@@ -61,19 +62,26 @@ class Decision:
 
 
 class Restarts:
-    """Decides after each attempt. `newest`: the step of the run's newest checkpoint as it begins."""
+    """Decides after each attempt. `newest`: the step of the run's newest checkpoint as it begins.
+
+    It counts on from what the run's folder tells of attempts under launchers that were lost with their node: see
+    `open_chain`. Whoever starts a launcher gets one attempt at least.
+    """
 
     def __init__(self, max_restarts: int, *, newest: int | None) -> None:
         self._max_restarts = max_restarts
         self._newest = -1 if newest is None else newest
         self._without_progress = 0
+        self._counts_on = True
 
     def after(self, outcome: Outcome, *, newest: int | None) -> Decision:
-        code = outcome.exit_code
+        code, left = outcome.exit_code, outcome.left
+        if self._counts_on and left is not None:
+            self._counts_on, self._without_progress = False, left.earlier
         if code not in RESTARTED or outcome.asked_to_stop:
             return Decision(exit_code=code, restart=False)
         if newest is not None:
-            if newest > self._newest:
+            if newest > self._newest and not _is_older(left):
                 self._without_progress = 0
             self._newest = (
                 newest  # lower after a rollback: what is saved on the way back up is progress again
@@ -84,7 +92,7 @@ class Restarts:
         if self._without_progress >= self._max_restarts:
             why = (
                 f"giving up: {self._without_progress} restarts in a row brought no new checkpoint, the run is still "
-                f"at {where}; find the cause above, then start it again"
+                f"at {where}; find the cause above, then start it again, and it is counted anew"
             )
             return Decision(exit_code=code, restart=False, why=why)
         # At once, as most causes are gone with the process; then ever later, as this one is not.
@@ -95,6 +103,13 @@ class Restarts:
         count = f"restart {tries + 1} of {self._max_restarts} without progress"
         why = f"starting the run again {soon}, from {where} ({count})"
         return Decision(exit_code=code, restart=True, wait_seconds=wait_seconds, why=why)
+
+
+def _is_older(left: After | None) -> bool:
+    """Was the newest checkpoint saved before the attempt, which only brought it back to this host?"""
+    if left is None or left.attempt is None or left.checkpoint_attempt is None:
+        return False
+    return left.checkpoint_attempt < left.attempt
 
 
 def keep_running(

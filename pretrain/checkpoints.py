@@ -3,11 +3,15 @@
   pretrain checkpoints RUN
   pretrain checkpoints RUN --verify
   pretrain checkpoints RUN --prune --keep-last 2 --keep-every 50000
+  pretrain checkpoints s3://bucket/mirror                         (what a run's checkpoint.mirror holds)
+  pretrain checkpoints s3://bucket/mirror --bring-back RUN        (make RUN, its folder, anew)
 
 Besides checkpoints a run's folder may hold `….saving`, what a save that was cut short left (the next attempt
 removes it), and `….rejected`, a damaged checkpoint that a resume passed over; --prune removes both kinds. A run
 that is live is not pruned: it does so itself, by checkpoint.keep_last and checkpoint.keep_every_steps. `in the mirror`:
-here are its manifest and what files this host needed, the rest is in checkpoint.mirror, which --prune leaves alone.
+here are its manifest and what files this host needed, the rest is in checkpoint.mirror, which --prune leaves alone;
+export, evaluate, replay, fork and training fetch what they need. `given up`: of a course that the run has left, because
+it skips what that had consumed or trusts it no more; nobody goes on from it.
 
 exit codes: 0 · 2 wrong usage, or the run is live · 4 --verify found damage, or there is no checkpoint
 """
@@ -23,21 +27,28 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.courses import given_up
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST_NAME,
     MIRRORED_SUFFIX,
+    Manifest,
     known,
     read_manifest,
 )
+from pretrain.checkpoint.mirror import IDENTITY, Mirror, MirroredSave
+from pretrain.checkpoint.mirrored import answered_by_store, mirror_of, take_back
 from pretrain.checkpoint.retention import kept_steps, remove_checkpoint, step_of
 from pretrain.checkpoint.run_directory import held
 from pretrain.checkpoint.verify import problems_of
 from pretrain.errors import CheckpointError, PretrainError, UsageError
+from pretrain.storage import S3Settings, is_remote, join_url
+
+_FACTS = ("samples", "attempt", "world_size", "zero_stage")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run_dir of a run")
+    parser.add_argument("run", metavar="RUN", help="the run_dir of a run, or its checkpoint.mirror")
     parser.add_argument(
         "--verify", action="store_true", help="read every byte and compare it with its digest"
     )
@@ -46,14 +57,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-last", type=int, metavar="N", help="the newest N stay")
     parser.add_argument("--keep-every", type=int, metavar="STEPS", help="those of every STEPS-th step stay")
+    parser.add_argument(
+        "--bring-back",
+        type=Path,
+        metavar="DIR",
+        help="of a mirror: make the run's folder here, with its journal, lists and its checkpoints' manifests; their "
+        "files come when they are needed",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
+    if is_remote(args.run) or (Path(args.run) / "run.json").is_file():
+        return _run_mirror(args)
+    if args.bring_back is not None:
+        raise UsageError(f"--bring-back wants the URL of a run's checkpoint.mirror: {args.run} is none")
+    args.run = Path(args.run)
     _check(args)
     removed = prune(args.run, keep_last=args.keep_last or 0, keep_every=args.keep_every) if args.prune else []
+    left = set(given_up(args.run))
     found = [
-        entry for folder in known(args.run) if (entry := describe(folder, verify=args.verify)) is not None
+        {**entry, "given_up": folder in left}
+        for folder in known(args.run)
+        if (entry := describe(folder, verify=args.verify)) is not None
     ]
     leftovers = [{"path": str(path), "bytes": _size_of(path)} for path in leftovers_of(args.run)]
     if args.json:
@@ -67,7 +93,66 @@ def run(args: argparse.Namespace) -> int:
     return CheckpointError.exit_code if any(entry["problems"] for entry in found) else 0
 
 
+def _run_mirror(args: argparse.Namespace) -> int:
+    """List what a mirror holds, or make the run's folder of it. It is only read."""
+    for option in ("verify", "prune"):
+        if getattr(args, option):
+            raise UsageError(
+                f"--{option} is for a run's folder: give the folder, or make one with --bring-back RUN"
+            )
+    mirror = Mirror(args.run, s3=S3Settings())
+    if not answered_by_store(mirror.is_a_runs):
+        raise UsageError(f"{args.run}: is not the checkpoint.mirror of a run, it has no run.json")
+    if args.bring_back is not None:
+        bring_back(mirror, args.bring_back)
+    saves = answered_by_store(mirror.saves)
+    found = [_described_save(mirror, save) for save in saves]
+    if args.json:
+        print(json.dumps({"checkpoints": found, "leftovers": [], "removed": []}))
+    else:
+        _print(found, [], [])
+    if args.bring_back is not None:
+        print(
+            f"{args.bring_back} is the run's folder again, to be given to any command; the mirror, {args.run}, has the "
+            f"checkpoints' files. Train on with run_dir={args.bring_back} checkpoint.mirror={args.run}"
+        )
+    if not found:
+        raise CheckpointError(f"{args.run}: holds no checkpoint")
+    return 0
+
+
+def bring_back(mirror: Mirror, run_dir: Path) -> None:
+    """Make `run_dir`, or bring it up to the mirror. Raises UsageError when it is another run's, or live."""
+    if run_dir.exists() and any(run_dir.iterdir()) and not (run_dir / IDENTITY).is_file():
+        raise UsageError(
+            f"--bring-back {run_dir}: holds something else than this run; name a folder of its own"
+        )
+    with held(run_dir, make=True):
+        answered_by_store(lambda: take_back(run_dir, mirror, push=False))
+
+
+def _described_save(mirror: Mirror, save: MirroredSave) -> dict[str, Any]:
+    manifest = answered_by_store(lambda: mirror.committed_manifest(save))
+    entry: dict[str, Any] = {
+        "path": join_url(mirror.url, save.folder),
+        "step": save.step,
+        "bytes": answered_by_store(lambda: mirror.size_of(save)),
+        "time": None,  # stores' clocks are not ours
+        "whole": False,
+        "problems": None,
+        "given_up": False,
+    }
+    if manifest is None:  # a live run has removed it meanwhile
+        return entry
+    return {**entry, **{name: getattr(manifest, name) for name in _FACTS}}
+
+
 def _check(args: argparse.Namespace) -> None:
+    if not args.run.exists():
+        raise UsageError(
+            f"{args.run}: there is no such folder; give a run_dir. Where the run has a checkpoint.mirror, give that, "
+            f"with --bring-back {args.run} to have the folder again"
+        )
     if not (args.run / CHECKPOINTS).is_dir():
         raise UsageError(f"{args.run}: is not the folder of a run, it has no {CHECKPOINTS}/; give a run_dir")
     for option in ("keep_last", "keep_every"):
@@ -130,8 +215,16 @@ def _described(folder: Path, *, verify: bool) -> dict[str, Any]:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return {**entry, "problems": [str(error)]}
-    facts = ("samples", "attempt", "world_size", "zero_stage")
-    return {**entry, **{name: getattr(manifest, name) for name in facts}}
+    if not entry["whole"]:
+        entry["mirror"] = _mirror_url(folder, manifest)
+    return {**entry, **{name: getattr(manifest, name) for name in _FACTS}}
+
+
+def _mirror_url(folder: Path, manifest: Manifest) -> str | None:
+    try:
+        return mirror_of(folder, manifest).url
+    except CheckpointError:
+        return None
 
 
 def _size_of(path: Path) -> int:
@@ -158,12 +251,13 @@ def _print(found: list[dict[str, Any]], leftovers: list[dict[str, Any]], removed
             saved_by = f"{ranks}, ZeRO {entry['zero_stage']}, #{entry['attempt']}"
         state = "not looked at" if entry["problems"] is None else "damaged" if entry["problems"] else "sound"
         if not entry["whole"]:
-            state += ", in the mirror"
+            state += f", in the mirror{' ' + entry['mirror'] if entry.get('mirror') else ''}"
+        if entry["given_up"]:
+            state += ", given up"
         samples = f"{entry['samples']:,}" if "samples" in entry else "?"
         size = f"{entry['bytes'] / 1e6:,.1f} MB"
-        print(
-            f"{entry['step']:>10}  {samples:>14}  {size:>12}  {saved_by:<22}  {_age(entry['time']):>8}  {state}"
-        )
+        age = "?" if entry["time"] is None else _age(entry["time"])
+        print(f"{entry['step']:>10}  {samples:>14}  {size:>12}  {saved_by:<22}  {age:>8}  {state}")
     for entry in found:
         for problem in entry["problems"] or ():
             print(f"  {problem}")

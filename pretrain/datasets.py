@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.checkpoint.manifest import Manifest, known, read_manifest, stored_lanes
+from pretrain.checkpoint.courses import standing
+from pretrain.checkpoint.manifest import Manifest, read_manifest, stored_lanes
 from pretrain.checkpoint.segments import (
     SEGMENTS_NAME,
     Change,
@@ -24,7 +25,7 @@ from pretrain.checkpoint.segments import (
     read_changes,
     read_numbers,
 )
-from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, is_given_up, read_skipped
+from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, read_skipped
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
@@ -290,9 +291,7 @@ def open_run(run_dir: Path) -> ExistingRun:
 
     Raises UsageError when that is no run's folder, and what `open_run_data` raises.
     """
-    path = require_run(run_dir)
-    config = parse_config(read_recipe(path), source=str(path))
-    config = config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
+    config = read_config(run_dir)
     manifest = newest_manifest(run_dir)
     lanes = stored_lanes(run_dir) or _journalled_lanes(run_dir) or run_lanes(config)
     first = first_datasets(config, manifest, look_there=True)
@@ -303,6 +302,13 @@ def open_run(run_dir: Path) -> ExistingRun:
         first=first,
         data=open_run_data(config, lanes=lanes, **first),
     )
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The run's recipe as its newest attempt resolved it. Raises UsageError when that is no run's folder."""
+    path = require_run(run_dir)
+    config = parse_config(read_recipe(path), source=str(path))
+    return config.model_copy(update={"run_dir": str(run_dir)})  # it may have been moved, or named by a link
 
 
 def first_datasets(
@@ -345,12 +351,9 @@ def require_run(run_dir: Path) -> Path:
 
 def newest_manifest(run_dir: Path) -> Manifest | None:
     """Of the newest checkpoint that can be gone on from, as far as its manifest says; None when there is none."""
-    skipped = [(one.start, one.stop) for one in read_skipped(run_dir)]
-    for folder in reversed(known(run_dir)):
+    for folder in reversed(standing(run_dir)):
         try:
-            manifest = read_manifest(folder)
+            return read_manifest(folder)
         except CheckpointError:  # resume passes it over too
             continue
-        if not is_given_up(manifest, skipped):
-            return manifest
     return None

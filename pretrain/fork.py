@@ -28,18 +28,17 @@ from pretrain.checkpoint.compatibility import (
     check_resumable,
     config_differences,
 )
+from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.lineage import Lineage, copy_checkpoint, read_lineage, write_lineage
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
-    IN_THE_MIRROR_ALONE,
     MANIFEST_NAME,
     Manifest,
-    committed,
-    find_newest,
-    known,
     read_manifest,
     step_folder,
 )
+from pretrain.checkpoint.mirrored import bring_files
+from pretrain.checkpoint.retention import step_of
 from pretrain.checkpoint.run_directory import write_whole
 from pretrain.checkpoint.segments import FILES, SEGMENTS_NAME
 from pretrain.checkpoint.skipped import SKIPPED_NAME, edges, is_given_up
@@ -113,19 +112,18 @@ def find_parent(text: str) -> tuple[Path, Path]:
         run_dir, wanted = Path(text), None
     if (run_dir / MANIFEST_NAME).is_file() and wanted is None:
         return run_dir.resolve().parents[1], run_dir
-    folders = committed(run_dir)
-    if not folders and known(run_dir):
-        raise UsageError(f"{run_dir}: {IN_THE_MIRROR_ALONE}")
+    folders = standing(run_dir)
     if not folders:
         raise UsageError(
-            f"{run_dir}: there is no checkpoint in it; give the folder of a run that has saved one"
+            f"{run_dir}: there is no checkpoint in it; give the folder of a run that has saved one, or bring it back "
+            "from its mirror: pretrain checkpoints MIRROR --bring-back RUN"
         )
     if wanted is None:
-        return run_dir, find_newest(run_dir)
+        return run_dir, folders[-1]
     for folder in folders:
-        if folder.name == step_folder(wanted):
+        if step_of(folder) == wanted:
             return run_dir, folder
-    there = ", ".join(str(int(folder.name.removeprefix("step-"))) for folder in folders)
+    there = ", ".join(str(step_of(folder)) for folder in folders)
     raise UsageError(f"{run_dir}: has no checkpoint of step {wanted}; it has those of {there}")
 
 
@@ -209,7 +207,8 @@ def _fill(
         elif (run_dir / name).is_file():
             shutil.copyfile(run_dir / name, staging / name)
     (staging / CHECKPOINTS).mkdir()
-    manifest = copy_checkpoint(checkpoint, staging / CHECKPOINTS / checkpoint.name)
+    bring_files(checkpoint)
+    manifest = copy_checkpoint(checkpoint, staging / CHECKPOINTS / step_folder(step_of(checkpoint)))
     lineage = _lineage(run_dir, checkpoint, manifest, changed)
     write_lineage(staging, lineage)
     write_whole(staging / CONFIG_NAME, as_yaml(config).encode())
@@ -220,7 +219,7 @@ def _lineage(run_dir: Path, checkpoint: Path, manifest: Manifest, changed: dict[
     before = read_lineage(run_dir)
     return Lineage(
         parent=str(run_dir.resolve()),
-        checkpoint=checkpoint.name,
+        checkpoint=step_folder(manifest.step),
         manifest_sha256=hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest(),
         step=manifest.step,
         samples=manifest.samples,

@@ -29,8 +29,9 @@ from pretrain.assemble import (
     build_objective,
     build_train_loader,
 )
+from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, committed, read_manifest
+from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from pretrain.checkpoint.run_directory import write_whole
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import open_samples
@@ -179,7 +180,7 @@ def _weights(
 
 
 def _newest_before(run_dir: Path, start: int) -> Path | None:
-    for folder in reversed(committed(run_dir)):
+    for folder in reversed(standing(run_dir)):
         try:
             if read_manifest(folder).samples <= start:
                 return folder

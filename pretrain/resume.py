@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, check_resumable
+from pretrain.checkpoint.courses import given_up, standing
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.restore import answered_by_store, open_reader, settle_restored
+from pretrain.checkpoint.mirrored import answered_by_store
+from pretrain.checkpoint.restore import here, open_reader, settle_restored
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
-from pretrain.checkpoint.skipped import edges, is_given_up
 from pretrain.checkpoint.staging import remove_torn_saves, set_aside
 from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
@@ -45,22 +46,9 @@ def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
     return run.attempt
 
 
-def has_checkpoint(run_dir: Path, skipped: Sequence[Mapping[str, Any]]) -> bool:
+def has_checkpoint(run_dir: Path) -> bool:
     """Is there a checkpoint, sound or not, of the course that the run is on?"""
-    return len(known(run_dir)) > len(given_up(run_dir, skipped))
-
-
-def given_up(run_dir: Path, skipped: Sequence[Mapping[str, Any]], *, beyond: int | None = None) -> list[Path]:
-    """Checkpoints that have consumed what the run jumps over now, or more positions than `beyond`."""
-    found = []
-    for folder in known(run_dir):
-        try:
-            manifest = read_manifest(folder)
-        except CheckpointError:  # whoever is to load it finds out
-            continue
-        if is_given_up(manifest, edges(skipped)) or (beyond is not None and manifest.samples > beyond):
-            found.append(folder)
-    return found
+    return bool(standing(run_dir))
 
 
 def remove(folders: Sequence[Path], mirror: Mirror | None) -> None:
@@ -76,7 +64,7 @@ def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
     done = finished_step(run_dir)
     if done is None or done < last_step:
         return False
-    folders = known(run_dir)
+    folders = standing(run_dir)
     if folders:
         manifest = read_manifest(folders[-1])
         _check_same_run(manifest, identity, parameters=manifest.parameters, where=str(folders[-1]))
@@ -114,13 +102,13 @@ def resume(
     CheckpointMismatchError when one is of another run, and CheckpointError when there are checkpoints
     and none can be trusted; then all stay where they are.
     """
-    left = from_main(world, lambda: given_up(run_dir, identity["skipped"]))
+    left = from_main(world, lambda: given_up(run_dir))
     folders = [folder for folder in from_main(world, lambda: known(run_dir)) if folder not in left]
     parameters = parameter_shapes(engine.module)
     rejected: list[tuple[Path, CheckpointError]] = []
 
-    def verified(folder: Path) -> CheckpointReader:
-        reader = open_reader(folder, mirror)
+    def verified(folder: Path, save_id: str) -> CheckpointReader:
+        reader = open_reader(folder, mirror, save_id=save_id)
         _check_same_run(reader.manifest, identity, parameters=parameters, where=str(folder))
         check_batch_size(reader.manifest, global_batch_size, where=str(folder))
         verify_fragments(reader, engine.fragments())
@@ -128,7 +116,8 @@ def resume(
 
     for folder in reversed(folders):
         try:
-            reader = together(lambda folder=folder: verified(folder))  # type: ignore[misc]
+            save_id = from_main(world, lambda folder=folder: read_manifest(here(folder)).save_id)  # type: ignore[misc]
+            reader = together(lambda folder=folder, save_id=save_id: verified(folder, save_id))  # type: ignore[misc]
         except CheckpointMismatchError:
             raise
         except CheckpointError as error:

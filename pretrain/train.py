@@ -126,7 +126,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         if world.is_main:
             print(f"{run_dir} is finished at step {last_step}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
-    resuming = from_main(world, lambda: has_checkpoint(run_dir, data.skipped))
+    resuming = from_main(world, lambda: has_checkpoint(run_dir))
     init_from = None if resuming else config.init_from
     incoming = together(lambda: read_backbone(init_from)) if init_from else None
 
@@ -217,19 +217,24 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.
             if fault is not None:
                 pulse.at("start", step)
-                saver.wait()
-                where: dict[str, Any] = {"data": data, "samples": samples, "world": world, "mirror": mirror}
+                where: dict[str, Any] = {
+                    "data": data,
+                    "samples": samples,
+                    "world": world,
+                    "attempt": attempt,
+                    "mirror": mirror,
+                    "saver": saver,
+                    "global_batch_size": global_batch_size,
+                }
                 if not fault.skip:  # what is skipped stands in a list of its own
-                    distrust(fault, run_dir, global_batch_size=global_batch_size, **where)
+                    distrust(fault, run_dir, **where)
                 judge.went_back(fault, step=step)
                 came_to = {"from_step": step, "from_samples": samples}
                 manifest, data = go_back(
                     fault,
                     run_dir,
                     engine,
-                    attempt=attempt,
                     identity=identity,
-                    global_batch_size=global_batch_size,
                     on_rejected=reporter.checkpoint_rejected,
                     **where,
                 )

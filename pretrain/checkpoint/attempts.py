@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.manifest import known
+from pretrain.checkpoint.manifest import MANIFEST_NAME, known
 from pretrain.checkpoint.retention import step_of
 from pretrain.checkpoint.run_directory import ATTEMPTS, FINISHED
 from pretrain.metrics.journal import JOURNAL_NAME
@@ -30,6 +30,7 @@ from pretrain.metrics.journal import JOURNAL_NAME
 ATTEMPTS_JOURNAL = "attempts.jsonl"
 _HEAD_BYTES = 1 << 18  # of what an attempt adds to the journal: `start` is among its first lines
 _TAIL_BYTES = 1 << 18
+_IN_ORDER = {0, 2, 3, 4, 75, 130}  # exit codes that are no crash
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Before:
 
 @dataclass(frozen=True, kw_only=True)
 class After:
-    """What an attempt left in the run's folder, as this host sees it. `records`: by rank, see `recorded_exit`."""
+    """What an attempt left in the run's folder, as this host sees it. `records`: by rank, see `recorded_exit`.
+    `checkpoint_attempt`: the one that saved the newest checkpoint; `earlier`: see `open_chain`."""
 
     attempt: int | None
     records: Mapping[int, Mapping[str, Any]]
@@ -50,6 +52,8 @@ class After:
     last_step: int | None
     checkpoint_step: int | None
     finished: bool
+    checkpoint_attempt: int | None = None
+    earlier: int = 0
 
 
 def look_before(run_dir: Path) -> Before:
@@ -60,23 +64,68 @@ def look_after(run_dir: Path, before: Before) -> After:
     new = [int(name) for name in _attempts(run_dir) if name not in before.attempts]
     attempt = max(new, default=None)
     first_step, last_step = _steps_since(run_dir / JOURNAL_NAME, before.journal_bytes)
+    checkpoint_step, checkpoint_attempt = _newest_checkpoint(run_dir)
     return After(
         attempt=attempt,
         records={} if attempt is None else exit_records(run_dir, attempt),
         first_step=first_step,
         last_step=last_step,
-        checkpoint_step=checkpoint_step(run_dir),
+        checkpoint_step=checkpoint_step,
         finished=(run_dir / FINISHED).is_file(),
+        checkpoint_attempt=checkpoint_attempt,
+        earlier=open_chain(run_dir, before=attempt),
     )
 
 
 def checkpoint_step(run_dir: Path) -> int | None:
     """The newest committed one's, None without any."""
+    return _newest_checkpoint(run_dir)[0]
+
+
+def _newest_checkpoint(run_dir: Path) -> tuple[int | None, int | None]:
+    """Its step and the attempt that saved it, None each where nobody knows."""
     try:
         folders = known(run_dir)
-    except OSError:
-        return None
-    return step_of(folders[-1]) if folders else None
+        if not folders:
+            return None, None
+        attempt = json.loads((folders[-1] / MANIFEST_NAME).read_bytes()).get("attempt")
+    except (OSError, ValueError, AttributeError):  # just removed, or damaged: whoever is to load it finds out
+        attempt = None
+    return (step_of(folders[-1]) if folders else None), attempt
+
+
+def open_chain(run_dir: Path, *, before: int | None) -> int:
+    """How many attempts in a row, the last ones before attempt `before`, ended by a crash, or with their launcher, and
+    saved nothing new after the first of them.
+
+    The row begins anew after a checkpoint; after an ending that its launcher did not mean to restart (finished, given
+    up, told to stop, 2 to 4); and after an attempt without a launcher that ended in order.
+    """
+    lines = read_attempts(run_dir)
+    told = {line.get("attempt") for line in lines}
+    claimed = {int(name) for name in _attempts(run_dir)}
+    # In the order they began: a line of an attempt that claimed no number comes where it was written.
+    entries: list[tuple[int, int | None, bool]] = []  # (place, attempt, does the row go on after it?)
+    place = 0
+    for line in lines:
+        number = line.get("attempt")
+        place = max(place, number or 0)
+        entries.append((place, number, bool(line.get("restart"))))
+    for number in claimed - told:
+        codes = {int(record["code"]) for record in exit_records(run_dir, number).values()}
+        entries.append((number, number, not codes & _IN_ORDER))
+    _, saved_by = _newest_checkpoint(run_dir)
+    if saved_by not in claimed | told:  # of the run that this one was forked from
+        saved_by = None
+    row = 0
+    for _, number, goes_on in sorted(entries, key=lambda entry: entry[0]):
+        if before is not None and number is not None and number >= before:
+            break
+        if not goes_on or (number is not None and saved_by is not None and number < saved_by):
+            row = 0
+        else:
+            row = 1 if number is not None and number == saved_by else row + 1
+    return row
 
 
 def exit_records(run_dir: Path, attempt: int) -> dict[int, dict[str, Any]]:

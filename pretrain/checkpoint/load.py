@@ -11,15 +11,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.manifest import (
     KINDS,
     Manifest,
     Slice,
     check_coverage,
-    find_newest,
     read_manifest,
     slice_sha256,
 )
+from pretrain.checkpoint.mirrored import fetcher_of
 from pretrain.engine.fragments import Fragment
 from pretrain.errors import CheckpointError, ObjectNotFoundError, PretrainError, StorageError
 
@@ -110,8 +111,12 @@ def load_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every trained parameter's float32 master weight, whole, on the CPU, by its name in the objective."""
-    reader = CheckpointReader(folder)
+    """Every trained parameter's float32 master weight, whole, on the CPU, by its name in the objective.
+
+    Of a checkpoint that is in the run's mirror the files come from there, and stay. Raises CheckpointError, or
+    UsageError or PretrainError when the mirror cannot be had.
+    """
+    reader = CheckpointReader(folder, fetch=fetcher_of(folder))
     weights = {}
     for name, shape in reader.manifest.parameters.items():
         weight = torch.empty(shape, dtype=torch.float32)

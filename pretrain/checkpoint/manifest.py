@@ -157,12 +157,6 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 _ADVICE = "the file is damaged; take an older checkpoint, or a copy of this one"
 
 
-IN_THE_MIRROR_ALONE = (
-    "its checkpoints are in its checkpoint.mirror, here are their manifests; start the run again, and the newest is "
-    "brought back"
-)
-
-
 def committed(run_dir: Path) -> list[Path]:
     """The run's checkpoints, oldest first. There is no pointer file: they are found by looking."""
     root = Path(run_dir) / CHECKPOINTS
@@ -186,24 +180,6 @@ def known(run_dir: Path) -> list[Path]:
 def mirrored_folder(run_dir: Path, step: int) -> Path:
     """Where a host keeps the manifest, and what files it has, of a checkpoint that is whole in the mirror."""
     return Path(run_dir) / CHECKPOINTS / f"{step_folder(step)}{MIRRORED_SUFFIX}"
-
-
-def find_newest(run_or_checkpoint: Path) -> Path:
-    """The newest checkpoint of a run's folder, or the folder itself if it is a checkpoint.
-
-    Raises CheckpointError when there is none.
-    """
-    folder = Path(run_or_checkpoint)
-    if (folder / MANIFEST_NAME).is_file():
-        return folder
-    found = committed(folder)
-    if not found and known(folder):
-        raise CheckpointError(f"{folder}: {IN_THE_MIRROR_ALONE}")
-    if not found:
-        raise CheckpointError(
-            f"{folder}: holds no checkpoint; give a run's folder or one of its checkpoints/step-*"
-        )
-    return found[-1]
 
 
 def stored_lanes(run_dir: Path) -> int | None:

@@ -22,9 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.checkpoint.distrusted import DISTRUSTED_NAME
 from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_manifest, step_folder
 from pretrain.checkpoint.retention import kept_steps, step_of
 from pretrain.checkpoint.run_directory import write_whole
+from pretrain.checkpoint.skipped import SKIPPED_NAME
 from pretrain.checkpoint.staging import Part, done_name, part_name
 from pretrain.data.ledger import LEDGER_FOLDER
 from pretrain.errors import ObjectNotFoundError, PretrainError, UsageError
@@ -33,7 +35,8 @@ from pretrain.storage import ObjectInfo, S3Settings, join_url, open_storage
 
 IDENTITY = "mirror.json"  # in the run's folder
 # What a run needs besides checkpoints and journal, or would be missed: written by several parts of the project.
-_FILES = ("config.yaml", "segments.json", "skipped.json", "lineage.json", "attempts.jsonl", "tracking.json")
+_LISTS = (SKIPPED_NAME, DISTRUSTED_NAME)  # that change while a run goes on
+_FILES = ("config.yaml", "segments.json", *_LISTS, "lineage.json", "attempts.jsonl", "tracking.json")
 _FOLDERS = ("segments",)
 _FOLDER_NAME = re.compile(r"(step-\d+)\.(\d+)-(\d+)")
 
@@ -80,7 +83,8 @@ class Mirror:
         Raises UsageError when it is another run's.
         """
         local = run_dir / IDENTITY
-        known = json.loads(local.read_text(encoding="utf-8"))["id"] if local.exists() else None
+        record = json.loads(local.read_text(encoding="utf-8")) if local.exists() else {}
+        known = record.get("id")
         is_new = known is None and not (run_dir / CHECKPOINTS).exists()
         wanted = known or secrets.token_hex(16)
         if self._store.put_if_absent("run.json", json.dumps({"id": wanted}).encode()):
@@ -92,9 +96,12 @@ class Mirror:
                 f"checkpoint.mirror={self.url} is the mirror of another run than the one in {run_dir}; give each "
                 "run a mirror of its own, or take an empty run_dir to go on with what is mirrored"
             )
-        if known is None:
+        if record != (wanted_record := {"id": there, "url": self.url}):
             run_dir.mkdir(parents=True, exist_ok=True)
-            write_whole(local, json.dumps({"id": there}).encode() + b"\n")
+            write_whole(local, json.dumps(wanted_record).encode() + b"\n")
+
+    def is_a_runs(self) -> bool:
+        return self._store.exists("run.json")
 
     def attempts(self) -> list[int]:
         names = (info.name.rpartition("/")[2] for info in self._store.list("attempts/"))
@@ -118,8 +125,11 @@ class Mirror:
 
     # -- saving ----------------------------------------------------------------------------------------
 
-    def put_part(self, save: MirroredSave, rank: int, file: Path, part: Part) -> None:
-        self._store.put(f"{save.folder}/{part_name(rank)}", file)
+    def put_part(
+        self, save: MirroredSave, rank: int, file: Path, part: Part, *, pace: Callable[[int], None]
+    ) -> None:
+        """`pace`: see `Storage.put`."""
+        self._store.put(f"{save.folder}/{part_name(rank)}", file, pace=pace)
         self._store.put(f"{save.folder}/{done_name(rank)}", part.to_json().encode())
 
     def finished_parts(self, save: MirroredSave, known: dict[int, Part]) -> dict[int, Part]:
@@ -164,6 +174,14 @@ class Mirror:
             if save.step == step_of(folder):
                 self._remove(save)
 
+    def remove_newer(self, step: int) -> None:
+        """Remove the saves of later steps than `step`, to which the run went back: also those that were published
+        just before their writer died, and that no host lists.
+        """
+        for save in sorted(self._folders()[0]):
+            if save.step > step:
+                self._remove(save)
+
     def _remove(self, save: MirroredSave) -> None:
         self._store.delete(f"{save.folder}/{MANIFEST_NAME}")  # from here on it is not committed
         for info in list(self._store.list(f"{save.folder}/")):
@@ -201,7 +219,9 @@ class Mirror:
                         file.write(piece)
                 partial.rename(folder / name)
             except OSError as error:
-                raise PretrainError(f"{folder / name}: cannot be restored: {error}; free space") from None
+                raise PretrainError(
+                    f"{folder / name}: cannot be restored: {error}; free space, or see who may write there"
+                ) from None
             finally:
                 partial.unlink(missing_ok=True)
 
@@ -233,13 +253,24 @@ class Mirror:
         names = _local_files(run_dir) if is_main else []
         ledgers = (run_dir / LEDGER_FOLDER).glob(f"attempt-*-rank-{rank}.jsonl")
         for name in [*names, *(f"{LEDGER_FOLDER}/{path.name}" for path in sorted(ledgers))]:
-            data = (run_dir / name).read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            if self._carried.get(name) != digest:
-                self._store.put(f"run/{name}", data)
-                self._carried[name] = digest
+            self._push_file(run_dir, name)
         if is_main:
             self._push_journal(run_dir / JOURNAL)
+
+    def push_lists(self, run_dir: Path) -> None:
+        """Of courses that were given up, while the writer goes on: the journal is the writer's to carry, for two who
+        count its bytes would each overwrite what the other has brought.
+        """
+        for name in _LISTS:
+            if (run_dir / name).is_file():
+                self._push_file(run_dir, name)
+
+    def _push_file(self, run_dir: Path, name: str) -> None:
+        data = (run_dir / name).read_bytes()
+        digest = hashlib.sha256(data).hexdigest()
+        if self._carried.get(name) != digest:
+            self._store.put(f"run/{name}", data)
+            self._carried[name] = digest
 
     def _push_journal(self, journal: Path) -> None:
         if not journal.exists():
@@ -268,23 +299,37 @@ class Mirror:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_whole(path, data)
                 brought.append(name)
-        journal, mirrored = run_dir / JOURNAL, sum(info.size for info in self._journal_parts())
-        if mirrored > (journal.stat().st_size if journal.exists() else 0):  # another host wrote it last
-            write_whole(journal, b"".join(self._store.read(info.name) for info in self._journal_parts()))
+        parts = list(self._journal_parts())
+        if parts and not self._begins(run_dir / JOURNAL, parts):  # another host wrote it last
+            write_whole(run_dir / JOURNAL, b"".join(self._store.read(info.name) for info in parts))
             brought.append(JOURNAL)
         return brought
+
+    def _begins(self, journal: Path, parts: Sequence[ObjectInfo]) -> bool:
+        """Does it begin as the mirror's? Its last part tells: a host whose attempt was overtaken wrote other lines."""
+        size, last = sum(info.size for info in parts), parts[-1]
+        if not journal.exists() or journal.stat().st_size < size:
+            return False
+        with journal.open("rb") as file:
+            file.seek(size - last.size)
+            return file.read(last.size) == self._store.read(last.name)
 
     def fetch_small(self, folder: Path, names: Sequence[str]) -> None:
         """Write those of the run's small files that the mirror has into `folder`."""
         for info in self._store.list("run/"):
             if (name := info.name.removeprefix("run/")) in names:
-                (folder / name).write_bytes(self._store.read(info.name))
+                data = self._store.read(info.name)
+                (folder / name).write_bytes(data)
+                self._carried[name] = hashlib.sha256(data).hexdigest()  # need not be carried back as it is
 
     def _journal_parts(self) -> Iterator[ObjectInfo]:
         """Those that follow each other without a gap: what comes after one is of an attempt that was overtaken."""
         end = 0
         for info in self._store.list("journal/"):
-            if int(info.name.rpartition("/")[2].partition(".")[0]) != end:
+            start = int(info.name.rpartition("/")[2].partition(".")[0])
+            if start < end:  # within the part before it, which was written anew
+                continue
+            if start > end:
                 return
             end += info.size
             yield info

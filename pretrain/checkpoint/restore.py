@@ -6,38 +6,24 @@ Called by train.py, through resume.py, before anything of the run is read; all r
 from __future__ import annotations
 
 import secrets
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
     MIRRORED_SUFFIX,
     known,
-    mirrored_folder,
     read_manifest,
     step_folder,
 )
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
+from pretrain.checkpoint.mirrored import adopt_save, answered_by_store, follow_main, take_back
 from pretrain.checkpoint.retention import remove_checkpoint, step_of
-from pretrain.checkpoint.run_directory import write_whole
-from pretrain.checkpoint.segments import SEGMENTS_NAME, read_changes, write_changes
-from pretrain.checkpoint.skipped import SKIPPED_NAME, adding, read_skipped, write_skipped
+from pretrain.checkpoint.run_directory import held, write_whole
 from pretrain.distributed import World, from_main, gather_objects, together
-from pretrain.errors import (
-    AccessDeniedError,
-    CheckpointError,
-    ObjectNotFoundError,
-    PretrainError,
-    StorageError,
-    UsageError,
-)
+from pretrain.errors import CheckpointError, UsageError
 from pretrain.storage.files import sync
-
-T = TypeVar("T")
 
 _PATIENCE_SECONDS = 5.0  # a network mount may show a new file late
 
@@ -46,91 +32,20 @@ def bring_back(run_dir: Path, mirror: Mirror, *, world: World) -> list[str]:
     """Make every host's folder say what the mirror says: the run's small files, and the manifests of its
     checkpoints, whose files come when they are needed. Returns what rank 0's host was brought.
 
-    Raises UsageError when the mirror is another run's, or cannot be used.
+    Raises UsageError when the mirror is another run's, or cannot be used, and while the run is live here.
     """
-
-    def of_main() -> list[str]:
-        mirror.identify(run_dir)
-        brought = mirror.pull(run_dir, replace=False) + _merge_lists(run_dir, mirror)
-        mirror.push(run_dir, rank=0)  # the run's data may have been changed here meanwhile
-        return brought + _adopt(run_dir, mirror)
 
     def of_host() -> None:
         if world.local_rank == 0 and not world.is_main:
-            mirror.pull(run_dir, replace=True)
-            _adopt(run_dir, mirror)
+            follow_main(run_dir, mirror)
+
+    def of_main() -> list[str]:
+        with held(run_dir, make=True):  # what a live attempt writes must not be replaced under its hands
+            return take_back(run_dir, mirror, push=True)
 
     brought = from_main(world, lambda: answered_by_store(of_main), patiently=True)
     together(lambda: answered_by_store(of_host))
     return brought
-
-
-def answered_by_store(action: Callable[[], T]) -> T:
-    """A mirror that cannot be used is a mistake in the recipe or the environment; one that is away for a while is
-    not, and no fault of the data either: the run may be started again.
-    """
-    try:
-        return action()
-    except (AccessDeniedError, ObjectNotFoundError) as error:
-        raise UsageError(f"checkpoint.mirror: {error}") from None
-    except StorageError as error:
-        raise PretrainError(f"checkpoint.mirror: {error}") from None
-
-
-def _merge_lists(run_dir: Path, mirror: Mirror) -> list[str]:
-    """Add to the lists that only ever grow what the mirror's have beyond this folder's: a host whose disk missed the
-    last attempts may be rank 0's now, and what it lacks must not be lost by pushing its own. Returns the names.
-
-    Raises CheckpointError for a list that cannot be read.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = Path(folder)
-        mirror.fetch_small(theirs, (SKIPPED_NAME, SEGMENTS_NAME))
-        skipped, changes = read_skipped(theirs), read_changes(theirs)
-    brought = []
-    merged = mine = read_skipped(run_dir)
-    for one in skipped:
-        merged = adding(merged, one)
-    if merged != mine:
-        write_skipped(run_dir, merged)
-        brought.append(SKIPPED_NAME)
-    known_changes = read_changes(run_dir)
-    if len(changes) > len(known_changes) and [change.time for change in changes][: len(known_changes)] == [
-        change.time for change in known_changes
-    ]:
-        write_changes(run_dir, changes)
-        brought.append(SEGMENTS_NAME)
-    return brought
-
-
-def _adopt(run_dir: Path, mirror: Mirror) -> list[str]:
-    """Let the folder list what the mirror has committed."""
-    brought = []
-    local = {step_of(folder): folder for folder in known(run_dir)}
-    saves = {save.step: save for save in mirror.saves()}
-    for step, save in saves.items():
-        folder = local.get(step)
-        if folder is not None:
-            mine = _save_of(folder)
-            if mine is not None and mine >= save:
-                continue
-            remove_checkpoint(folder)  # another host has done that step again, from an older checkpoint
-        target = mirrored_folder(run_dir, step)
-        target.mkdir(parents=True, exist_ok=True)
-        write_whole(target / MANIFEST_NAME, mirror.manifest(save))
-        brought.append(target.name)
-    for step, folder in local.items():
-        if folder.name.endswith(MIRRORED_SUFFIX) and step not in saves:
-            remove_checkpoint(folder)
-    return brought
-
-
-def _save_of(folder: Path) -> MirroredSave | None:
-    try:
-        manifest = read_manifest(folder)
-    except CheckpointError:
-        return None
-    return MirroredSave.of(manifest.step, manifest.save_id) if manifest.save_id else None
 
 
 def here(folder: Path) -> Path:
@@ -140,13 +55,40 @@ def here(folder: Path) -> Path:
     return whole if (whole / MANIFEST_NAME).is_file() else folder.with_name(f"{name}{MIRRORED_SUFFIX}")
 
 
-def open_reader(folder: Path, mirror: Mirror | None) -> CheckpointReader:
-    """A reader that takes from the mirror what this host lacks, or has damaged."""
-    reader = CheckpointReader(here(folder))
+def open_reader(folder: Path, mirror: Mirror | None, *, save_id: str | None = None) -> CheckpointReader:
+    """A reader that takes from the mirror what this host lacks, or has damaged.
+
+    save_id: of rank 0's; this host may have kept another save of the step, or none. Raises CheckpointError where that
+    cannot be put right: ranks must not go on from two.
+    """
+    place = here(folder)
+    if mirror is not None and save_id and _save_id(place) != save_id:
+        for save in answered_by_store(mirror.saves):
+            if (save.step, save.id) == (step_of(folder), save_id):
+                if place.exists():
+                    remove_checkpoint(place)
+                place = _adopted(folder.parents[1], mirror, save)
+    reader = CheckpointReader(place)
+    if save_id is not None and reader.manifest.save_id != save_id:
+        raise CheckpointError(
+            f"{place}: is the save {reader.manifest.save_id or '?'} of its step, rank 0 has {save_id or '?'}; see that "
+            "all hosts have one run_dir or one checkpoint.mirror"
+        )
     if mirror is not None and reader.manifest.save_id:
         save = MirroredSave.of(reader.manifest.step, reader.manifest.save_id)
         reader.fetch = mirror.fetcher(save, reader.folder)
     return reader
+
+
+def _adopted(run_dir: Path, mirror: Mirror, save: MirroredSave) -> Path:
+    return answered_by_store(lambda: adopt_save(run_dir, mirror, save))
+
+
+def _save_id(folder: Path) -> str | None:
+    try:
+        return read_manifest(folder).save_id
+    except CheckpointError:
+        return None
 
 
 def settle_restored(run_dir: Path, *, world: World) -> None:

@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from pretrain.storage.files import sync
 FINISHED = "finished.json"
 ATTEMPTS = "attempts"
 LOCK = "lock"
-TURN = "turn"  # held for a moment, by who claims an attempt and who commits a checkpoint
+TURN = "turn"  # held for a moment, by who claims an attempt, commits a checkpoint, or gives some up
 
 
 class RunDirectory:
@@ -56,6 +56,8 @@ class RunDirectory:
         try:
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            for number in taken:  # so that this folder knows of all
+                (path / ATTEMPTS / str(number)).mkdir(exist_ok=True)
             return cls(path, _next_attempt(path, taken), lock)
         except OSError as error:
             raise _unwritable(path, error) from None
@@ -65,8 +67,16 @@ class RunDirectory:
 
 
 @contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Within it no attempt of the run is live. Raises UsageError when one is, or the folder cannot be written."""
+def held(path: Path, *, make: bool = False) -> Iterator[None]:
+    """Within it no attempt of the run is live. `make`: the folder, if it is not there.
+
+    Raises UsageError when one is, or the folder cannot be written.
+    """
+    if make:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(path, error) from None
     lock = _lock(path)
     try:
         yield
@@ -96,7 +106,7 @@ def only_newest_attempt(path: Path, attempt: int) -> Iterator[None]:
 
     Raises UsageError when there is a newer one: this one was given up for dead, and must not write any more.
     """
-    with _taking_turns(path):
+    with taking_turns(path):
         newest = max(_attempts(path), default=attempt)
         if newest > attempt:
             raise UsageError(
@@ -107,7 +117,8 @@ def only_newest_attempt(path: Path, attempt: int) -> Iterator[None]:
 
 
 @contextmanager
-def _taking_turns(path: Path) -> Iterator[None]:
+def taking_turns(path: Path) -> Iterator[None]:
+    """Within it no attempt is claimed, no checkpoint listed, and none of the lists of what was given up changes."""
     try:
         turn = os.open(path / TURN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
@@ -139,7 +150,7 @@ def _next_attempt(path: Path, elsewhere: Sequence[int]) -> int:
     number = int(given) if given is not None else max(taken, default=0) + 1
     number = max(number, max(elsewhere, default=0) + 1)
     try:
-        with _taking_turns(path):
+        with taking_turns(path):
             (path / ATTEMPTS / str(number)).mkdir()
     except FileExistsError:
         raise UsageError(
@@ -195,7 +206,8 @@ def write_whole(path: Path, data: bytes) -> None:
         temporary.rename(path)
         sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what kept it from being written may keep it from being removed
+            temporary.unlink(missing_ok=True)
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or set run_dir elsewhere"
         ) from None

@@ -53,6 +53,7 @@ class _Save:
     stall_seconds: float = 0.0
     written: bool = False  # this rank's part
     committed: bool = False  # rank 0 alone knows
+    left: bool = False  # the run has given up the course that it is of
     error: PretrainError | None = None
 
 
@@ -212,6 +213,23 @@ class Saver:
         self._failures_in_a_row = 0
         return None
 
+    @property
+    def saves(self) -> int:
+        """How many have begun: the number of the newest."""
+        return self._saves
+
+    def leave(self, *, beyond: int) -> None:
+        """The run goes back to before the position `beyond`: give up a save that is under way and has consumed more,
+        and wait for one that has not. All ranks together, once the run's lists say so. Raises as `wait` does.
+        """
+        save = self._under_way
+        if save is None or save.samples <= beyond:
+            self.wait()
+            return
+        self._under_way, save.left = None, True
+        self._leaving[save.id] = save
+        self._tell({"order": "abandon", "save": save.id, "staging": str(save.staging)})
+
     def close(self, *, seconds: float = _LAST_SECONDS) -> None:
         """End the writer. A save that is under way may take so long to end by itself."""
         deadline = time.monotonic() + seconds
@@ -281,6 +299,8 @@ class Saver:
 
     def _committed(self, save: _Save, *, size_bytes: int, at: float) -> None:
         save.committed = True
+        if save.left:  # it was, just before the run gave it up, and is removed
+            return
         self._reporter.checkpoint(
             step=save.step,
             samples=save.samples,

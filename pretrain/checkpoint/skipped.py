@@ -16,7 +16,6 @@ from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.run_directory import write_whole
-from pretrain.data.skips import Skips
 from pretrain.errors import CheckpointError
 
 SKIPPED_NAME = "skipped.json"
@@ -51,6 +50,8 @@ def read_skipped(run_dir: Path) -> tuple[Skipped, ...]:
         found = sorted((Skipped(**record) for record in body["intervals"]), key=lambda one: one.start)
         if not all(isinstance(edge, int) and edge >= 0 for one in found for edge in (one.start, one.stop)):
             raise ValueError("an interval's edges are not positions")
+        from pretrain.data.skips import Skips  # numpy, which writers do without while nothing is skipped
+
         Skips((one.start, one.stop) for one in found)
         return tuple(found)
     except (FileNotFoundError, NotADirectoryError):

@@ -36,6 +36,7 @@ from pretrain.errors import PretrainError
 from pretrain.storage.files import sync
 
 STAGING_SUFFIX = ".saving"
+_ASIDE_SUFFIX = f".aside{STAGING_SUFFIX}"  # a checkpoint that makes place for another one of its step
 FLOAT_BYTES = 4
 KINDS_COUNT = len(KINDS)
 _BLOCK_BYTES = 1 << 20  # hashed, written and paid for at once
@@ -216,14 +217,22 @@ def _exchange(first: Path, second: Path) -> None:
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(second))
-    aside = first.with_name(f"{second.name}.old{STAGING_SUFFIX}")  # some network mounts cannot swap
+    aside = first.with_name(f"{second.name}{_ASIDE_SUFFIX}")  # some network mounts cannot swap
     second.rename(aside)
     first.rename(second)
     aside.rename(first)
 
 
 def remove_torn_saves(run_dir: Path, *, spare: Path | None = None) -> list[Path]:
-    """Remove what saves that never committed left behind. Only for the process that owns the run."""
+    """Remove what saves that never committed left behind. Only for the process that owns the run.
+
+    A checkpoint that was put aside for another one, which then never came, is listed again.
+    """
+    for aside in (Path(run_dir) / CHECKPOINTS).glob(f"step-*{_ASIDE_SUFFIX}"):
+        place = aside.with_name(aside.name.removesuffix(_ASIDE_SUFFIX))
+        if (aside / MANIFEST_NAME).is_file() and not place.exists():
+            aside.rename(place)
+            sync(place.parent)
     torn = sorted((Path(run_dir) / CHECKPOINTS).glob(f"step-*{STAGING_SUFFIX}"))
     torn = [
         folder for folder in torn if spare is None or folder.name != spare.name

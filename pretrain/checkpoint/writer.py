@@ -28,6 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.courses import read_given_up
 from pretrain.checkpoint.manifest import Manifest, mirrored_folder
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
 from pretrain.checkpoint.retention import check_space, retain, step_of
@@ -150,7 +151,7 @@ class _Control:
 
 
 class _Pace:
-    """Holds writing to so many bytes a second, and listens to the trainer meanwhile."""
+    """Holds writing, or uploading, to so many bytes a second, and listens to the trainer meanwhile."""
 
     def __init__(self, control: _Control, save_id: str, bytes_per_second: float | None) -> None:
         self._control, self._save_id, self._rate = control, save_id, bytes_per_second
@@ -215,7 +216,8 @@ class Writer:
         part = write_part(staging, settings.rank, order.pieces, self._data, pace=pace)
         if self._mirror is not None:
             file = staging / part_name(settings.rank)
-            self._mirror.put_part(_mirrored(order), settings.rank, file, part)
+            pace = _Pace(self._control, order.id, settings.max_bytes_per_second)  # of the way there alone
+            self._mirror.put_part(_mirrored(order), settings.rank, file, part, pace=pace)
             if not self._is_main:
                 self._mirror.push(self._run_dir, rank=settings.rank)
             self._control.wait(order.id, 0)
@@ -230,6 +232,7 @@ class Writer:
             _check_sizes(staging, parts)
         self._sync_journal()
         with only_newest_attempt(self._run_dir, self._settings.attempt):
+            self._refuse_given_up(manifest)  # its lists change only where we would have to wait
             if self._mirror is not None:
                 self._mirror.push(self._run_dir, rank=0)
                 self._mirror.require_newest(self._settings.attempt)
@@ -238,6 +241,12 @@ class Writer:
         total = sum(part.size_bytes for part in parts.values())
         self._control.tell("committed", order.id, bytes=total, path=str(final), at=time.time())
         self._retain(order)
+
+    def _refuse_given_up(self, manifest: Manifest) -> None:
+        if read_given_up(self._run_dir).has(manifest):
+            raise PretrainError(
+                f"step {manifest.step} is of a course that the run has given up; it is not saved"
+            )
 
     def _follow(self, order: Order) -> None:
         """On a host with a disk of its own: list what this host has once the whole is committed in the mirror."""

@@ -248,7 +248,9 @@ class CheckpointConfig(Section):
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # those of its multiples stay for good
     max_failures: NonNegativeInt = 3  # saves in a row that may fail before the run ends
-    max_bytes_per_second: PositiveInt | None = None  # a rank's writer; no limit when left out
+    max_bytes_per_second: PositiveInt | None = (
+        None  # a rank's writer, to disk and to the mirror; none when left out
+    )
     mirror: str | None = None
 
 

@@ -90,7 +90,10 @@ def read_backbone(url_or_path: str | Path) -> Incoming:
     if not is_remote(url):
         path = Path(url.removeprefix("file://"))
         if not path.exists():
-            raise UsageError(f"{url}: there is no such file or folder; give a run, a checkpoint or an export")
+            raise UsageError(
+                f"{url}: there is no such file or folder; give a run, a checkpoint or an export. Where a run has a "
+                "checkpoint.mirror, `pretrain checkpoints MIRROR --bring-back RUN` makes its folder anew"
+            )
         if path.is_dir() and ((path / MANIFEST_NAME).is_file() or (path / CHECKPOINTS).is_dir()):
             return _read_run(path)
         if path.is_file() and not (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
@@ -166,6 +169,11 @@ def _read_export(folder: Storage) -> Incoming:
     except StorageError as error:
         raise UsageError(f"{where}: {error}") from error
     if not (has_config and has_weights):
+        if folder.exists("run.json") and not has_weights:
+            raise UsageError(
+                f"{where}: is the mirror of a run; `pretrain checkpoints {where} --bring-back RUN` makes its folder "
+                "anew, RUN, which can be given here"
+            )
         lacks = " and ".join(name for name, has in ((CONFIG, has_config), (WEIGHTS, has_weights)) if not has)
         raise UsageError(
             f"{where}: holds neither a run's checkpoints nor an export (no {lacks}); give a run, a "

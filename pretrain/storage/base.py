@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -46,6 +46,10 @@ class S3Settings:
     share_credentials: bool = True
 
 
+def at_once(count: int) -> None:
+    """The pace of what need not wait."""
+
+
 class Storage(Protocol):
     """Objects under one root. Instances are picklable and safe to use from many threads and after a fork.
 
@@ -82,10 +86,11 @@ class Storage(Protocol):
         """The whole object in pieces of `chunk_bytes` (the last one shorter)."""
         ...
 
-    def put(self, name: str, data: bytes | Path) -> None:
+    def put(self, name: str, data: bytes | Path, *, pace: Callable[[int], None] = at_once) -> None:
         """Write an object, replacing what was there: readers see the old bytes, or all of the new ones.
 
-        A `Path` is read from local disk, in parts when it is large.
+        A `Path` is read from local disk, in parts when it is large. `pace` is told, in the caller's thread, how many
+        bytes are to go next: it may wait, or raise to give up; then nothing is written.
         """
         ...
 

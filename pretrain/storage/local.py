@@ -6,11 +6,11 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pretrain.errors import AccessDeniedError, ObjectNotFoundError, StorageError
-from pretrain.storage.base import ObjectInfo, check_name
+from pretrain.storage.base import ObjectInfo, at_once, check_name
 from pretrain.storage.files import sync
 
 # Half-written files carry this prefix, stand beside their target (a rename does not cross file
@@ -141,9 +141,9 @@ class LocalStorage:
                     return
                 yield chunk
 
-    def put(self, name: str, data: bytes | Path) -> None:
+    def put(self, name: str, data: bytes | Path, *, pace: Callable[[int], None] = at_once) -> None:
         path = self.local_path(name)
-        with _typed_errors(path), self._partial(path, data) as partial:
+        with _typed_errors(path), self._partial(path, data, pace) as partial:
             os.replace(partial, path)
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -164,15 +164,18 @@ class LocalStorage:
             return True
 
     @contextlib.contextmanager
-    def _partial(self, path: Path, data: bytes | Path) -> Iterator[Path]:
+    def _partial(
+        self, path: Path, data: bytes | Path, pace: Callable[[int], None] = at_once
+    ) -> Iterator[Path]:
         """A finished, synced copy of `data` beside `path`, gone at the end unless it was renamed."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}")
         try:
             with open(partial, "xb") as file:
                 if isinstance(data, Path):
-                    _copy(data, file.fileno())
+                    _copy(data, file.fileno(), pace)
                 else:
+                    pace(len(data))
                     file.write(data)
                 file.flush()
                 os.fsync(file.fileno())  # else a power cut could leave the name with none of the bytes
@@ -190,7 +193,7 @@ class LocalStorage:
             return
 
 
-def _copy(source: Path, target_fd: int) -> None:
+def _copy(source: Path, target_fd: int, pace: Callable[[int], None]) -> None:
     with contextlib.ExitStack() as stack:
         with _typed_errors(source):
             file = stack.enter_context(open(source, "rb", buffering=0))
@@ -199,6 +202,7 @@ def _copy(source: Path, target_fd: int) -> None:
                 piece = file.read(_COPY_BYTES)
             if not piece:
                 return
+            pace(len(piece))
             view = memoryview(piece)
             while view:
                 view = view[os.write(target_fd, view) :]

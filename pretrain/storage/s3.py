@@ -14,13 +14,13 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.errors import ObjectChangedError, ObjectNotFoundError, PretrainError, StorageError, UsageError
 from pretrain.storage import counters
-from pretrain.storage.base import ObjectInfo, S3Settings, check_name
+from pretrain.storage.base import ObjectInfo, S3Settings, at_once, check_name
 from pretrain.storage.credentials import CredentialsExpiredError
 from pretrain.storage.retry import Retries
 from pretrain.storage.retry_budget import RetryBudget, node_budget
@@ -205,12 +205,13 @@ class S3Storage:
 
     # -- writing ---------------------------------------------------------------------------------------
 
-    def put(self, name: str, data: bytes | Path) -> None:
+    def put(self, name: str, data: bytes | Path, *, pace: Callable[[int], None] = at_once) -> None:
         # S3 shows an object only when it has all of it, so a put is atomic as it is.
         size = _size_of_source(data)
         if size > 2 * self._settings.part_bytes:
-            self._put_in_parts(name, data, size)
+            self._put_in_parts(name, data, size, pace)
             return
+        pace(size)
         key, body = self._key(name), _part_of(data, 0, size)
         self._call(
             lambda client: client.put_object(Bucket=self._bucket, Key=key, Body=body), self._url_of(name)
@@ -241,7 +242,7 @@ class S3Storage:
         key = self._key(name)
         self._call(lambda client: client.delete_object(Bucket=self._bucket, Key=key), self._url_of(name))
 
-    def _put_in_parts(self, name: str, data: bytes | Path, size: int) -> None:
+    def _put_in_parts(self, name: str, data: bytes | Path, size: int, pace: Callable[[int], None]) -> None:
         url, writer = self._url_of(name), secrets.token_hex(16)
         part_bytes = max(self._settings.part_bytes, math.ceil(size / _MOST_PARTS))
         where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._key(name)}
@@ -264,8 +265,13 @@ class S3Storage:
 
         try:
             with ThreadPoolExecutor(_UPLOAD_THREADS) as pool:
-                futures = [pool.submit(upload, number) for number in range(math.ceil(size / part_bytes))]
                 try:
+                    futures: list[Future[dict[str, Any]]] = []
+                    for number in range(math.ceil(size / part_bytes)):
+                        if number >= _UPLOAD_THREADS:  # so that `pace` speaks of what goes next
+                            futures[number - _UPLOAD_THREADS].result()
+                        pace(min(part_bytes, size - number * part_bytes))
+                        futures.append(pool.submit(upload, number))
                     parts = [future.result() for future in futures]
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from held_state import ALONE, HeldState, facts
+import torch
+from held_state import ALONE, HeldState, facts, make_saver
 
-from pretrain.checkpoint.manifest import committed, find_newest, known, mirrored_folder
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.distrusted import Distrusted, write_distrusted
+from pretrain.checkpoint.lineage import copy_checkpoint
+from pretrain.checkpoint.load import load_weights
+from pretrain.checkpoint.manifest import committed, known
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.mirrored import bring_files
+from pretrain.checkpoint.restore import bring_back
 from pretrain.checkpoint.retention import remove_checkpoint
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.cli import main
-from pretrain.errors import CheckpointError, UsageError
+from pretrain.errors import CheckpointError
 from pretrain.fork import find_parent
+from pretrain.formats.incoming import read_backbone
+from pretrain.storage import S3Settings
 
 SHAPES = {"w": [64, 33], "b": [7]}
 
@@ -140,12 +151,85 @@ def test_a_checkpoint_that_a_live_run_removes_meanwhile_is_no_damage(
     assert [entry["step"] for entry in found] == [20, 30, 40, 50, 60]
 
 
-def test_commands_that_need_a_whole_checkpoint_say_when_only_the_mirror_has_it(
-    tmp_path: Path, run_dir: Path
+@pytest.fixture
+def mirrored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run_dir, its mirror), in which alone the checkpoints of steps 1 and 2 are: the run's disk was lost, and what its
+    host would bring back at a start is back."""
+    root = tmp_path_factory.mktemp("mirrored")
+    run_dir, mirror = root / "run", Mirror(str(root / "mirror"), s3=S3Settings())
+    mirror.identify(run_dir)
+    with make_saver(run_dir, HeldState(SHAPES), mirror=mirror) as saver:
+        for step in (1, 2):
+            saver._engine.fill(step)  # type: ignore[attr-defined]
+            saver.save(facts(step), wait=True)
+    shutil.rmtree(run_dir)
+    bring_back(run_dir, mirror, world=ALONE)
+    return run_dir, root / "mirror"
+
+
+def test_commands_that_need_a_checkpoint_take_it_from_the_mirror(mirrored: tuple[Path, Path]) -> None:
+    run_dir, _ = mirrored
+    newest = find_newest(run_dir)
+    assert newest.name == "step-00000002.mirrored"
+    assert not list(newest.glob("*.safetensors"))
+    weights = load_weights(newest)
+    whole = HeldState(SHAPES).fill(2)
+    for fragment in whole.owned_fragments():
+        assert torch.equal(weights[fragment.name].view(-1), fragment.tensors["weight"])
+    assert whole.is_in(newest)
+    folder = find_parent(f"{run_dir}@1")[1]
+    bring_files(folder)
+    copy_checkpoint(folder, run_dir / "copy")
+    assert HeldState(SHAPES).fill(1).is_in(run_dir / "copy")
+
+
+def test_what_is_in_a_mirror_that_is_gone_is_told_with_its_place(mirrored: tuple[Path, Path]) -> None:
+    run_dir, mirror = mirrored
+    shutil.rmtree(mirror / "checkpoints")
+    with pytest.raises(CheckpointError, match="neither here nor in the mirror") as caught:
+        load_weights(find_newest(run_dir))
+    assert str(mirror) in str(caught.value)
+    with pytest.raises(CheckpointError, match="neither here nor in the mirror"):
+        bring_files(find_newest(run_dir))
+    (run_dir / "mirror.json").unlink()
+    with pytest.raises(CheckpointError, match="--bring-back RUN"):
+        load_weights(find_newest(run_dir))
+
+
+def test_the_list_says_where_the_mirror_is_and_what_was_given_up(
+    mirrored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for folder in known(run_dir):
-        folder.rename(mirrored_folder(run_dir, int(folder.name[5:])))
-    with pytest.raises(CheckpointError, match=r"are in its checkpoint\.mirror"):
-        find_newest(run_dir)
-    with pytest.raises(UsageError, match=r"are in its checkpoint\.mirror"):
-        find_parent(f"{run_dir}@20")
+    run_dir, mirror = mirrored
+    write_distrusted(run_dir, [Distrusted(beyond=8, attempt=1, saves=2, reason="", time=0.0)])
+    assert main(["checkpoints", str(run_dir)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert first.endswith(f"in the mirror {mirror}")
+    assert second.endswith(f"in the mirror {mirror}, given up")
+
+
+def test_a_run_s_folder_that_is_gone_is_listed_and_made_anew_from_the_mirror_which_is_only_read(
+    mirrored: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, mirror = mirrored
+    before = {path: path.read_bytes() for path in mirror.rglob("*") if path.is_file()}
+    shutil.rmtree(run_dir)
+    assert main(["checkpoints", str(run_dir)]) == 2
+    assert f"--bring-back {run_dir}" in capsys.readouterr().err
+    assert main(["checkpoints", str(mirror), "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)["checkpoints"]
+    assert [(entry["step"], entry["samples"]) for entry in listed] == [(1, 8), (2, 16)]
+    assert main(["checkpoints", str(mirror), "--bring-back", str(run_dir)]) == 0
+    assert HeldState(SHAPES).fill(2).is_in(complete(find_newest(run_dir)))
+    assert {path: path.read_bytes() for path in mirror.rglob("*") if path.is_file()} == before
+    assert main(["checkpoints", str(mirror), "--verify"]) == 2
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    assert main(["checkpoints", str(mirror), "--bring-back", str(tmp_path / "other")]) == 2
+    assert "holds something else than this run" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="checkpoints MIRROR --bring-back RUN"):
+        read_backbone(str(mirror))
+
+
+def complete(folder: Path) -> Path:
+    bring_files(folder)
+    return folder

@@ -20,7 +20,7 @@ from held_state import ALONE, HeldState, children, facts, make_saver
 from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.checkpoint.run_directory import RunDirectory
 from pretrain.checkpoint.saver import Saver
-from pretrain.checkpoint.staging import remove_torn_saves, staging_folder
+from pretrain.checkpoint.staging import commit, remove_torn_saves, staging_folder
 from pretrain.distributed import World
 from pretrain.errors import PretrainError, UsageError
 from pretrain.metrics.journal import read_journal
@@ -405,3 +405,31 @@ def test_a_part_that_is_written_and_not_to_be_seen_ends_the_wait(run_dir: Path) 
     ):
         saver.save(facts(1), wait=True)
     assert listing(run_dir) == []
+
+
+def test_a_checkpoint_that_made_place_for_another_one_is_listed_again_when_that_never_came(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On mounts that cannot swap two names there is a moment without either."""
+    state = HeldState({"small": [3]}).fill(1)
+    with make_saver(run_dir, state) as saver:
+        saver.save(facts(1), wait=True)
+    final = committed(run_dir)[0]
+    again = staging_folder(run_dir, 1, "1-2")
+    again.mkdir()
+    monkeypatch.setattr("pretrain.checkpoint.staging.ctypes.CDLL", lambda *_, **__: object())
+    rename, killed = Path.rename, KeyboardInterrupt
+
+    def rename_once(path: Path, target: Path) -> Path:
+        if path == again:
+            raise killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once)
+    with pytest.raises(killed):
+        commit(again, final, read_manifest(final))
+    assert committed(run_dir) == []
+    monkeypatch.undo()
+    remove_torn_saves(run_dir)
+    assert listing(run_dir) == ["step-00000001"]
+    assert state.is_in(final)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, load_weights, verify_fragments
-from pretrain.checkpoint.manifest import KINDS, committed, find_newest, read_manifest
+from pretrain.checkpoint.manifest import KINDS, committed, read_manifest
 from pretrain.checkpoint.save import _bytes_of, save_checkpoint
 from pretrain.checkpoint.snapshot import pieces_of
 from pretrain.checkpoint.staging import (

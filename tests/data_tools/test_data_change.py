@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,15 @@ import pytest
 from launching import ROOT, clean_environment
 from run_folders import ALL_KEYS, STEP, B, Run, keys_file
 
+from pretrain.checkpoint.mirror import Mirror
+from pretrain.checkpoint.mirrored import follow_main, take_back
 from pretrain.checkpoint.run_directory import RunDirectory
-from pretrain.checkpoint.segments import read_changes
+from pretrain.checkpoint.segments import read_changes, write_changes
 from pretrain.cli import main
+from pretrain.config.load import as_yaml
+from pretrain.errors import CheckpointError, UsageError
 from pretrain.metrics.journal import read_journal
+from pretrain.storage import S3Settings
 
 
 def test_changes_add_up_and_weights_can_be_set_and_datasets_removed(
@@ -127,3 +134,40 @@ def test_neither_command_imports_torch(start_run: Callable[[], Run], tmp_path: P
         [sys.executable, "-c", code], stdout=subprocess.DEVNULL, env=clean_environment(), cwd=ROOT
     )
     assert done.returncode == 0
+
+
+def test_with_a_mirror_a_change_on_one_host_is_known_where_rank_0_starts_next(
+    start_run: Callable[[], Run], datasets: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And one that only one host knows of, or that was made twice, is refused and not lost."""
+    run = start_run()
+    mirror = Mirror(str(tmp_path / "mirror"), s3=S3Settings())
+    config = run.config.model_copy(
+        update={"checkpoint": run.config.checkpoint.model_copy(update={"mirror": mirror.url})}
+    )
+    (run.folder / "config.yaml").write_text(as_yaml(config))
+    take_back(run.folder, mirror, push=True)
+    other = tmp_path / "other_host"
+    shutil.copytree(run.folder, other)
+    mirror.claim(3)  # an attempt that this host does not know of
+    assert main(["data-change", str(other), "--add", datasets["b"], "--dry-run"]) == 0
+    assert "checkpoint.mirror was not asked" in capsys.readouterr().out
+    listed = keys_file(tmp_path / "keys.txt", ["s00003"])
+    assert main(["data-change", str(other), "--exclude", listed]) == 0
+    assert sorted(Mirror(mirror.url, s3=S3Settings()).attempts()) == [3, 4]
+    take_back(run.folder, mirror, push=True)
+    (change,) = read_changes(run.folder)
+    assert (change.attempt, change.keys.count if change.keys else 0) == (4, 1)
+    assert run.opened().data.stream.segments[1].orders[0].excluded.tolist() == [3]
+    follow_main(other, Mirror(mirror.url, s3=S3Settings()))
+
+    # As where the mirror could not be told.
+    write_changes(other, [change, replace(change, time=change.time + 1)])
+    with pytest.raises(UsageError, match="start the run with rank 0 here"):
+        follow_main(other, Mirror(mirror.url, s3=S3Settings()))
+    assert main(["data-change", str(run.folder), "--add", datasets["b"]]) == 0
+    with pytest.raises(
+        CheckpointError, match=r"was changed here and, otherwise, where its checkpoint\.mirror"
+    ):
+        take_back(other, Mirror(mirror.url, s3=S3Settings()), push=True)
+    assert len(read_changes(other)) == 2

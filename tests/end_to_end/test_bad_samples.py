@@ -15,7 +15,8 @@ from data.tiny_shards import jpeg, write_dataset
 from launching import ROOT, clean_environment, run_ranks, wait_for
 from small_run import RECIPE, pretrain
 
-from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Order, lanes_for
 from pretrain.metrics.journal import read_journal, steps_of

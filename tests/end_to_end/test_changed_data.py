@@ -11,7 +11,8 @@ import yaml
 from launching import run_ranks
 from small_run import RECIPE, losses, pretrain
 
-from pretrain.checkpoint.manifest import find_newest, read_manifest
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import read_manifest
 
 B = RECIPE["train"]["global_batch_size"]
 

@@ -14,7 +14,8 @@ from services.fault_proxy import FaultProxy
 from services.radosgw import Radosgw
 from small_run import RECIPE, pretrain
 
-from pretrain.checkpoint.manifest import find_newest, read_manifest
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.data.index import open_index
 from pretrain.metrics.journal import read_journal, steps_of
 

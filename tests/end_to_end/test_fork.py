@@ -16,9 +16,10 @@ from launching import ROOT, clean_environment
 from small_run import RECIPE, losses
 from wrong_things import members_of, write_tar
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.lineage import read_lineage
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
+from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.cli import main
 from pretrain.data.index import open_index, open_samples
 from pretrain.metrics.journal import read_journal

@@ -18,8 +18,9 @@ import yaml
 from launching import ROOT, clean_environment
 from small_run import RECIPE
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
+from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.metrics.journal import read_journal, steps_of
 
 PATIENCE_SECONDS = 120  # for machines that are busy with something else

@@ -11,8 +11,10 @@ import pytest
 from launching import ROOT, free_port, rank_environment
 from small_run import losses, pretrain
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import committed, find_newest, known, read_manifest
+from pretrain.checkpoint.manifest import committed, known, read_manifest
+from pretrain.cli import main
 from pretrain.metrics.journal import read_journal
 
 
@@ -114,3 +116,26 @@ def test_hosts_that_share_no_run_dir_need_a_mirror_and_with_one_go_on_when_a_dis
     assert one.returncode == 0, one.stderr  # a machine that has never seen the run
     assert "going on at step 9 of 10" in one.stderr
     assert [folder.name for folder in committed(tmp_path / "alone")] == ["step-00000009", "step-00000010"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_folder_is_lost_is_made_anew_exported_replayed_and_forked_from_its_mirror(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, mirror = tmp_path / "run", tmp_path / "mirror"
+    done = pretrain("train", str(recipe), "data.workers=0", "train.steps=2", f"checkpoint.mirror={mirror}")
+    assert done.returncode == 0, done.stderr
+    weights = load_weights(find_newest(run_dir))
+    shutil.rmtree(run_dir)
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm"]) == 2
+    assert "pretrain checkpoints MIRROR --bring-back RUN" in capsys.readouterr().err
+    assert main(["checkpoints", str(mirror), "--bring-back", str(run_dir)]) == 0
+    assert main(["export", str(run_dir), str(tmp_path / "out"), "--format", "timm", "--no-head"]) == 0
+    assert main(["replay", str(run_dir), "--step", "3"]) == 0
+    assert "step-00000002.mirrored" in capsys.readouterr().out
+    assert (
+        main(["fork", str(run_dir), str(tmp_path / "fork"), "train.steps=4", "checkpoint.mirror=null"]) == 0
+    )
+    forked = load_weights(tmp_path / "fork" / "checkpoints" / "step-00000002")
+    assert all((forked[name] == weights[name]).all() for name in weights)
+    assert committed(run_dir) == []  # it stays the mirror's

@@ -18,8 +18,9 @@ from launching import ROOT, clean_environment, free_port, run_ranks, start_ranks
 from small_run import RECIPE, losses, pretrain
 from wrong_things import flip_a_byte
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import CheckpointReader
-from pretrain.checkpoint.manifest import KINDS, MANIFEST_NAME, committed, find_newest, read_manifest
+from pretrain.checkpoint.manifest import KINDS, MANIFEST_NAME, committed, read_manifest
 from pretrain.metrics.journal import read_journal
 
 TRAIN = ["-m", "pretrain.train"]

@@ -15,7 +15,8 @@ from launching import ROOT, clean_environment, run_ranks
 from small_run import losses
 from test_resume import stage, state, write_recipe
 
-from pretrain.checkpoint.manifest import committed, find_newest, read_manifest
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.checkpoint.skipped import Skipped, read_skipped, write_skipped
 from pretrain.metrics.journal import read_journal
 
@@ -224,3 +225,27 @@ def test_a_run_that_may_not_go_back_again_leaves_no_checkpoint_that_the_fault_ma
     extra = {"WRONG": json.dumps([flip])}
     run_ranks(2, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path, extra=extra, expect=1)
     assert [read_manifest(folder).step for folder in committed(run_dir)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # launches on a busy machine
+def test_killed_before_untrusted_checkpoints_are_removed_it_does_not_begin_from_them(
+    tmp_path: Path, shards: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        run_dir,
+        shards,
+        train={"steps": STEPS, "precision": "float32", "replica_check_steps": 4},
+        checkpoint={"every_steps": 1, "keep_last": 20},
+        deepspeed=stage(0),
+    )
+    flip = {"flip": "blocks.1.mlp.fc1.weight", "rank": 1, "step": 8}
+    extra = {"WRONG": json.dumps([flip, {"die": True}])}
+    run_ranks(2, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path, extra=extra, expect=None)
+    assert [read_manifest(folder).step for folder in committed(run_dir)][:7] == [1, 2, 3, 4, 5, 6, 7]
+    assert read_manifest(find_newest(run_dir)).step == 4
+    run_ranks(2, [str(DRIVER), str(recipe)], timeout_seconds=200, folder=tmp_path)
+    assert events(run_dir, "start")[-1]["step"] == 4
+    assert read_manifest(find_newest(run_dir)).step == STEPS

@@ -3,7 +3,7 @@
 {"factor": 10, "from": 112, "to": 128}            the loss of micro-batches with these positions, times factor
 {…, "rank": 1, "times": 2}                        on this rank only, this often; factor "nan" is NaN
 {"flip": "blocks.0", "rank": 2, "step": 6}        a bit of a weight of that name, before the comparison of step 6
-{"die": true}                                     SIGKILL once the list of skipped positions is committed
+{"die": true}                                     SIGKILL once a list of what is given up is committed
 """
 
 from __future__ import annotations
@@ -55,13 +55,15 @@ def flipped_bit(wrong: dict[str, Any]) -> None:
 def death_after_the_commit() -> None:
     import pretrain.rollback
 
-    right = pretrain.rollback.write_skipped
+    def deadly(write: Any) -> Any:
+        def write_and_die(*arguments: Any) -> None:
+            write(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_skipped(*arguments: Any) -> None:
-        right(*arguments)
-        os.kill(os.getpid(), signal.SIGKILL)
+        return write_and_die
 
-    pretrain.rollback.write_skipped = write_skipped
+    pretrain.rollback.write_skipped = deadly(pretrain.rollback.write_skipped)
+    pretrain.rollback.write_distrusted = deadly(pretrain.rollback.write_distrusted)
 
 
 def main() -> int:

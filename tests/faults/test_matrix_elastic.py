@@ -20,7 +20,8 @@ from faults.matrix.verdict import (
     state_of,
 )
 
-from pretrain.checkpoint.manifest import committed, find_newest, step_folder
+from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.manifest import committed, step_folder
 
 pytestmark = pytest.mark.slow
 SEVEN_OF_EIGHT: Tree = {"train": {"global_batch_size": 64, "steps": 14}}

@@ -13,7 +13,15 @@ import pytest
 from launch.local import base_environment
 from launch.restarts import Restarts
 from launch.supervisor import Ended, Outcome
-from pretrain.checkpoint.attempts import all_attempts, append_attempt, look_after, look_before, read_attempts
+from pretrain.checkpoint.attempts import (
+    After,
+    all_attempts,
+    append_attempt,
+    look_after,
+    look_before,
+    open_chain,
+    read_attempts,
+)
 from pretrain.metrics.journal import Journal
 
 DRIVER = """
@@ -60,7 +68,7 @@ def start(run_dir: Path, program: str, *, max_restarts: int = 3) -> subprocess.P
     )
 
 
-def outcome(*codes: int, **facts: bool) -> Outcome:
+def outcome(*codes: int, **facts: object) -> Outcome:
     ended = tuple(
         Ended(rank=r, host="h", code=code, reason=f"code {code}", after_seconds=r)
         for r, code in enumerate(codes)
@@ -218,3 +226,82 @@ def test_only_what_an_attempt_added_to_the_journal_is_its_own(tmp_path):
         journal.append("step", step=2 + step, note="x" * 50)
     after = look_after(tmp_path, before)
     assert (after.first_step, after.last_step) == (3, 20_001)
+
+
+CRASH = """
+with recorded_exit(run_dir, run.attempt, 0):
+    raise ValueError("the same again")
+"""
+TAKES_ITS_LAUNCHER_ALONG = """
+os.kill(os.getppid(), signal.SIGKILL)
+time.sleep(60)
+"""
+
+
+def test_a_crash_loop_ends_across_launchers_that_are_lost_with_their_node(tmp_path):
+    for _ in range(2):
+        lost = start(tmp_path, TAKES_ITS_LAUNCHER_ALONG)
+        lost.communicate(timeout=60)
+        assert lost.returncode == -signal.SIGKILL
+    one = start(tmp_path, CRASH)
+    _, err = one.communicate(timeout=60)
+    assert one.returncode == 1
+    assert "restart 3 of 3 without progress" in err
+    assert "giving up: 3 restarts in a row" in err
+    assert [line["attempt"] for line in read_attempts(tmp_path)] == [3, 4]
+    by_hand = start(tmp_path, CRASH, max_restarts=1)
+    _, err = by_hand.communicate(timeout=60)
+    assert "restart 1 of 1 without progress" in err, "it was given up before: that is counted anew"
+
+
+def checkpoint(run_dir: Path, step: int, attempt: int) -> None:
+    folder = run_dir / f"checkpoints/step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"attempt": attempt}))
+
+
+def claimed(run_dir: Path, number: int, *codes: int) -> None:
+    (run_dir / f"attempts/{number}").mkdir(parents=True)
+    for rank, code in enumerate(codes):
+        ending = {"rank": rank, "code": code, "reason": "", "time": 1.0}
+        (run_dir / f"attempts/{number}/exit-{rank}.json").write_text(json.dumps(ending))
+
+
+def test_the_row_of_attempts_without_progress_is_told_from_the_runs_folder(tmp_path):
+    assert open_chain(tmp_path, before=None) == 0
+    claimed(tmp_path, 1)
+    append_attempt(tmp_path, {"attempt": 1, "restart": False})  # finished, or given up
+    assert open_chain(tmp_path, before=2) == 0
+    claimed(tmp_path, 2)
+    append_attempt(tmp_path, {"attempt": 2, "restart": True})
+    append_attempt(tmp_path, {"attempt": None, "restart": True})  # it did not get so far as to claim one
+    claimed(tmp_path, 3, 1, -9)  # its launcher was lost
+    claimed(tmp_path, 4)
+    claimed(tmp_path, 5)  # the one that asks
+    assert open_chain(tmp_path, before=5) == 4
+    checkpoint(tmp_path, 10, attempt=3)
+    assert open_chain(tmp_path, before=5) == 2, "after what attempt 3 saved it was restarted twice"
+    checkpoint(tmp_path, 20, attempt=5)
+    assert open_chain(tmp_path, before=5) == 0
+    claimed(tmp_path, 6, 75)  # without a launcher, and asked to stop
+    claimed(tmp_path, 7, 1)
+    assert open_chain(tmp_path, before=8) == 1
+    append_attempt(tmp_path, {"attempt": 7, "restart": False})
+    assert open_chain(tmp_path, before=8) == 0
+
+
+def test_a_fork_s_first_checkpoint_is_not_taken_for_progress_of_an_attempt_of_its_own(tmp_path):
+    checkpoint(tmp_path, 10, attempt=7)
+    for number in (1, 2, 3):
+        claimed(tmp_path, number)
+    assert open_chain(tmp_path, before=3) == 2
+
+
+def test_a_checkpoint_that_an_attempt_only_brought_back_is_no_progress():
+    left = {"records": {}, "first_step": None, "last_step": None, "finished": False}
+    brought = After(attempt=5, checkpoint_step=90, checkpoint_attempt=2, earlier=3, **left)
+    decision = Restarts(3, newest=None).after(outcome(1, left=brought), newest=90)
+    assert not decision.restart
+    assert "the run is still at step 90" in decision.why
+    saved = After(attempt=5, checkpoint_step=91, checkpoint_attempt=5, earlier=3, **left)
+    assert Restarts(3, newest=None).after(outcome(1, left=saved), newest=91).restart
