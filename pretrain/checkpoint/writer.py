@@ -240,7 +240,7 @@ class Writer:
             self._list(staging, final, manifest)
         total = sum(part.size_bytes for part in parts.values())
         self._control.tell("committed", order.id, bytes=total, path=str(final), at=time.time())
-        self._retain(order)
+        self.retain(step=step_of(Path(order.final)), save_id=order.id)
 
     def _refuse_given_up(self, manifest: Manifest) -> None:
         if read_given_up(self._run_dir).has(manifest):
@@ -256,7 +256,7 @@ class Writer:
             self._control.wait(order.id, look)
             look = min(2 * look, _LONGEST_LOOK_SECONDS)
         self._list(Path(order.staging), Path(order.final), manifest)
-        self._retain(order)
+        self.retain(step=step_of(Path(order.final)), save_id=order.id)
 
     def _list(self, staging: Path, final: Path, manifest: Manifest) -> None:
         if self._settings.is_shared:
@@ -300,15 +300,19 @@ class Writer:
         except OSError as error:
             raise unwritable(journal, error) from None
 
-    def _retain(self, order: Order) -> None:
+    def retain(self, *, step: int, save_id: str) -> None:
+        """Remove what need not stay beside the save that was just committed."""
         kept = {
             "keep_last": self._settings.keep_last,
             "keep_every_steps": self._settings.keep_every_steps,
         }
         try:
-            retain(self._run_dir, **kept)  # type: ignore[arg-type]
+            # An attempt that was overtaken removes nothing: its successor may be reading it.
+            with only_newest_attempt(self._run_dir, self._settings.attempt):
+                retain(self._run_dir, **kept)  # type: ignore[arg-type]
             if self._mirror is not None and self._is_main:
-                self._mirror.retain(newest=_mirrored(order), **kept)  # type: ignore[arg-type]
+                self._mirror.require_newest(self._settings.attempt)
+                self._mirror.retain(newest=MirroredSave.of(step, save_id), **kept)  # type: ignore[arg-type]
         except PretrainError as error:  # the checkpoint is committed all the same
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
 

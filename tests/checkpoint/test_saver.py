@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -18,9 +19,10 @@ from faults.matrix.rows_processes import WRITER_OFFSETS
 from held_state import ALONE, HeldState, children, facts, make_saver
 
 from pretrain.checkpoint.manifest import committed, read_manifest
-from pretrain.checkpoint.run_directory import RunDirectory
+from pretrain.checkpoint.run_directory import ATTEMPTS, RunDirectory
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.staging import commit, remove_torn_saves, staging_folder
+from pretrain.checkpoint.writer import Settings, Writer
 from pretrain.distributed import World
 from pretrain.errors import PretrainError, UsageError
 from pretrain.metrics.journal import read_journal
@@ -315,6 +317,43 @@ def test_an_attempt_that_was_overtaken_does_not_commit_any_more(run_dir: Path) -
         with pytest.raises(UsageError, match="attempt 2 has taken over from this one, attempt 1"):
             saver.wait()
     assert [folder.name for folder in committed(run_dir)] == ["step-00000001"]
+
+
+def test_an_attempt_that_was_overtaken_removes_nothing_any_more(run_dir: Path) -> None:
+    state = HeldState(SHAPES)
+    with make_saver(run_dir, state, keep_last=3) as saver:
+        for step in (1, 2, 3):
+            saver.save(facts(step), wait=True)
+    ours, theirs = socket.socketpair()
+    memory = os.memfd_create("snapshot")
+    os.ftruncate(memory, 8)
+    writer = Writer(
+        Settings(
+            run_dir=str(run_dir),
+            rank=0,
+            world_size=1,
+            attempt=1,
+            parent=os.getpid(),
+            memory=memory,
+            memory_bytes=8,
+            control=theirs.detach(),
+            max_bytes_per_second=None,
+            keep_last=1,
+            keep_every_steps=None,
+            mirror=None,
+            s3={},
+            is_shared=True,
+            leads_host=True,
+        )
+    )
+    newer = RunDirectory.claim(run_dir)
+    newer.close()
+    writer.retain(step=3, save_id="1-3")  # committed just before it was overtaken
+    assert len(committed(run_dir)) == 3
+    (run_dir / ATTEMPTS / str(newer.attempt)).rmdir()
+    writer.retain(step=3, save_id="1-3")
+    assert [folder.name for folder in committed(run_dir)] == ["step-00000003"]
+    ours.close()
 
 
 def test_the_same_step_saved_again_replaces_the_first_and_retention_keeps_multiples(run_dir: Path) -> None:
