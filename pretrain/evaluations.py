@@ -1,0 +1,166 @@
+"""What a run measures beside its training: loss and metrics on validation data, and probes of its features.
+
+Called by train.py between steps; built by assemble_evaluations.py. Nothing here changes what is learned: no random
+number of the training is drawn, no weight is touched, and the training data goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain.data.augment import DeviceTransform
+from pretrain.data.loader import EvalLoader, to_device
+from pretrain.distributed import Sums, World
+from pretrain.engine.base import Engine
+from pretrain.errors import DataError
+from pretrain.metrics.journal import JOURNAL_NAME, read_events
+from pretrain.metrics.reporter import Reporter
+from pretrain.probes.falls import FallWatch, Measured
+from pretrain.probes.suite import ProbeChoice, ProbeLoader, ProbeResults, run_probes
+from pretrain.pulse import Pulse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbePlan:
+    """What the probes of a run are, and on what. facts: of the data, for the journal. at_start: also before step 1."""
+
+    choice: ProbeChoice
+    train: ProbeLoader
+    val: ProbeLoader
+    num_classes: int
+    facts: Mapping[str, Any]
+    every_steps: int | None
+    at_start: bool
+
+
+class Evaluations:
+    """Validation every `every_steps`, and the plan's probes in their own steps; both at the end. All ranks together."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        world: World,
+        pulse: Pulse,
+        reporter: Reporter,
+        device_transform: DeviceTransform,
+        validation: EvalLoader | None,
+        every_steps: int | None,
+        probes: ProbePlan | None,
+        falls: FallWatch,
+    ) -> None:
+        self._engine, self._world, self._pulse, self._reporter = engine, world, pulse, reporter
+        self._device_transform = device_transform
+        self._validation, self._every_steps = validation, every_steps
+        self._probes, self._falls = probes, falls
+
+    def begin(self, run_dir: Path, step: int, samples: int) -> None:
+        """Before the first step of an attempt, `step` being done."""
+        if self._probes is None:
+            return
+        if self._world.is_main and step:  # what the probes of earlier attempts came to
+            records = read_events(run_dir / JOURNAL_NAME, ("probe", "start", "rollback"))
+            self._falls.read(records, same=self._probes.facts, up_to_step=step)
+        if self._probes.at_start and step == 0:
+            self._probe(self._probes, step, samples)
+
+    def go_back(self, step: int) -> None:
+        """The run goes on from `step`."""
+        self._falls.go_back(step)
+
+    def between(self, step: int, samples: int) -> None:
+        """What is due after `step`, which is not the last."""
+        if self._validation is not None and is_due(step, self._every_steps):
+            self._validate(self._validation, step, samples)
+        if self._probes is not None and is_due(step, self._probes.every_steps):
+            self._probe(self._probes, step, samples)
+
+    def at_end(self, step: int, samples: int) -> None:
+        if self._validation is not None:
+            self._validate(self._validation, step, samples)
+        if self._probes is not None:
+            self._probe(self._probes, step, samples)
+
+    def _validate(self, loader: EvalLoader, step: int, samples: int) -> None:
+        unreadable, results = validate(self._engine, loader, self._device_transform, self._pulse)
+        self._reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
+
+    def _probe(self, plan: ProbePlan, step: int, samples: int) -> None:
+        started = time.monotonic()
+        results = probe(
+            self._engine, plan, device_transform=self._device_transform, world=self._world, pulse=self._pulse
+        )
+        found = []
+        for name, top1 in results.top1.items():
+            found += self._falls.add(name, Measured(step=step, top1=top1, samples=results.val_samples))
+        self._reporter.probes(
+            step=step,
+            samples=samples,
+            top1=results.top1,
+            falls={str(fall): asdict(fall) for fall in found},
+            falling=self._falls.falling,
+            train_samples=results.train_samples,
+            val_samples=results.val_samples,
+            unreadable=results.unreadable,
+            num_classes=plan.num_classes,
+            seconds=round(time.monotonic() - started, 3),
+            **plan.facts,
+        )
+
+
+def is_due(step: int, every_steps: int | None) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def probe(
+    engine: Engine, plan: ProbePlan, *, device_transform: DeviceTransform, world: World, pulse: Pulse
+) -> ProbeResults:
+    """The plan's probes of the network as it stands, the same on all ranks."""
+    backbone: Any = engine.module.backbone
+    return run_probes(
+        backbone,
+        plan.choice,
+        train=plan.train,
+        val=plan.val,
+        num_classes=plan.num_classes,
+        device_transform=device_transform,
+        world=world,
+        reading=engine.reading,
+        moved=lambda: pulse.at("validate"),
+    )
+
+
+@torch.no_grad()
+def validate(
+    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
+) -> tuple[int, dict[str, float]]:
+    """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
+
+    Images that do not decode are left out, and counted. Raises DataError when none does.
+    """
+    sums = Sums(engine.device)
+    engine.module.eval()
+    pulse.at("validate")
+    for host_batch in loader:
+        pulse.at("validate")
+        count = engine.module.count(host_batch)
+        batch = to_device(host_batch, engine.device)
+        images = device_transform(batch["images"])
+        loss_sum, metric_sums = engine.forward(images, batch)
+        sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
+    engine.module.train()
+    sums.add(unreadable=len(loader.unreadable))
+    totals = sums.over_ranks()
+    unreadable, count, images_seen = int(totals.pop("unreadable")), totals.pop("count"), totals.pop("images")
+    if not images_seen:
+        raise DataError(
+            f"none of the {unreadable} images of data.val decodes; run `pretrain data verify --decode` on it"
+        )
+    loss = totals.pop("loss") / count
+    return unreadable, {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}
