@@ -68,10 +68,19 @@ class PatchStatistics:
             raise DataError(
                 "the dense probe's training data: got no labelled samples; name a dataset with some"
             )
+        if not bool(
+            torch.isfinite(gram_DD).all()
+        ):  # nothing can be learned from them, and no patch will be right
+            D, C = len(gram_DD), len(counts_C)
+            nan = torch.full((D, C), torch.nan, dtype=torch.float64, device=self.device)
+            return PatchClassifier(weight=nan, bias=nan[0], mean=nan[:, 0], std=nan[:, 0])
         mean_D = by_class_CD.sum(0) / n
         prior_C = counts_C / n
         covariance_DD = gram_DD / n - torch.outer(mean_D, mean_D)
-        std_D = covariance_DD.diagonal().clamp(min=0.0).sqrt() + 1e-5
+        variance_D = covariance_DD.diagonal()
+        # Of a feature that never changes, rounding leaves a variance that is not to be divided by.
+        constant_D = variance_D <= 1e-10 * gram_DD.diagonal() / n
+        std_D = torch.where(constant_D, 1.0, variance_D.clamp(min=0.0).sqrt())
         correlation_DD = covariance_DD / torch.outer(std_D, std_D)
         cross_DC = ((by_class_CD / n - torch.outer(prior_C, mean_D)) / std_D).T
         correlation_DD.diagonal().add_(ridge)
@@ -90,10 +99,10 @@ class PatchClassifier:
         self._counts = torch.zeros(2, dtype=torch.float64, device=weight.device)  # right, seen
 
     def add(self, grid_BDhw: Tensor, labels_Bhw: Tensor) -> None:
-        """Classify patches and count; arguments as of PatchStatistics.add."""
+        """Classify patches and count; arguments as of PatchStatistics.add. One that is not finite is not right."""
         x_PD, labels_P = _rows(grid_BDhw, labels_Bhw)
-        predicted_P = (((x_PD - self.mean) / self.std) @ self.weight + self.bias).argmax(dim=1)
-        right = (predicted_P == labels_P).sum()
+        scores_PC = ((x_PD - self.mean) / self.std) @ self.weight + self.bias
+        right = ((scores_PC.argmax(dim=1) == labels_P) & torch.isfinite(scores_PC).all(dim=1)).sum()
         self._counts += torch.stack([right, torch.full_like(right, len(labels_P))])
 
     def top1(self) -> float:

@@ -37,13 +37,17 @@ class ProbeChoice:
     seed: int = 0
 
     @property
-    def needs_features(self) -> bool:
-        return self.knn or self.linear or bool(self.few_shot)
+    def names_of_features(self) -> list[str]:
+        """The results of those that look at pooled features."""
+        few_shot = [f"few_shot_{shots}" for shots in self.few_shot]
+        return ["knn"] * self.knn + few_shot + ["linear"] * self.linear
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResults:
-    """top1: by probe (knn, linear, few_shot_5, …, dense), from 0 to 1. unreadable: images left out of both datasets."""
+    """top1: by probe (knn, linear, few_shot_5, …, dense), from 0 to 1; 0 of features that are not finite, which tell
+    nothing. unreadable: images left out of both datasets.
+    """
 
     top1: dict[str, float]
     train_samples: int
@@ -93,12 +97,12 @@ def run_probes(
             moved=moved,
         )
         sums.add(**{f"{name}_samples": float(len(labels_N)), "unreadable": float(len(loader.unreadable))})
-        if choice.needs_features:
+        if choice.names_of_features:
             gathered += [gather_rows(features_ND, world=world), gather_rows(labels_N, world=world)]
         if statistics is not None and classifier is None:
             classifier = statistics.fit()
     top1 = {}
-    if choice.needs_features:
+    if choice.names_of_features:
         top1 = from_main_in_pieces(
             world, lambda alive: _measure(gathered, choice, device=device, moved=alive), moved=moved
         )
@@ -120,6 +124,8 @@ def _measure(
     """`gathered`: training features and labels, then those of validation."""
     found = {}
     train_features, train_labels, val_features, val_labels = gathered
+    if not all(bool(torch.isfinite(features).all()) for features in (train_features, val_features)):
+        return dict.fromkeys(choice.names_of_features, 0.0)
     if choice.knn:
         found["knn"] = knn_top1(train_features, train_labels, val_features, val_labels, moved=moved)
     for shots in choice.few_shot:

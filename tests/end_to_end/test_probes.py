@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from accelerate.state import AcceleratorState
 from small_run import RECIPE, losses
 
 from pretrain.cli import main
@@ -42,6 +44,16 @@ def write(path: Path, shards: Path, val: str | None, probes: dict[str, Any] | No
     return path
 
 
+def train(recipe: Path, *overrides: str) -> int:
+    """`pretrain train` in this process: a start of Python for each would take longer than all of them."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before, in another precision
+    try:
+        return main(["train", str(recipe), *overrides])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.use_deterministic_algorithms(False)
+
+
 def probes_of(run_dir: Path) -> list[dict[str, Any]]:
     return [record for record in read_journal(run_dir / "journal.jsonl") if record["event"] == "probe"]
 
@@ -52,8 +64,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, val: str) -> tu
     root = tmp_path_factory.mktemp("runs")
     probes = {"every_steps": 2, "at_start": True, "few_shot": [2, 5], "linear": True, "dense": True}
     limits = {"max_train_samples": 100, "max_val_samples": None}
-    assert main(["train", str(write(root / "plain.yaml", shards, val, None))]) == 0
-    assert main(["train", str(write(root / "probed.yaml", shards, val, {**probes, **limits}))]) == 0
+    assert train(write(root / "plain.yaml", shards, val, None)) == 0
+    assert train(write(root / "probed.yaml", shards, val, {**probes, **limits})) == 0
     return root / "plain", root / "probed"
 
 
@@ -129,7 +141,7 @@ def test_a_continued_network_is_probed_at_step_0_and_a_resume_takes_up_what_was_
         init_from=str(runs[0]),
         train={**RECIPE["train"], "steps": 2},
     )
-    assert main(["train", str(recipe)]) == 0
+    assert train(recipe) == 0
     # As if the features had been excellent when the run began: the next value is below its start and its best.
     journal = tmp_path / "more" / "journal.jsonl"
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
@@ -137,7 +149,7 @@ def test_a_continued_network_is_probed_at_step_0_and_a_resume_takes_up_what_was_
         if line["event"] == "probe" and line["step"] <= 1:
             line["top1"] = 1.0
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert main(["train", str(recipe), "train.steps=3"]) == 0
+    assert train(recipe, "train.steps=3") == 0
     records = read_journal(journal)
     assert [(r["step"], r["attempt"]) for r in records if r["event"] == "probe"] == [
         (0, 1),
@@ -149,6 +161,15 @@ def test_a_continued_network_is_probed_at_step_0_and_a_resume_takes_up_what_was_
     assert (fall["step"], fall["probe"], fall["below"], fall["reference"]) == (3, "knn", "best", 1.0)
     table = summarize(read_curves(tmp_path / "more"))
     assert "knn below its best at step 3" in table["probes that fell"]
+
+
+def test_probes_work_in_bf16_and_under_deterministic_algorithms(
+    shards: Path, val: str, tmp_path: Path
+) -> None:
+    settings = {**RECIPE["train"], "steps": 1, "precision": "bf16", "deterministic": True}
+    recipe = write(tmp_path / "bf16.yaml", shards, val, {"linear": True, "dense": True}, train=settings)
+    assert train(recipe) == 0
+    assert len(probes_of(tmp_path / "bf16")) == 6
 
 
 @pytest.mark.parametrize(
@@ -172,6 +193,6 @@ def test_probes_that_can_give_no_number_are_refused_before_anything_is_written(
 ) -> None:
     probes = {name: str(shards) if value == "SHARDS" else value for name, value in probes.items()}
     recipe = write(tmp_path / "wrong.yaml", shards, val if has_val else None, probes)
-    assert main(["train", str(recipe)]) == 2
+    assert train(recipe) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "wrong").exists()

@@ -34,7 +34,7 @@ def fit(grid, labels, batch=7):
 def test_the_classifier_from_sums_is_numpys_ridge_on_all_patches():
     grid, labels = grids(40, 1)
     x, y = patches_of(grid, labels)
-    n, mean, std = len(x), x.mean(0), x.std(0) + 1e-5
+    n, mean, std = len(x), x.mean(0), x.std(0)
     z, target = (x - mean) / std, np.eye(CLASSES)[y]
     bias = target.mean(0)
     rows = np.r_[z, np.sqrt(n * RIDGE) * np.eye(D)]
@@ -76,3 +76,30 @@ def test_no_labelled_patch_is_an_error():
         statistics.fit()
     with pytest.raises(DataError, match="validation data"):
         fit(grid, labels).top1()
+
+
+def test_a_feature_that_never_changes_does_no_harm_however_large_it_is():
+    grid, labels = grids(40, 1)
+    val, truth = grids(30, 2)
+    expected = fit(grid, labels)
+    expected.add(val, labels_of_patches(truth, val))
+    for value in (0.0, 1e4):
+        constant = (torch.cat([one, torch.full_like(one[:, :1], value)], 1) for one in (grid, val))
+        grid_more, val_more = constant
+        fitted = fit(grid_more, labels)
+        fitted.add(val_more, labels_of_patches(truth, val_more))
+        assert fitted.top1() == expected.top1()
+
+
+def test_features_that_are_not_finite_are_not_right():
+    grid, labels = grids(40, 1)
+    fitted = fit(grid, labels)
+    fitted.add(grid, labels_of_patches(labels, grid))
+    assert fitted.top1() > 0.5
+    fitted = fit(grid, labels)
+    fitted.add(grid * torch.nan, labels_of_patches(labels, grid))
+    assert fitted.top1() == 0.0
+    grid[3, 2, 1, 1] = torch.inf
+    fitted = fit(grid, labels)
+    fitted.add(grid, labels_of_patches(labels, grid))
+    assert fitted.top1() == 0.0
