@@ -225,7 +225,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
-        evaluations.begin(run_dir, step, samples)
+        evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
         fault: Fault | None = None
         while step < last_step or fault is not None:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.

@@ -74,12 +74,14 @@ def run_probes(
     device_transform: PixelTransform,
     world: World,
     reading: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    each_batch: Moved = not_said,
     moved: Moved = not_said,
 ) -> ProbeResults:
     """The same results on every rank; all ranks together.
 
-    num_classes: of the training data. reading: the context of one forward (`Engine.reading`). moved: called on every
-    rank at each batch, and again and again while rank 0 computes. Raises DataError for data without labelled samples.
+    num_classes: of the training data. reading: the context of one forward (`Engine.reading`). each_batch: called
+    at each batch, on every rank as often. moved: called on every rank again and again while rank 0 computes.
+    Raises DataError for data without labelled samples.
     """
     device = world.device
     gathered: list[Tensor] = []
@@ -94,7 +96,7 @@ def run_probes(
             device,
             patches=_labelled_as_images(classifier or statistics),
             reading=reading,
-            moved=moved,
+            moved=each_batch,
         )
         sums.add(**{f"{name}_samples": float(len(labels_N)), "unreadable": float(len(loader.unreadable))})
         if choice.names_of_features:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from pretrain.cli import main
 from pretrain.compare import final_values, read_runs
 from pretrain.curves import read_curves
 from pretrain.metrics.journal import read_journal
+from pretrain.probes import suite
 from pretrain.report import summarize
 
 STEPS = 5
@@ -170,6 +173,38 @@ def test_probes_work_in_bf16_and_under_deterministic_algorithms(
     recipe = write(tmp_path / "bf16.yaml", shards, val, {"linear": True, "dense": True}, train=settings)
     assert train(recipe) == 0
     assert len(probes_of(tmp_path / "bf16")) == 6
+
+
+@pytest.mark.parametrize("where", ["knn_top1", "extract_features"])
+def test_a_run_told_to_stop_in_a_probe_gives_it_up_saves_and_goes_on_to_the_same_losses(
+    runs: tuple[Path, Path],
+    shards: Path,
+    val: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    original = getattr(suite, where)
+
+    def told_meanwhile(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **named)
+
+    recipe = write(tmp_path / "told.yaml", shards, val, {"every_steps": 2, "few_shot": []})
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(suite, where, told_meanwhile)
+    try:
+        assert train(recipe) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    events = [(r["event"], r["step"]) for r in read_journal(tmp_path / "told" / "journal.jsonl")]
+    assert ("evaluation_given_up", 2) in events
+    assert ("checkpoint", 3) in events
+    assert probes_of(tmp_path / "told") == []
+    assert train(recipe) == 0
+    assert losses(tmp_path / "told") == losses(runs[0])
+    assert [r["step"] for r in probes_of(tmp_path / "told")] == [4, STEPS]
 
 
 @pytest.mark.parametrize(

@@ -85,12 +85,16 @@ def run_stage(world: World, stage: int, urls: dict[str, str]) -> dict:
     after_plain = features_on_main(plain, urls, world)[0]
 
     engine, plan, pulse = build_engine(world, stage), make_plan(urls, world), Pulse()
+
+    def beat() -> None:
+        pulse.at("validate")
+
     features, labels = features_on_main(engine, urls, world)
     results, disturbed = [], []
     for step in range(STEPS):
         if step == 1:  # once is enough of the one that takes long
             plan = replace(plan, choice=replace(plan.choice, linear=False))
-        found = probe(engine, plan, device_transform=TRANSFORM, world=world, pulse=pulse)
+        found = probe(engine, plan, device_transform=TRANSFORM, world=world, each_batch=beat, moved=beat)
         results.append({"samples": [found.train_samples, found.val_samples], "top1": found.top1})
         disturbed += train(engine, world, range(step, step + 1), batch_size=BATCH, micro=2)[0]
     after = features_on_main(engine, urls, world)[0]

@@ -17,7 +17,6 @@ from launching import run_ranks
 from pretrain.cli import main
 from pretrain.distributed import World
 from pretrain.evaluations import probe
-from pretrain.pulse import Pulse
 
 WORKER = Path(worker.__file__)
 ALONE = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
@@ -69,7 +68,8 @@ def alone(urls: dict[str, str]) -> dict[str, Any]:
         worker.make_plan(urls, ALONE),
         device_transform=worker.TRANSFORM,
         world=ALONE,
-        pulse=Pulse(),
+        each_batch=lambda: None,
+        moved=lambda: None,
     )
     return {"features": features, "labels": labels, "top1": found.top1}
 

@@ -46,13 +46,16 @@ def run(backbone, train, val, choice=ALL, **more):
 
 
 def test_all_probes_are_told_by_name_and_knn_is_that_of_the_features_alone():
-    moves = []
-    found = run(network(), Batches(1), Batches(2), moved=lambda: moves.append(1))
+    moves, batches = [], []
+    found = run(
+        network(), Batches(1), Batches(2), moved=lambda: moves.append(1), each_batch=lambda: batches.append(1)
+    )
     assert list(found.top1) == ["knn", "few_shot_2", "few_shot_4", "linear", "dense"]
     assert (found.train_samples, found.val_samples, found.unreadable) == (31, 31, 2)
     parts = [extract_features(network(), Batches(seed), scale, "cpu") for seed in (1, 2)]
     assert found.top1["knn"] == knn_top1(*parts[0], *parts[1])
     assert 1 / 3 < found.top1["dense"] < 1
+    assert len(batches) == 4
     assert len(moves) > 20, "long work must tell that it moves"
 
 
