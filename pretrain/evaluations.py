@@ -97,6 +97,7 @@ class Evaluations:
     def _validate(self, step: int, samples: int) -> None:
         if self._validation is None:
             return
+        self._pulse.at("validate", step)
         try:
             unreadable, results = validate(
                 self._engine, self._validation, self._device_transform, each_batch=self._each_batch
@@ -110,6 +111,7 @@ class Evaluations:
         plan, started = self._probes, time.monotonic()
         if plan is None:
             return
+        self._pulse.at("validate", step)
         try:
             results = probe(
                 self._engine,
