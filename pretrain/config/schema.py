@@ -287,7 +287,9 @@ class WatchdogConfig(Section):
 class ProbesConfig(Section):
     """How good the features are, without training the backbone; see pretrain/probes/."""
 
-    train: str | None = None  # labelled shards; data.train when left out
+    train: str | None = (
+        None  # labelled shards; data.train (of a mixture, the first with labels) when left out
+    )
     val: str | None = None  # data.val when left out
     every_steps: PositiveInt | None = None  # and at the end; only there when left out
     at_start: bool | None = None  # before the first step, too; when left out: where the run has an init_from
