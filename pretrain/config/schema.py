@@ -297,7 +297,7 @@ class ProbesConfig(Section):
     linear: bool = False  # iterates over all features on rank 0: the costly one
     few_shot: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (5, 10, 25)  # images a class
     dense: bool = False  # of patches; a second forward of each image
-    max_train_samples: PositiveInt | None = 50_000  # of the same classes' shares; null: all
+    max_train_samples: PositiveInt | None = 50_000  # with a label, classes in proportion; null: all
     max_val_samples: PositiveInt | None = 10_000
 
     @model_validator(mode="after")
