@@ -269,7 +269,11 @@ def probe(commands: Commands, data: Path, run_dir: Path, *, at_once: int) -> dic
     commands.run_together(
         [(f"knn-{init}", ("evaluate", run_dir, *words, "--init", init)) for init in inits], at_once=at_once
     )
-    probes = [record for record in read_journal(run_dir / JOURNAL_NAME) if record["event"] == "probe"]
+    probes = [
+        record
+        for record in read_journal(run_dir / JOURNAL_NAME)
+        if record["event"] == "probe" and "init" in record
+    ]
     return {record["init"]: float(record["top1"]) for record in probes}
 
 

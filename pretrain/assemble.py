@@ -22,11 +22,11 @@ from pretrain.checkpoint.run_directory import ATTEMPTS
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.skipped import read_skipped
 from pretrain.config.schema import RunConfig
-from pretrain.data.augment import DeviceTransform, EvalTransform, TrainTransform
+from pretrain.data.augment import DeviceTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
-from pretrain.data.loader import EvalLoader, TrainLoader
+from pretrain.data.loader import TrainLoader
 from pretrain.data.mixup import Mixing
 from pretrain.data.rand_augment import RandAugment
 from pretrain.data.reader import ChunkReader
@@ -218,27 +218,6 @@ def build_train_loader(
 def _rand_augment(config: RunConfig) -> RandAugment | None:
     asked = config.data.rand_augment
     return RandAugment(ops=asked.ops, magnitude=asked.magnitude) if asked else None
-
-
-def build_eval_loader(
-    config: RunConfig, data: Data, *, world: World, split: Split, workers: int
-) -> EvalLoader | None:
-    """Passes over data.val, None where the recipe has none."""
-    if data.val_index is None:
-        return None
-    return EvalLoader(
-        reader=build_reader(config, data.val_index),
-        transform=EvalTransform(
-            image_size=config.model.image_size, decoder=resolve_decoder(config.data.decoder)
-        ),
-        batch_size=split.micro_batch_size,
-        rank=world.rank,
-        world_size=world.world_size,
-        workers=workers,
-        prefetch_bytes=config.data.prefetch_bytes,
-        worker_timeout_seconds=config.data.worker_timeout_seconds,
-        pin_memory=world.device.type == "cuda",
-    )
 
 
 def packed(source: str, config: RunConfig) -> str:

@@ -37,7 +37,9 @@ COMMANDS: dict[str, Command] = {
         "pretrain.train", "train a recipe: pretraining, fine-tuning, resuming", "pretrain.recipe"
     ),
     "fork": Command("pretrain.fork", "start a new run from a checkpoint of another, with other settings"),
-    "evaluate": Command("pretrain.evaluate", "measure a backbone's features with a kNN or linear probe"),
+    "evaluate": Command(
+        "pretrain.evaluate", "measure a backbone's features with a kNN, linear, few-shot or dense probe"
+    ),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
     "checkpoints": Command("pretrain.checkpoints", "list, verify and remove a run's checkpoints"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),

@@ -177,6 +177,10 @@ def final_values(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
         rows[f"validation {metric}, last"] = [None if s is None else _last(s[1]) for s in series]
         best = _lowest if "loss" in metric else _highest
         rows[f"validation {metric}, best"] = [None if s is None else best(s[1]) for s in series]
+    for probe in _probes(curves):
+        tops = [one.probes.get(probe) for one in curves]
+        rows[f"probe {probe}, last"] = [None if s is None else _last(s[1]) for s in tops]
+        rows[f"probe {probe}, best"] = [None if s is None else _highest(s[1]) for s in tops]
     return {name: row for name, row in rows.items() if any(value is not None for value in row)}
 
 
@@ -209,10 +213,11 @@ def panels_of(runs: Sequence[ComparedRun], *, by: str) -> list[Panel]:
             )
         return tuple(found)
 
-    def points(metric: str) -> tuple[Line, ...]:
+    def points(metric: str, *, of_probes: bool = False) -> tuple[Line, ...]:
         found = []
         for run in runs:
-            steps, values = run.curves.validation.get(metric, (np.array([], np.int64), np.array([])))
+            series = run.curves.probes if of_probes else run.curves.validation
+            steps, values = series.get(metric, (np.array([], np.int64), np.array([])))
             x = np.interp(steps, run.curves.steps, run.curves.samples) if by == "samples" else steps
             found.append(Line(name=run.name, x=x, y=values, has_points=True))
         return tuple(found)
@@ -220,6 +225,10 @@ def panels_of(runs: Sequence[ComparedRun], *, by: str) -> list[Panel]:
     panels = [Panel(title="Training loss", unit="loss", lines=lines("loss", smoothed=True))]
     panels += [
         Panel(title=f"Validation {metric}", unit=metric, lines=points(metric)) for metric in _metrics(curves)
+    ]
+    panels += [
+        Panel(title=f"Probe {probe}", unit="top-1", lines=points(probe, of_probes=True))
+        for probe in _probes(curves)
     ]
     panels += [
         Panel(title="Learning rate", unit="learning rate", lines=lines("lr", smoothed=False), from_zero=True),
@@ -276,6 +285,10 @@ def _origin(run: ComparedRun, runs: Sequence[ComparedRun]) -> str | None:
 
 def _metrics(curves: Sequence[Curves]) -> list[str]:
     return sorted({metric for one in curves for metric in one.validation})
+
+
+def _probes(curves: Sequence[Curves]) -> list[str]:
+    return list(dict.fromkeys(probe for one in curves for probe in one.probes))
 
 
 def _half_life(curves: Sequence[Curves]) -> float:

@@ -37,6 +37,8 @@ class Curves:
     values: Mapping[str, np.ndarray]  # float64[n] by field; NaN where a step did not log it
     resumed_at: tuple[int, ...]  # first step of each attempt but the first
     validation: Mapping[str, tuple[np.ndarray, np.ndarray]]  # metric -> (steps int64[m], values float64[m])
+    probes: Mapping[str, tuple[np.ndarray, np.ndarray]]  # the same by probe, of those made while it trained
+    falls: tuple[tuple[int, str, str], ...]  # (step, probe, below what) where a probe began to fall
     attempts: tuple[int, ...]
     seconds: float  # from the first to the last line of each attempt, summed
     redone_steps: int  # steps that were done more than once
@@ -73,6 +75,12 @@ def read_curves(run_dir: Path) -> Curves:
         values={name: np.array([_number(line.get(name)) for line in lines]) for name in fields},
         resumed_at=tuple(firsts[1:]),
         validation=_validation(records),
+        probes=_probes(records),
+        falls=tuple(
+            (int(record["step"]), str(record["probe"]), str(record["below"]))
+            for record in _kept(records)
+            if record.get("event") == "probe_falls"
+        ),
         attempts=tuple(attempts),
         seconds=_seconds(records),
         redone_steps=len(step_lines) - len(lines),
@@ -137,6 +145,30 @@ def _validation(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndar
     return {
         name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
         for name, points in sorted(by_metric.items())
+    }
+
+
+def _kept(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The lines of probes without those of steps that a later start or rollback gave up."""
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        if record.get("event") in ("start", "rollback"):
+            kept = [one for one in kept if int(one["step"]) <= int(record["step"])]
+        elif record.get("event") == "probe_falls" or (
+            record.get("event") == "probe" and record.get("by") == "train"
+        ):
+            kept.append(record)
+    return kept
+
+
+def _probes(records: Sequence[Mapping[str, Any]]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    by_probe: dict[str, dict[int, float]] = {}
+    for record in _kept(records):
+        if record["event"] == "probe":
+            by_probe.setdefault(record["probe"], {})[int(record["step"])] = _number(record.get("top1"))
+    return {
+        name: (np.array(sorted(points)), np.array([points[step] for step in sorted(points)]))
+        for name, points in by_probe.items()
     }
 
 

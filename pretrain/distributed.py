@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from time import monotonic
 from typing import Any, TypeVar
 
 import torch
@@ -194,6 +195,31 @@ def gather_tensors(values: torch.Tensor) -> list[torch.Tensor]:
     return gathered
 
 
+def gather_rows(rows: torch.Tensor, *, world: World, piece_bytes: int = 64 << 20) -> torch.Tensor:
+    """All ranks' rows, in rank order, on rank 0's host; an empty tensor on the others.
+
+    rows: (N, …) on the host, of one type and width on all ranks; N may differ. They travel in pieces, so that no
+    device holds more than about `piece_bytes` of them.
+    """
+    if not dist.is_initialized():
+        return rows
+    counts = gather_objects(len(rows))
+    row_bytes = rows[:1].numel() * rows.element_size() if len(rows) else rows.element_size()
+    piece_rows = max(1, piece_bytes // (max(gather_objects(row_bytes)) * world.world_size))
+    pieces: list[list[torch.Tensor]] = [[] for _ in counts]
+    for start in range(0, max(counts), piece_rows):
+        length = min(piece_rows, max(counts) - start)
+        piece = torch.zeros(length, *rows.shape[1:], dtype=rows.dtype)
+        own = rows[start : start + length]
+        piece[: len(own)] = own
+        piece = piece.to(world.device)
+        into = [torch.empty_like(piece) for _ in counts] if world.is_main else None
+        dist.gather(piece, into, dst=0)
+        for rank, arrived in enumerate(into or []):
+            pieces[rank].append(arrived[: max(0, counts[rank] - start)].cpu())
+    return torch.cat([rows[:0], *(one for of_rank in pieces for one in of_rank)])
+
+
 def from_main(world: World, make: Callable[[], T], *, patiently: bool = False) -> T:
     """What rank 0's `make()` returns, on every rank; its error is every rank's error.
 
@@ -213,6 +239,48 @@ def from_main(world: World, make: Callable[[], T], *, patiently: bool = False) -
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def from_main_in_pieces(
+    world: World,
+    make: Callable[[Callable[[], None]], T],
+    *,
+    moved: Callable[[], None],
+    every_seconds: float = 1.0,
+) -> T:
+    """As from_main, for work that may take longer than ranks may stand still.
+
+    `make(alive)` calls `alive` between its pieces; then `moved` is called there and, every so many seconds, on the
+    ranks that wait. Rank 0 in a piece that does not end is what their watchdogs find: they wait, and it does not move.
+    """
+    if not dist.is_initialized():
+        return make(moved)
+    if not world.is_main:
+        while True:
+            message: list[Any] = [None]
+            dist.broadcast_object_list(message, src=0)
+            moved()
+            kind, value = message[0]
+            if kind == "error":
+                raise value
+            if kind == "result":
+                return value
+    told = monotonic()
+
+    def alive() -> None:
+        nonlocal told
+        moved()
+        if monotonic() - told >= every_seconds:
+            dist.broadcast_object_list([("alive", None)], src=0)
+            told = monotonic()
+
+    try:
+        result = make(alive)
+    except PretrainError as error:
+        dist.broadcast_object_list([("error", error)], src=0)
+        raise
+    dist.broadcast_object_list([("result", result)], src=0)
+    return result
 
 
 def together(action: Callable[[], T]) -> T:

@@ -70,6 +70,10 @@ class LostPeerError(PretrainError):
     """Another rank is gone: the cause is there, not here. The run may be restarted."""
 
 
+class AskedToStopError(PretrainError):
+    """What was under way is given up, because somebody asked the run to stop. Caught by who began it."""
+
+
 class WorkerError(PretrainError):
     """A loader worker died or hung, again after it was started again. The run may be restarted."""
 

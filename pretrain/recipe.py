@@ -167,7 +167,25 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         if any(is_remote(index.url) for index in indexes):
             bound = cache_bytes(config)
             yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
+    yield from _probes(config)
     yield "export formats", ", ".join(_exportable(config))
+
+
+def _probes(config: RunConfig) -> Iterator[tuple[str, str]]:
+    probes = config.eval.probes
+    if probes is None:
+        return
+    names = [name for name in ("knn", "linear", "dense") if getattr(probes, name)]
+    names += [f"few_shot_{shots}" for shots in probes.few_shot]
+    when = f"every {probes.every_steps:,} steps and at the end" if probes.every_steps else "at the end"
+    most = [
+        "all" if limit is None else f"at most {limit:,}"
+        for limit in (probes.max_train_samples, probes.max_val_samples)
+    ]
+    yield (
+        "probes",
+        f"{', '.join(names)}, {when}: {most[0]} training and {most[1]} validation images each time",
+    )
 
 
 def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]:

@@ -2,7 +2,7 @@
 
 example: pretrain report runs/first --out first.png
 
-Loss, validation metrics, learning rate, gradient norm, speed and data wait are drawn against steps (samples
+Loss, validation metrics, probes, learning rate, gradient norm, speed and data wait are drawn against steps (samples
 on the upper axis). Dotted vertical lines mark where the run was resumed, dashed ones where it went on with
 other ranks, dash-dotted ones to where it went back when numbers went wrong. The table says what share of the
 time went into steps that count. Needs matplotlib: pip install
@@ -70,6 +70,13 @@ def summarize(curves: Curves) -> dict[str, str]:
             best = int(finite_metric.argmin() if is_lower_better(name) else finite_metric.argmax())
             at_best = f"{finite_metric[best]:.4f} best (step {finite_steps[best]:,})"
             table[f"validation {name}"] = f"{finite_metric[-1]:.4f} at last, {at_best}"
+    for name, (steps, top1) in curves.probes.items():
+        best = int(top1.argmax())
+        table[f"probe {name}"] = f"{top1[-1]:.4f} at last, {top1[best]:.4f} best (step {steps[best]:,})"
+    if curves.falls:
+        table["probes that fell"] = "; ".join(
+            f"{probe} below its {below} at step {step:,}" for step, probe, below in curves.falls
+        )
     if "replaced" in values and np.isfinite(values["replaced"]).any():
         replaced = int(np.nanmax(values["replaced"]))
         table["samples replaced"] = f"{replaced:,} ({replaced / max(1, int(curves.samples[-1])):.3%})"

@@ -13,6 +13,8 @@ import numpy as np
 from pretrain.curves import Curves, half_life_of, is_lower_better, smooth
 from pretrain.errors import UsageError
 
+_OF_A_PANEL = ("validation ", "probe ")  # lines that mean something in one panel alone
+
 
 def draw(curves: Curves, out: Path) -> None:
     """Write the picture; its format follows from the file's suffix.
@@ -57,6 +59,7 @@ class _Panel:
     points: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # validation metrics
     smoothed: bool = False
     from_zero: bool = False
+    kind: str = "validation"  # of the points
 
     @property
     def has_data(self) -> bool:
@@ -74,6 +77,7 @@ def _panels(curves: Curves) -> list[_Panel]:
     return [
         _Panel(title="Loss", unit="loss", line=values.get("loss"), points=losses, smoothed=True),
         _Panel(title="Validation", unit="metric", points=others),
+        _Panel(title="Probes of the frozen features", unit="top-1", points=curves.probes, kind="probe"),
         _Panel(title="Learning rate", unit="learning rate", line=values.get("lr"), from_zero=True),
         _Panel(
             title="Gradient norm before clipping",
@@ -107,11 +111,15 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
     axes.grid(alpha=0.3)
     if panel.line is not None:
         _draw_line(axes, panel, curves.steps)
-    colors = ("tab:red", "tab:green", "tab:purple", "tab:brown")
+    colors = ("tab:red", "tab:green", "tab:purple", "tab:brown", "tab:blue", "tab:olive")
     for (name, (steps, values)), color in zip(panel.points.items(), colors * 8, strict=False):
         axes.plot(
-            steps, values, marker="o", markersize=4, linewidth=1.5, color=color, label=f"validation {name}"
+            steps, values, marker="o", markersize=4, linewidth=1.5, color=color, label=f"{panel.kind} {name}"
         )
+    if panel.kind == "probe":
+        for number, step in enumerate(sorted({step for step, _, _ in curves.falls})):
+            label = "a probe falls" if number == 0 else None
+            axes.axvline(step, color="tab:pink", linestyle="--", linewidth=1.6, label=label)
     for number, step in enumerate(curves.resumed_at):
         axes.axvline(
             step, color="black", linestyle=":", linewidth=1.3, label="resumed" if number == 0 else None
@@ -130,7 +138,7 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
         upper.set_xlabel("samples", fontsize=13)
         upper.tick_params(labelsize=12)
         upper.xaxis.set_major_formatter(EngFormatter())  # 700 k instead of 700000
-    own = [line for line in axes.get_lines() if str(line.get_label()).startswith("validation")]
+    own = [line for line in axes.get_lines() if str(line.get_label()).startswith(_OF_A_PANEL)]
     if own:
         axes.legend(handles=own, fontsize=12)
 
@@ -140,7 +148,7 @@ def _draw_common_legend(figure: Any) -> None:
     common: dict[str, Any] = {}
     for axes in figure.axes:
         for line, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            if not label.startswith("validation"):
+            if not label.startswith(_OF_A_PANEL):
                 common.setdefault(label, line)
     if len(common) > 1:
         figure.legend(common.values(), common, loc="outside lower center", ncols=len(common), fontsize=13)

@@ -72,6 +72,10 @@ class StopSignals:
         else:
             self.terminate = True
 
+    def is_asked(self) -> bool:
+        """Has this process been asked to stop, in either way?"""
+        return self.terminate or self.ctrl_c
+
     def flags(self) -> tuple[float, float]:
         """(asked to terminate, Ctrl-C), to be summed over ranks."""
         return float(self.terminate), float(self.ctrl_c)

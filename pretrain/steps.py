@@ -1,20 +1,16 @@
-"""What the loop of train.py does with batches: one optimizer step, one pass of validation. Called by train.py and
-replay.py.
-"""
+"""What the loop of train.py does with batches: one optimizer step. Called by train.py and replay.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from pretrain.data.augment import DeviceTransform
-from pretrain.data.loader import Batch, EvalLoader
+from pretrain.data.loader import Batch, to_device
 from pretrain.data.mixup import Mixing
 from pretrain.distributed import Sums, sum_over_ranks
 from pretrain.engine.base import Engine
-from pretrain.errors import DataError
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.pulse import Pulse
 
@@ -72,10 +68,6 @@ def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
     return loss.detach() * 0.0 + 1.0
 
 
-def to_device(batch: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
 def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> str:
     """Shapes and ranges, for whoever debugs."""
     named = {"images (normalised)": images, **batch}
@@ -84,33 +76,3 @@ def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> s
         f"from {tensor.float().min():.4g} to {tensor.float().max():.4g}, mean {tensor.float().mean():.4g}"
         for name, tensor in named.items()
     )
-
-
-@torch.no_grad()
-def validate(
-    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
-) -> tuple[int, dict[str, float]]:
-    """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
-
-    Images that do not decode are left out, and counted. Raises DataError when none does.
-    """
-    sums = Sums(engine.device)
-    engine.module.eval()
-    pulse.at("validate")
-    for host_batch in loader:
-        pulse.at("validate")
-        count = engine.module.count(host_batch)
-        batch = to_device(host_batch, engine.device)
-        images = device_transform(batch["images"])
-        loss_sum, metric_sums = engine.forward(images, batch)
-        sums.add(loss=loss_sum, count=count, images=batch["weights"].sum(), **metric_sums)
-    engine.module.train()
-    sums.add(unreadable=len(loader.unreadable))
-    totals = sums.over_ranks()
-    unreadable, count, images_seen = int(totals.pop("unreadable")), totals.pop("count"), totals.pop("images")
-    if not images_seen:
-        raise DataError(
-            f"none of the {unreadable} images of data.val decodes; run `pretrain data verify --decode` on it"
-        )
-    loss = totals.pop("loss") / count
-    return unreadable, {"loss": loss, **{name: total / images_seen for name, total in totals.items()}}

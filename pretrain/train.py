@@ -26,7 +26,6 @@ from pretrain import recipe
 from pretrain.assemble import (
     build_device_transform,
     build_engine,
-    build_eval_loader,
     build_judge,
     build_mixing,
     build_objective,
@@ -37,6 +36,7 @@ from pretrain.assemble import (
     open_data,
     open_mirror,
 )
+from pretrain.assemble_evaluations import build_evaluations, open_probe_data
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared
 from pretrain.checkpoint.run_directory import (
@@ -60,6 +60,7 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
+from pretrain.evaluations import is_due
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
@@ -71,7 +72,7 @@ from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
 from pretrain.rollback import distrust, go_back
 from pretrain.signals import StopSignals, exit_code_for
-from pretrain.steps import describe_batch, preparing, take_step, validate
+from pretrain.steps import describe_batch, preparing, take_step
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
@@ -112,6 +113,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
+    probe_data = open_probe_data(config, data, world=world)
     split = split_batch(config, world.world_size)
     last_step = total_steps(config, data.stream)
     lr_of = build_schedule(config, total_steps=last_step)
@@ -190,7 +192,6 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         train_loader = build_train_loader(config, data, world=world, split=split, workers=workers)
         stack.callback(train_loader.close)
         reporter.watch_cache(train_loader.cached_bytes)
-        eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
         device_transform = build_device_transform(config)
         prepared = preparing(engine.device, device_transform, build_mixing(config))
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
@@ -198,6 +199,18 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         batches = train_loader.steps(samples)
         undescribed = debug
         compute = ComputeTime(engine.device)
+        evaluations = build_evaluations(
+            config,
+            data,
+            probe_data,
+            engine,
+            world=world,
+            split=split,
+            workers=workers,
+            pulse=pulse,
+            reporter=reporter,
+            device_transform=device_transform,
+        )
 
         saver = stack.enter_context(
             build_saver(
@@ -212,6 +225,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
+        evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
         fault: Fault | None = None
         while step < last_step or fault is not None:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.
@@ -242,6 +256,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 step, samples, replaced = standing(manifest)
                 judge.load_state_dict(manifest.judged)
                 replicas.begin(step)
+                evaluations.go_back(step)
                 batches.close()
                 train_loader.follow(data.stream)
                 batches = train_loader.steps(samples)
@@ -337,14 +352,11 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 barrier()  # nobody leaves while a peer may still need it
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
-            if eval_loader is not None and not is_last and is_due(step, config.eval.every_steps):
-                unreadable, results = validate(engine, eval_loader, device_transform, pulse)
-                reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
+            if not is_last:
+                evaluations.between(step, samples)
 
         # After the loop: a run that was killed between its last save and its end still gets here.
-        if eval_loader is not None:
-            unreadable, results = validate(engine, eval_loader, device_transform, pulse)
-            reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
+        evaluations.at_end(step, samples)
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
@@ -353,10 +365,6 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 def standing(manifest: Manifest | None) -> tuple[int, int, int]:
     """(step, position, samples replaced so far) that a run goes on from."""
     return (manifest.step, manifest.samples, manifest.replaced) if manifest else (0, 0, 0)
-
-
-def is_due(step: int, every_steps: int | None) -> bool:
-    return every_steps is not None and step % every_steps == 0
 
 
 def main() -> int:

@@ -286,8 +286,36 @@ class WatchdogConfig(Section):
     slow_rank_seconds: NonNegativeFloat = 60.0
 
 
+class ProbesConfig(Section):
+    """How good the features are, without training the backbone; see pretrain/probes/."""
+
+    train: str | None = (
+        None  # labelled shards; data.train (of a mixture, the first with labels) when left out
+    )
+    val: str | None = None  # data.val when left out
+    every_steps: PositiveInt | None = None  # and at the end; only there when left out
+    at_start: bool | None = None  # before the first step, too; when left out: where the run has an init_from
+    knn: bool = True
+    linear: bool = False  # iterates over all features on rank 0: the costly one
+    few_shot: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (5, 10, 25)  # images a class
+    dense: bool = False  # of patches; a second forward of each image
+    max_train_samples: PositiveInt | None = 50_000  # with a label, classes in proportion; null: all
+    max_val_samples: PositiveInt | None = 10_000
+
+    @model_validator(mode="after")
+    def _check(self) -> ProbesConfig:
+        if not (self.knn or self.linear or self.few_shot or self.dense):
+            raise ValueError(
+                "eval.probes measures nothing: turn on knn, linear, few_shot or dense, or leave it out"
+            )
+        if len(set(self.few_shot)) != len(self.few_shot) or len(self.few_shot) > 8:
+            raise ValueError(f"eval.probes.few_shot={list(self.few_shot)}: give up to 8 numbers, each once")
+        return self
+
+
 class EvalConfig(Section):
     every_steps: PositiveInt | None = None  # validation loss (and top-1); at the end of the run when left out
+    probes: ProbesConfig | None = None
 
 
 class ExportConfig(Section):

@@ -36,6 +36,10 @@ class Batch(TypedDict):
     draws: torch.Tensor  # float32 (B, device_draws), for the device's half of the augmentation
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}  # type: ignore[attr-defined]
+
+
 class TrainLoader:
     """The micro-batches of one rank.
 
@@ -162,7 +166,8 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """One rank's part of a pass over a dataset in its own order; positions are sample numbers.
+    """One rank's part of a pass over a dataset in its own order, or over its `samples` (numbers, in the order they
+    are to come in); positions are sample numbers.
 
     Batches are `batch_size` long and equally many on all ranks, padded with weight 0. Each `iter`
     starts a new pass. transform: `EvalTransform`. A sample that does not decode is not replaced: its
@@ -175,6 +180,7 @@ class EvalLoader:
         reader: ChunkReader,
         transform: HostTransform,
         batch_size: int,
+        samples: Int64s | None = None,
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
@@ -186,7 +192,11 @@ class EvalLoader:
         self._reader, self._transform = reader, transform
         self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
         self._prefetch_bytes, self._worker_timeout_seconds = prefetch_bytes, worker_timeout_seconds
-        self._own = validation_slice(reader.index.num_samples, rank=rank, world_size=world_size)
+        count = reader.index.num_samples if samples is None else len(samples)
+        own = validation_slice(count, rank=rank, world_size=world_size)
+        if samples is not None and count:
+            own = np.where(own == PAD, PAD, samples[own])  # PAD takes the last one along, in vain
+        self._own = own
         self.batch_size = batch_size
         self.unreadable: list[Origin] = []  # of the last pass so far, on this rank
 

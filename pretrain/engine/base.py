@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,11 @@ class Engine(Protocol):
 
         `images`: float32 (B, 3, S, S), normalised; the objective casts them where it computes.
         """
+        ...
+
+    def reading(self) -> AbstractContextManager[Any]:
+        """A context for one forward of a part of `module`, by itself and without gradients: it computes with the
+        weights and in the precision of `forward`. All ranks together."""
         ...
 
     def backward(self, loss: torch.Tensor) -> None:

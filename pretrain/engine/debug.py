@@ -5,7 +5,8 @@ Weights and moments are float32; in bf16 the forward runs under autocast.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,11 @@ class AccelerateEngine:
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with bf16_products(self.device, enabled=self._is_bf16):
             return self._prepared(images, batch)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        with bf16_products(self.device, enabled=self._is_bf16), self._accelerator.autocast():
+            yield
 
     def backward(self, loss: torch.Tensor) -> None:
         with bf16_products(self.device, enabled=self._is_bf16):

@@ -128,6 +128,15 @@ class ZeroEngine:
         with bf16_products(self.device, enabled=self._is_bf16):
             return self._engine(images, batch)
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        if self.zero_stage == 3:
+            # The hooks of each submodule gather its weights, but only those of the whole module begin a new forward:
+            # without that, the order of submodules that DeepSpeed learns for its prefetching would grow and grow.
+            self._wrapped.parameter_offload.get_param_coordinator().reset_step()
+        with bf16_products(self.device, enabled=self._is_bf16):
+            yield
+
     def backward(self, loss: torch.Tensor) -> None:
         with bf16_products(self.device, enabled=self._is_bf16):
             self._engine.backward(loss * self._world.world_size, scale_wrt_gas=False)

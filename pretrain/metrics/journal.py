@@ -5,6 +5,8 @@ events that are drawn:
 
     step        step, samples, epoch, loss, lr, grad_norm, step_seconds, data_seconds, images_per_second
     validation  step, samples, and one field a metric (loss, top1, …)
+    probe       probe (knn, linear, few_shot_5, …, dense), top1, step, samples, by ("train", or "evaluate" with init),
+                and of what: train, train_identity, train_samples, val, val_identity, val_samples, num_classes
 
 and, of what a run was when an attempt began:
 
@@ -14,11 +16,13 @@ and, of what a run was when an attempt began:
     checkpoint_rejected  path, reason: a damaged one that was passed over
     tracker_failed  tracker, reason: TensorBoard or W&B gets no more of this attempt, or only a file for later
     fork            the first line of a fork: parent, checkpoint, step, samples, changed, …; see lineage.py
+
 What goes wrong with numbers has events of its own:
 
     step_skipped  step, samples: an update that was left out, its gradient was not finite
     rollback      kind (non-finite, spike, replica), reason, from_step, from_samples, and where the run goes on:
                   step, samples, global_batch_size, skipped ([start, stop] of all that it jumps over)
+    probe_falls   step, samples, probe, below ("best" or "start"), top1, reference, reference_step, margin
 
 Any other event and field may be added; readers leave what they do not know alone.
 
@@ -115,11 +119,8 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except ValueError:  # JSONDecodeError and UnicodeDecodeError
-            record = None
-        if not isinstance(record, dict):
+        record = _parsed(line)
+        if record is None:
             if number == len(lines):  # nothing, not even a line end, follows: torn
                 break
             raise DataError(
@@ -127,6 +128,31 @@ def read_journal(path: str | Path) -> list[dict[str, Any]]:
             )
         records.append(_with_floats(record))
     return records
+
+
+def read_events(path: str | Path, events: Iterable[str]) -> list[dict[str, Any]]:
+    """The lines of those events alone, in their order: the others, by far the most, are not parsed. [] without a file.
+
+    A damaged line is left out: whoever needs all of a journal reads it with `read_journal`.
+    """
+    starts = tuple(f'{{"event": "{event}"'.encode() for event in events)
+    records = []
+    try:
+        with Path(path).open("rb") as file:
+            for line in file:
+                if line.startswith(starts) and (record := _parsed(line)) is not None:
+                    records.append(_with_floats(record))
+    except FileNotFoundError:
+        return []
+    return records
+
+
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # JSONDecodeError and UnicodeDecodeError
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def steps_of(records: Iterable[Mapping[str, Any]]) -> dict[int, dict[str, Any]]:

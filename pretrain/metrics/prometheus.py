@@ -42,6 +42,7 @@ EVENTS = {
     "steps_skipped": "Updates left out because a loss or gradient was not finite.",
     "loss_spikes": "Losses far above the recent ones.",
     "replica_mismatches": "Comparisons of the ranks' weights in which one stood out.",
+    "probe_falls": "Probes that fell below their best, or below where the run began.",
     "rollbacks": "Times that the run went back to a checkpoint without being restarted.",
 }
 
@@ -98,6 +99,18 @@ class MetricsServer:
         )
         self._validation = Gauge(
             "pretrain_validation", "Result of the last validation, by metric.", ["metric"], registry=registry
+        )
+        self._probe_accuracy = Gauge(
+            "pretrain_probe_accuracy",
+            "Validation images (for dense: patches) that a probe of the frozen features gets right, 0 to 1.",
+            ["probe"],
+            registry=registry,
+        )
+        self._probe_falling = Gauge(
+            "pretrain_probe_falling",
+            "1 while a probe stays below its best, or below where the run began, by more than chance; else 0.",
+            ["probe"],
+            registry=registry,
         )
         self._checkpoint_seconds = Histogram(
             "pretrain_checkpoint_seconds",
@@ -241,6 +254,13 @@ class MetricsServer:
     def set_validation(self, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._validation.labels(metric=name).set(value)
+
+    def set_probes(self, top1: Mapping[str, float], *, falling: Mapping[str, bool]) -> None:
+        """Both by probe."""
+        for name, value in top1.items():
+            self._probe_accuracy.labels(probe=name).set(value)
+        for name, falls in falling.items():
+            self._probe_falling.labels(probe=name).set(float(falls))
 
     def close(self) -> None:
         """Stop serving and free the port."""

@@ -329,6 +329,30 @@ class Reporter:
         if self._trackers:
             self._trackers.validation(step, metrics)
 
+    def probes(
+        self,
+        *,
+        step: int,
+        samples: int,
+        top1: Mapping[str, float],
+        falls: Mapping[str, Mapping[str, Any]],
+        falling: Mapping[str, bool],
+        **facts: Any,
+    ) -> None:
+        """top1: by probe. falls: those that are new, their fields by what is to be said of each. falling: by probe."""
+        said = ", ".join(f"{name} {100 * value:.2f} %" for name, value in top1.items())
+        for name, value in top1.items():
+            note, said = f"step {step}: probes: {said}" if said else None, ""
+            fields = {"probe": name, "top1": value, "by": "train", **facts}
+            self.event("probe", note=note, step=step, samples=samples, **fields)
+        for note, fall in falls.items():
+            self.event("probe_falls", note=f"step {step}: {note}", step=step, samples=samples, **fall)
+            self._count("probe_falls")
+        if self._server:
+            self._server.set_probes(top1, falling=falling)
+        if self._trackers:
+            self._trackers.probes(step, top1)
+
     def checkpoint(
         self,
         *,

@@ -67,6 +67,9 @@ class Trackers:
     def validation(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._log({f"validation/{name}": value for name, value in metrics.items()}, step, False)
 
+    def probes(self, step: int, top1: Mapping[str, Any]) -> None:
+        self._log({f"probe/{name}": value for name, value in top1.items()}, step, False)
+
     def troubles(self) -> dict[str, str]:
         """{name: what is wrong} of those that have failed since this was asked last; they are left out from now on."""
         found = {tracker.name: why for tracker in self._trackers if (why := tracker.trouble()) is not None}

@@ -106,6 +106,11 @@ class VisionTransformer(nn.Module):
         """Prefix and patch tokens (B, P+N, D), as timm's forward_features: normalised if pooling is "cls"."""
         return self(images_BCHW, sample_keys_B, pool=False)
 
+    def patch_grid(self, images_BCHW: Tensor) -> Tensor:
+        """Patch tokens as the map they came from (B, D, h, w)."""
+        patches_BND = self.tokens(images_BCHW)[:, self.num_prefix_tokens :]
+        return patches_BND.mT.unflatten(2, (self.grid, self.grid))
+
     def forward(
         self,
         images_BCHW: Tensor,

@@ -1,6 +1,6 @@
 """Logistic regression on frozen features, its L2 penalty chosen on held-out training samples.
 
-Convex and full-batch, so that the result has no learning rate or schedule to tune. Called by evaluate.py.
+Convex and full-batch, so that the result has no learning rate or schedule to tune. Called by suite.py.
 """
 
 # N samples, D width, C classes
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import DataError
-from pretrain.probes.features import check_probe_data
+from pretrain.probes.features import Moved, check_probe_data, not_said
 
 L2_VALUES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strongest first: each fit starts from the one before
 HOLDOUT_FRACTION = 0.1
@@ -45,11 +45,12 @@ def fit_logistic_regression(
     l2: float,
     start: tuple[Tensor, Tensor] | None = None,
     max_iterations: int = 200,
+    moved: Moved = not_said,
 ) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and bias (C,) that minimise mean cross-entropy + l2 / 2 · |weight|².
 
     features float (N, D), whose dtype the fit is computed in; labels int64 (N,). L-BFGS with a strong
-    Wolfe line search, from `start` or from zeros.
+    Wolfe line search, from `start` or from zeros; `moved` is called at each evaluation.
     """
     if start is None:
         start = features.new_zeros(num_classes, features.shape[1]), features.new_zeros(num_classes)
@@ -65,6 +66,7 @@ def fit_logistic_regression(
     )
 
     def loss_and_gradients() -> Tensor:
+        moved()
         optimizer.zero_grad()
         loss = F.cross_entropy(F.linear(features, weight, bias), labels)
         loss = loss + l2 / 2 * weight.square().sum()
@@ -83,6 +85,7 @@ def fit_linear_probe(
     l2_values: tuple[float, ...] = L2_VALUES,
     holdout_fraction: float = HOLDOUT_FRACTION,
     seed: int = 0,
+    moved: Moved = not_said,
 ) -> LinearProbe:
     """Choose the penalty by top-1 on a held-out part of the training samples, then fit on all of them.
 
@@ -104,14 +107,16 @@ def fit_linear_probe(
     best_top1, best_l2 = -1.0, l2_values[0]
     start = None
     for l2 in sorted(l2_values, reverse=True):
-        start = fit_logistic_regression(x, labels[fitted], num_classes=num_classes, l2=l2, start=start)
+        start = fit_logistic_regression(
+            x, labels[fitted], num_classes=num_classes, l2=l2, start=start, moved=moved
+        )
         top1 = _top1(F.linear(x_holdout, *start).argmax(dim=1), labels[holdout])
         if top1 > best_top1:
             best_top1, best_l2 = top1, l2
 
     mean, std = _mean_and_std(features)
     weight, bias = fit_logistic_regression(
-        (features - mean) / std, labels, num_classes=num_classes, l2=best_l2
+        (features - mean) / std, labels, num_classes=num_classes, l2=best_l2, moved=moved
     )
     return LinearProbe(weight=weight, bias=bias, mean=mean, std=std, l2=best_l2, holdout_top1=best_top1)
 
@@ -125,6 +130,7 @@ def linear_top1(
     l2_values: tuple[float, ...] = L2_VALUES,
     holdout_fraction: float = HOLDOUT_FRACTION,
     seed: int = 0,
+    moved: Moved = not_said,
 ) -> float:
     """The fraction of validation samples whose class a probe fitted on the training samples finds.
 
@@ -132,7 +138,12 @@ def linear_top1(
     """
     check_probe_data(val_features, val_labels, name="validation")
     probe = fit_linear_probe(
-        train_features, train_labels, l2_values=l2_values, holdout_fraction=holdout_fraction, seed=seed
+        train_features,
+        train_labels,
+        l2_values=l2_values,
+        holdout_fraction=holdout_fraction,
+        seed=seed,
+        moved=moved,
     )
     return _top1(probe.predict(val_features), val_labels)
 

@@ -206,3 +206,28 @@ def test_a_second_start_reads_nothing_anew_and_a_changed_index_is_noticed(
 
 def chunks_of(index: Any) -> list[str]:
     return [index.shard_names[int(shard)] for shard in index.chunk_shard]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_probes_of_data_in_a_bucket_find_what_those_of_a_folder_find(
+    tmp_path: Path, s3_bucket: str, home: Path, shards: Path
+) -> None:
+    options = ["--samples", "60", "--image-size", "32", "--classes", "6", "--seed", "9"]
+    run_pretrain("data", "synth", str(tmp_path / "other"), *options)
+    found = []
+    for name, place in (("folder", str(tmp_path / "data")), ("bucket", s3_bucket)):
+        for which, images in (("train", shards.parent / "images"), ("val", tmp_path / "other")):
+            run_pretrain("data", "pack", str(images), f"{place}/{which}", *PACKING)
+        (tmp_path / name).mkdir()
+        recipe = write_recipe(tmp_path / name, f"{place}/train")
+        probes = [f"eval.probes.{key}" for key in (f"val={place}/val", "max_train_samples=80", "dense=true")]
+        run_pretrain("train", recipe, "train.steps=2", *probes)
+        records = read_journal(tmp_path / name / "run" / "journal.jsonl")
+        lines = [record for record in records if record["event"] == "probe"]
+        found.append(
+            {line["probe"]: (line["top1"], line["train_samples"], line["val_samples"]) for line in lines}
+        )
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
+    assert all((train, val) == (80, 60) for _, train, val in found[0].values())

@@ -110,7 +110,7 @@ def test_the_linear_probe_works_on_an_export_and_leaves_no_journal(
     assert not (out / "journal.jsonl").exists()
 
 
-def test_a_limit_takes_the_first_samples_of_both(
+def test_a_limit_takes_so_many_samples_of_both(
     run_dir: Path, datasets: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate(run_dir, datasets, "--probe", "knn", "--limit", "11", "--json") == 0

@@ -66,6 +66,7 @@ def observe_everything(server) -> None:
     server.watch_idleness(lambda: 1.25)
     server.set_compute_seconds([0.2, 0.5, 0.3], hosts=["a", "a", "b"], num_slow=1)
     server.set_watchdog_ended_ranks(2)
+    server.set_probes({"knn": 0.5}, falling={"knn": False})
 
 
 def scrape(server) -> str:
@@ -153,6 +154,17 @@ def test_what_went_wrong_with_numbers_is_counted(server):
     assert values["pretrain_rollbacks_total"] == 1
     assert values["pretrain_steps_skipped_total"] == 2
     assert values["pretrain_replica_mismatches_total"] == 0
+
+
+def test_probes_are_shown_each_with_its_name_and_whether_it_falls(server):
+    server.set_probes({"knn": 0.5, "few_shot_5": 0.25}, falling={"knn": True, "few_shot_5": False})
+    server.count("probe_falls")
+    samples = samples_of(scrape(server))
+    assert samples["pretrain_probe_accuracy[knn]"] == 0.5
+    assert samples["pretrain_probe_accuracy[few_shot_5]"] == 0.25
+    assert samples["pretrain_probe_falling[knn]"] == 1.0
+    assert samples["pretrain_probe_falling[few_shot_5]"] == 0.0
+    assert samples["pretrain_probe_falls_total"] == 1.0
 
 
 def test_a_taken_port_is_a_usage_error_that_names_it(server):

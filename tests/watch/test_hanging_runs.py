@@ -17,6 +17,7 @@ from watched_runs import BOUND_SECONDS, STEP_SECONDS, launch_local
 
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed
+from pretrain.cli import main
 
 TRAIN = [sys.executable, "-m", "pretrain.cli", "train", "RECIPE"]
 HERE = os.uname().nodename
@@ -95,6 +96,53 @@ def test_a_rank_that_hangs_by_itself_ends_the_run_and_its_peer_is_not_blamed(
     assert f"rank 1 on host {HERE}" in run.exit_record(1)["reason"]
     peer = run.attempt / "watchdog-0.json"
     assert not peer.exists() or run.record(0)["kind"] == "waiting"
+
+
+@pytest.mark.slow
+def test_a_probe_that_takes_long_on_rank_0_is_no_hang_for_anybody_and_one_that_hangs_is_named(
+    launch, tmp_path
+):
+    for words in (
+        [
+            "synth",
+            str(tmp_path / "images"),
+            "--samples",
+            "32",
+            "--image-size",
+            "32",
+            "--classes",
+            "4",
+            "--seed",
+            "5",
+        ],
+        ["pack", str(tmp_path / "images"), str(tmp_path / "val")],
+    ):
+        assert main(["data", *words]) == 0
+    seconds = 30  # that ranks may take to start, and stand still in a probe
+    run = launch(
+        once_only(launch_local(2)),
+        inject=[
+            {"what": "hang_in_probe", "rank": 0, "step": 8},
+            {"what": "long_probe", "rank": 0, "seconds": seconds + 10},
+        ],
+        overrides=[
+            f"watchdog.start_seconds={seconds}",
+            f"eval.probes.val={tmp_path / 'val'}",
+            "eval.probes.every_steps=4",
+            "eval.probes.few_shot=[]",
+        ],
+    )
+    assert run.end() == 1
+    [probe] = run.events("probe")
+    assert (probe["step"], probe["probe"]) == (4, "knn")
+    assert probe["seconds"] > seconds + 9
+    record = run.record(0)
+    assert (record["kind"], record["phase"], record["step"]) == ("stuck", "validate", 8)
+    assert record["at_fault"] == [0]
+    assert "in faulty_knn" in run.stacks(0)
+    assert f"rank 0 on host {HERE} is stuck, in phase validate after step 8" in run.said()
+    peer = run.attempt / "watchdog-1.json"
+    assert not peer.exists() or run.record(1)["kind"] == "waiting"
 
 
 @pytest.mark.slow

@@ -54,6 +54,23 @@ def _patch_loader(module) -> None:
     module.TrainLoader.steps = faulty_steps
 
 
+def _patch_probes(module) -> None:
+    knn_top1 = module.knn_top1
+
+    def faulty_knn(*arguments, moved):
+        for fault in FAULTS:
+            if fault["what"] == "hang_in_probe" and steps_done >= fault["step"]:
+                threading.Event().wait()
+            if fault["what"] == "long_probe":
+                until = time.monotonic() + fault["seconds"]
+                while time.monotonic() < until:
+                    time.sleep(0.2)
+                    moved()
+        return knn_top1(*arguments, moved=moved)
+
+    module.knn_top1 = faulty_knn
+
+
 def hold(fault) -> None:
     """Native code that keeps the interpreter's lock and never returns."""
     if steps_done >= fault["step"]:
@@ -82,12 +99,13 @@ def clock(fault) -> None:
     time.time = lambda: _real_time() + sign * 3600.0
 
 
-def hang_in_data(_) -> None:
-    """Done by the loader."""
+def elsewhere(_) -> None:
+    """Not done in a step, but by the loader or by probes."""
 
 
 _real_time = time.time
-WHAT = {f.__name__: f for f in (hold, hang, slow, load, clock, hang_in_data)}
+WHAT = {f.__name__: f for f in (hold, hang, slow, load, clock)}
+WHAT.update(dict.fromkeys(("hang_in_data", "hang_in_probe", "long_probe"), elsewhere))
 FAULTS = [
     fault
     for fault in json.loads(os.environ.get("INJECT", "[]"))
@@ -97,6 +115,7 @@ PATCHES = {
     "pretrain.engine.zero": _patch_engine,
     "pretrain.engine.debug": _patch_engine,
     "pretrain.data.loader": _patch_loader,
+    "pretrain.probes.suite": _patch_probes,
 }
 
 

@@ -1,0 +1,144 @@
+"""From a recipe to what a run measures beside its training. Called by train.py, above assemble.py's parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.assemble import Data, build_reader
+from pretrain.config.schema import ProbesConfig, RunConfig
+from pretrain.data.augment import DeviceTransform, EvalTransform
+from pretrain.data.decode import resolve_decoder
+from pretrain.data.index import DatasetIndex, open_index, open_samples
+from pretrain.data.loader import EvalLoader
+from pretrain.derived import Split, cache_dir, s3_settings
+from pretrain.distributed import World, from_main, together
+from pretrain.engine.base import Engine
+from pretrain.errors import ConfigError
+from pretrain.evaluations import Evaluations, ProbePlan
+from pretrain.metrics.reporter import Reporter
+from pretrain.probes.choose import choose_samples, refuse_unfit
+from pretrain.probes.falls import FallWatch
+from pretrain.probes.suite import ProbeChoice
+from pretrain.pulse import Pulse
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeData:
+    """The datasets of the probes, and the numbers of the samples that are looked at."""
+
+    train: DatasetIndex
+    val: DatasetIndex
+    train_samples: npt.NDArray[np.int64]
+    val_samples: npt.NDArray[np.int64]
+
+
+def open_probe_data(config: RunConfig, data: Data, *, world: World) -> ProbeData | None:
+    """None for a recipe without probes. All ranks together.
+
+    Raises ConfigError where the run's own data cannot serve and no other is named, UsageError for data that gives no
+    honest number, and what reading an index raises.
+    """
+    probes = config.eval.probes
+    if probes is None:
+        return None
+    train = _probe_index(config, probes.train, "train", list(data.indexes))
+    val = _probe_index(config, probes.val, "val", [data.val_index] if data.val_index is not None else [])
+    refuse_unfit(train, val)
+
+    def chosen() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        found = []
+        for index, count in ((train, probes.max_train_samples), (val, probes.max_val_samples)):
+            table = open_samples(index, s3=s3_settings(config), cache_dir=cache_dir(config))
+            found.append(choose_samples(np.asarray(table.labels), index.chunk_samples, count=count))
+        return found[0], found[1]
+
+    # Rank 0's: the samples file of a large dataset need not come to every node.
+    train_samples, val_samples = from_main(world, chosen)
+    return ProbeData(train=train, val=val, train_samples=train_samples, val_samples=val_samples)
+
+
+def _probe_index(config: RunConfig, url: str | None, which: str, own: list[DatasetIndex]) -> DatasetIndex:
+    if url is not None:
+        return together(lambda: open_index(url, s3=s3_settings(config), cache_dir=cache_dir(config)))
+    labelled = [index for index in own if index.num_classes is not None and index.label_kind != "multi"]
+    if not labelled:
+        why = f"data.{which} has no single label an image" if own else f"there is no data.{which}"
+        raise ConfigError(
+            f"eval.probes needs labelled images, and {why}; name a dataset: eval.probes.{which}=URL"
+        )
+    return labelled[0]
+
+
+def build_evaluations(
+    config: RunConfig,
+    data: Data,
+    probe_data: ProbeData | None,
+    engine: Engine,
+    *,
+    world: World,
+    split: Split,
+    workers: int,
+    pulse: Pulse,
+    reporter: Reporter,
+    device_transform: DeviceTransform,
+) -> Evaluations:
+    def loader(index: DatasetIndex, samples: npt.NDArray[np.int64] | None = None) -> EvalLoader:
+        return EvalLoader(
+            reader=build_reader(config, index),
+            samples=samples,
+            transform=EvalTransform(
+                image_size=config.model.image_size, decoder=resolve_decoder(config.data.decoder)
+            ),
+            batch_size=split.micro_batch_size,
+            rank=world.rank,
+            world_size=world.world_size,
+            workers=workers,
+            prefetch_bytes=config.data.prefetch_bytes,
+            worker_timeout_seconds=config.data.worker_timeout_seconds,
+            pin_memory=world.device.type == "cuda",
+        )
+
+    plan, probes = None, config.eval.probes
+    if probe_data is not None and probes is not None:
+        num_classes = probe_data.train.num_classes
+        assert num_classes is not None, "data without classes was refused"
+        plan = ProbePlan(
+            choice=probe_choice(probes),
+            train=loader(probe_data.train, probe_data.train_samples),
+            val=loader(probe_data.val, probe_data.val_samples),
+            num_classes=num_classes,
+            facts=_facts(probe_data),
+            every_steps=probes.every_steps,
+            at_start=probes.at_start if probes.at_start is not None else config.init_from is not None,
+        )
+    return Evaluations(
+        engine,
+        world=world,
+        pulse=pulse,
+        reporter=reporter,
+        device_transform=device_transform,
+        validation=None if data.val_index is None else loader(data.val_index),
+        every_steps=config.eval.every_steps,
+        probes=plan,
+        falls=FallWatch(continues=config.init_from is not None),
+    )
+
+
+def probe_choice(probes: ProbesConfig) -> ProbeChoice:
+    return ProbeChoice(knn=probes.knn, linear=probes.linear, few_shot=probes.few_shot, dense=probes.dense)
+
+
+def _facts(data: ProbeData) -> dict[str, Any]:
+    """What a journal line says of them, so that only values of the same images are held against each other."""
+    return {
+        "train": data.train.url,
+        "train_identity": data.train.identity,
+        "train_chosen": len(data.train_samples),
+        "val": data.val.url,
+        "val_identity": data.val.identity,
+        "val_chosen": len(data.val_samples),
+    }

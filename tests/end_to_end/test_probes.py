@@ -1,0 +1,233 @@
+"""A run that probes itself: it learns the same, and what it finds is in its journal, metrics and pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from small_run import RECIPE, losses
+
+from pretrain.cli import main
+from pretrain.compare import final_values, read_runs
+from pretrain.curves import read_curves
+from pretrain.metrics.journal import read_journal
+from pretrain.probes import suite
+from pretrain.report import summarize
+
+STEPS = 5
+NAMES = ["knn", "few_shot_2", "few_shot_5", "linear", "dense"]
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> str:
+    root = tmp_path_factory.mktemp("val")
+    sizes = ["--samples", "50", "--image-size", "32", "--classes", "6", "--seed", "9"]
+    assert main(["data", "synth", str(root / "images"), *sizes]) == 0
+    assert main(["data", "pack", str(root / "images"), str(root / "shards")]) == 0
+    return str(root / "shards")
+
+
+def write(path: Path, shards: Path, val: str | None, probes: dict[str, Any] | None, **more: Any) -> Path:
+    sections = {
+        **RECIPE,
+        "run_dir": str(path.with_suffix("")),
+        "data": {**RECIPE["data"], "train": str(shards), "val": val, "workers": 0},
+        "train": {**RECIPE["train"], "steps": STEPS},
+        "eval": {"probes": probes},
+        **more,
+    }
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def train(recipe: Path, *overrides: str) -> int:
+    """`pretrain train` in this process: a start of Python for each would take longer than all of them."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before, in another precision
+    try:
+        return main(["train", str(recipe), *overrides])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.use_deterministic_algorithms(False)
+
+
+def probes_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [record for record in read_journal(run_dir / "journal.jsonl") if record["event"] == "probe"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, val: str) -> tuple[Path, Path]:
+    """The same run without probes, and with all of them at steps 0, 2, 4 and 5."""
+    root = tmp_path_factory.mktemp("runs")
+    probes = {"every_steps": 2, "at_start": True, "few_shot": [2, 5], "linear": True, "dense": True}
+    limits = {"max_train_samples": 100, "max_val_samples": None}
+    assert train(write(root / "plain.yaml", shards, val, None)) == 0
+    assert train(write(root / "probed.yaml", shards, val, {**probes, **limits})) == 0
+    return root / "plain", root / "probed"
+
+
+def test_a_run_with_probes_has_the_losses_and_the_weights_of_one_without_bit_for_bit(
+    runs: tuple[Path, Path],
+) -> None:
+    plain, probed = runs
+    assert losses(probed) == losses(plain)
+    assert len(losses(probed)) == STEPS
+    digests = []
+    for run_dir in runs:
+        [manifest] = (run_dir / "checkpoints").glob(f"step-*{STEPS}/manifest.json")
+        digests.append(json.loads(manifest.read_text())["files"])
+    assert digests[0] == digests[1]
+
+
+def test_each_probe_of_each_due_step_is_in_the_journal_the_report_and_the_comparison(
+    runs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    plain, probed = runs
+    records = probes_of(probed)
+    assert [(r["step"], r["probe"]) for r in records] == [(s, name) for s in (0, 2, 4, 5) for name in NAMES]
+    assert all(0 <= r["top1"] <= 1 and r["by"] == "train" for r in records)
+    assert {(r["train_samples"], r["val_samples"], r["num_classes"]) for r in records} == {(100, 50, 6)}
+
+    curves = read_curves(probed)
+    steps, top1 = curves.probes["knn"]
+    assert steps.tolist() == [0, 2, 4, 5]
+    assert top1.tolist() == [r["top1"] for r in records if r["probe"] == "knn"]
+    assert summarize(curves)["probe dense"].startswith(f"{curves.probes['dense'][1][-1]:.4f} at last")
+    assert main(["report", str(probed), "--out", str(tmp_path / "report.png")]) == 0
+    rows = final_values(read_runs([plain, probed]))
+    assert rows["probe linear, last"] == [None, curves.probes["linear"][1][-1]]
+    assert probes_of(plain) == []
+
+
+@pytest.mark.parametrize(
+    ("probe", "names"), [("knn", ["knn"]), ("few-shot", NAMES[1:3]), ("dense", ["dense"])]
+)
+def test_evaluate_finds_what_the_run_found_at_its_end(
+    runs: tuple[Path, Path],
+    shards: Path,
+    val: str,
+    probe: str,
+    names: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    at_end = {
+        r["probe"]: r["top1"] for r in probes_of(runs[1]) if r.get("by") == "train" and r["step"] == STEPS
+    }
+    capsys.readouterr()
+    words = ["--probe", probe, "--shots", "2", "5", "--workers", "0", "--json"]
+    assert main(["evaluate", str(runs[0]), "--train", str(shards), "--val", val, *words]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["probe"] for line in lines] == names
+    assert {line["train_samples"] for line in lines} == {150}
+    # The run looked at 100 of the 150: ask for the same.
+    assert (
+        main(["evaluate", str(runs[0]), "--train", str(shards), "--val", val, *words, "--limit", "100"]) == 0
+    )
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["probe"]: line["top1"] for line in lines} == {name: at_end[name] for name in names}
+
+
+def test_a_continued_network_is_probed_at_step_0_and_a_resume_takes_up_what_was_measured(
+    runs: tuple[Path, Path], shards: Path, val: str, tmp_path: Path
+) -> None:
+    recipe = write(
+        tmp_path / "more.yaml",
+        shards,
+        val,
+        {"every_steps": 1, "few_shot": []},
+        init_from=str(runs[0]),
+        train={**RECIPE["train"], "steps": 2},
+    )
+    assert train(recipe) == 0
+    # As if the features had been excellent when the run began: the next value is below its start and its best.
+    journal = tmp_path / "more" / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "probe" and line["step"] <= 1:
+            line["top1"] = 1.0
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert train(recipe, "train.steps=3") == 0
+    records = read_journal(journal)
+    assert [(r["step"], r["attempt"]) for r in records if r["event"] == "probe"] == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (3, 2),
+    ]
+    [fall] = [r for r in records if r["event"] == "probe_falls" and r["attempt"] == 2]
+    assert (fall["step"], fall["probe"], fall["below"], fall["reference"]) == (3, "knn", "best", 1.0)
+    table = summarize(read_curves(tmp_path / "more"))
+    assert "knn below its best at step 3" in table["probes that fell"]
+
+
+def test_probes_work_in_bf16_and_under_deterministic_algorithms(
+    shards: Path, val: str, tmp_path: Path
+) -> None:
+    settings = {**RECIPE["train"], "steps": 1, "precision": "bf16", "deterministic": True}
+    recipe = write(tmp_path / "bf16.yaml", shards, val, {"linear": True, "dense": True}, train=settings)
+    assert train(recipe) == 0
+    assert len(probes_of(tmp_path / "bf16")) == 6
+
+
+@pytest.mark.parametrize("where", ["knn_top1", "extract_features"])
+def test_a_run_told_to_stop_in_a_probe_gives_it_up_saves_and_goes_on_to_the_same_losses(
+    runs: tuple[Path, Path],
+    shards: Path,
+    val: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    original = getattr(suite, where)
+
+    def told_meanwhile(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **named)
+
+    recipe = write(tmp_path / "told.yaml", shards, val, {"every_steps": 2, "few_shot": []})
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(suite, where, told_meanwhile)
+    try:
+        assert train(recipe) == 75
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    monkeypatch.undo()
+    events = [(r["event"], r["step"]) for r in read_journal(tmp_path / "told" / "journal.jsonl")]
+    assert ("evaluation_given_up", 2) in events
+    assert ("checkpoint", 3) in events
+    assert probes_of(tmp_path / "told") == []
+    assert train(recipe) == 0
+    assert losses(tmp_path / "told") == losses(runs[0])
+    assert [r["step"] for r in probes_of(tmp_path / "told")] == [4, STEPS]
+
+
+@pytest.mark.parametrize(
+    ("probes", "has_val", "told"),
+    [
+        ({}, False, "there is no data.val; name a dataset: eval.probes.val=URL"),
+        ({"val": "SHARDS"}, True, "are the same dataset"),
+        ({"knn": False, "few_shot": []}, True, "measures nothing"),
+        ({"few_shot": [5, 5]}, True, "each once"),
+        ({"val": "/nowhere"}, True, "/nowhere"),
+    ],
+)
+def test_probes_that_can_give_no_number_are_refused_before_anything_is_written(
+    shards: Path,
+    val: str,
+    tmp_path: Path,
+    probes: dict[str, Any],
+    has_val: bool,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    probes = {name: str(shards) if value == "SHARDS" else value for name, value in probes.items()}
+    recipe = write(tmp_path / "wrong.yaml", shards, val if has_val else None, probes)
+    assert train(recipe) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
