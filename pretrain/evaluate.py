@@ -49,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train", metavar="URL", required=True, help="labelled dataset to learn from")
     parser.add_argument("--val", metavar="URL", required=True, help="labelled dataset to be right on")
     parser.add_argument("--init", choices=("trained", "random"), default="trained")
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run: the average of the weights (the default where there is one), or the weights",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of --init random, and of the linear probe")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument(
@@ -75,7 +80,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    incoming = read_backbone(args.run)
+    incoming = read_backbone(args.run, weights=args.weights)
     if incoming.assumed:
         raise UsageError(
             f"{incoming.source}: a bare file does not say its {', '.join(incoming.assumed)}; "
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         "probe": args.probe,
         "top1": top1,
         "init": args.init,
+        "weights": incoming.source.weights,
         "step": incoming.source.step,
         "samples": incoming.source.samples,
         "train": train.url,

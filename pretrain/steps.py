@@ -41,6 +41,7 @@ def take_step(
     sums: Sums,
     pulse: Pulse,
     compute: ComputeTime,
+    freeze_backbone: bool = False,
 ) -> torch.Tensor:
     """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
     count, images and the objective's metrics. Returns the gradient's global norm.
@@ -64,7 +65,7 @@ def take_step(
         engine.backward(loss if torch.is_anomaly_enabled() else loss * one_or_nan(loss))
         sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
     pulse.at("optimizer")
-    return engine.step(lr)
+    return engine.step(lr, freeze_backbone=freeze_backbone)
 
 
 def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
@@ -86,14 +87,31 @@ def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> s
     )
 
 
-@torch.no_grad()
 def validate(
-    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
+    engine: Engine,
+    loader: EvalLoader,
+    device_transform: DeviceTransform,
+    pulse: Pulse,
+    *,
+    use_ema: bool = False,
 ) -> tuple[int, dict[str, float]]:
     """Mean loss and metrics over a dataset, each sample once, however many ranks there are.
 
-    Images that do not decode are left out, and counted. Raises DataError when none does.
+    use_ema: also of the average of the weights, where the engine keeps one, as `ema_loss` and so on. Images that do
+    not decode are left out, and counted. Raises DataError when none does.
     """
+    unreadable, results = _validated(engine, loader, device_transform, pulse)
+    if use_ema and engine.averages:
+        with engine.averaged_weights():
+            _, of_average = _validated(engine, loader, device_transform, pulse)
+        results |= {f"ema_{name}": value for name, value in of_average.items()}
+    return unreadable, results
+
+
+@torch.no_grad()
+def _validated(
+    engine: Engine, loader: EvalLoader, device_transform: DeviceTransform, pulse: Pulse
+) -> tuple[int, dict[str, float]]:
     sums = Sums(engine.device)
     engine.module.eval()
     pulse.at("validate")

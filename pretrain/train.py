@@ -191,7 +191,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         stack.callback(train_loader.close)
         reporter.watch_cache(train_loader.cached_bytes)
         eval_loader = build_eval_loader(config, data, world=world, split=split, workers=workers)
-        device_transform = build_device_transform(config)
+        device_transform, use_ema = build_device_transform(config), config.eval.use_ema
         prepared = preparing(engine.device, device_transform, build_mixing(config))
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
@@ -268,7 +268,14 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             sums, lr = Sums(engine.device), lr_of(step)
             gained = train_loader.gained()  # by reading what this step trains on
             grad_norm = take_step(
-                engine, micro_batches, prepared, lr=lr, sums=sums, pulse=pulse, compute=compute
+                engine,
+                micro_batches,
+                prepared,
+                lr=lr,
+                sums=sums,
+                pulse=pulse,
+                compute=compute,
+                freeze_backbone=step < config.optim.freeze_backbone_steps,
             )
             pulse.at("report")
 
@@ -333,12 +340,12 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
             if eval_loader is not None and not is_last and is_due(step, config.eval.every_steps):
-                unreadable, results = validate(engine, eval_loader, device_transform, pulse)
+                unreadable, results = validate(engine, eval_loader, device_transform, pulse, use_ema=use_ema)
                 reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
 
         # After the loop: a run that was killed between its last save and its end still gets here.
         if eval_loader is not None:
-            unreadable, results = validate(engine, eval_loader, device_transform, pulse)
+            unreadable, results = validate(engine, eval_loader, device_transform, pulse, use_ema=use_ema)
             reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
