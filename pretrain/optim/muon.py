@@ -37,11 +37,12 @@ class Muon(torch.optim.Optimizer):
         self._muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, momentum=momentum)
         self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps, fused=fused)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {})
-        for inner in (self._muon, self._adamw):  # their groups are these very dictionaries
-            inner.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         assert closure is None, "engines give no closure"
-        self._muon.step()
-        self._adamw.step()
+        for inner, use_muon in ((self._muon, True), (self._adamw, False)):
+            # Anew each time: accelerate and DeepSpeed put other groups and states into an optimizer that they wrap.
+            inner.param_groups = [group for group in self.param_groups if group["use_muon"] == use_muon]
+            inner.state = self.state
+            inner.step()

@@ -125,6 +125,19 @@ def expected_of(case: str) -> dict:
     return plain_pytorch(asked["batch_size"], asked.get("optimizer", "adamw"), asked.get("rules", False))
 
 
+def assert_near(case: str, got: dict[str, list[float]], expected: dict[str, torch.Tensor]) -> None:
+    """Weights of `case` and of one process. Muon's update is computed in bf16: what differs in the last bit of a
+    gradient is not so small in it."""
+    for name, weight in expected.items():
+        values = torch.as_tensor(got[name])
+        if case.startswith("bf16"):
+            torch.testing.assert_close(values, weight, rtol=0.0, atol=3e-3)
+        elif "muon" in case:
+            assert (values - weight).norm() <= 1e-2 * weight.norm(), name
+        else:
+            torch.testing.assert_close(values, weight, rtol=1e-4, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases from one launch: starting ranks takes longer than training them."""
@@ -146,31 +159,45 @@ def results(launched: Path) -> dict:
 def test_ten_float32_steps_stay_within_1e_5_of_a_plain_pytorch_loop(results: dict, case: str) -> None:
     expected, got = expected_of(case), results[case]
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-    assert got["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    assert got["norms"] == pytest.approx(expected["norms"], rel=1e-3 if "muon" in case else 1e-4)
     assert got["optimizer_steps"] == worker.STEPS
-    # Muon's update is computed in bf16: what differs in the last bit of a gradient is not so small in it
-    tolerance = {"rtol": 1e-3, "atol": 2e-4} if "muon" in case else {"rtol": 1e-4, "atol": 2e-5}
-    for name, weight in expected["weights"].items():
-        torch.testing.assert_close(torch.tensor(got["weights"][name]), weight, **tolerance)
+    assert_near(case, got["weights"], expected["weights"])
 
 
 @pytest.mark.parametrize("stage", range(3))
 def test_ten_steps_of_lamb_on_shards_stay_within_1e_6_of_lamb_on_whole_parameters(
     results: dict, stage: int
 ) -> None:
-    """Relative to the norm of each parameter."""
+    """Relative to the norm of each matrix, and of all weights together: biases are hardly more than zero."""
     case = f"float32 stage {stage} lamb"
     expected, got = expected_of(case), results[case]
     assert got["losses"] == pytest.approx(expected["losses"], rel=1e-6)
+    apart = {
+        name: torch.tensor(got["weights"][name]) - weight for name, weight in expected["weights"].items()
+    }
     for name, weight in expected["weights"].items():
-        distance = (torch.tensor(got["weights"][name]) - weight).norm() / weight.norm()
-        assert distance < 1e-6, f"{name}: {distance}"
+        if not name.endswith("bias"):
+            assert apart[name].norm() / weight.norm() < 1e-6, name
+    assert (
+        torch.cat(list(apart.values())).norm() / torch.cat(list(expected["weights"].values())).norm() < 1e-6
+    )
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("bf16")])
 def test_ten_bf16_steps_stay_within_1e_2_of_the_float32_loop(results: dict, case: str) -> None:
     assert results[case]["losses"] == pytest.approx(expected_of(case)["losses"], rel=1e-2)
     assert results[case]["optimizer_steps"] == worker.STEPS
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name.startswith("bf16") and "muon" in name])
+def test_deepspeeds_muon_on_shards_moves_matrices_as_torchs_does_whole_ones(results: dict, case: str) -> None:
+    """Both orthogonalise in bf16: the moves of ten steps agree to a few percent, not to bits."""
+    expected, start = expected_of(case)["weights"], dict(worker.make_objective().named_parameters())
+    for name, weight in expected.items():
+        if ".blocks." in name and start[name].ndim == 2:
+            moved = torch.tensor(results[case]["weights"][name]) - start[name].detach().flatten()
+            meant = weight - start[name].detach().flatten()
+            assert (moved - meant).norm() < 0.1 * meant.norm(), name
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if CASES[name].get("ema")])
@@ -180,10 +207,7 @@ def test_the_average_of_the_weights_is_that_of_one_process_and_is_swapped_in_and
     expected, got = expected_of(case), results[case]
     assert got["put back"]
     assert got["loss of average"] != got["loss"]
-    near = {"rtol": 1e-4, "atol": 2e-5} if case.startswith("float32") else {"rtol": 0.0, "atol": 3e-3}
-    near = {"rtol": 1e-3, "atol": 2e-4} if "muon" in case else near
-    for name, average in expected["ema"].items():
-        torch.testing.assert_close(torch.tensor(got["ema"][name]), average, **near)
+    assert_near(case, got["ema"], expected["ema"])
     tolerance = 1e-5 if case.startswith("float32") else 1e-2
     assert got["loss of average"] == pytest.approx(expected["loss of average"], rel=tolerance)
 
@@ -199,20 +223,47 @@ def test_state_saved_at_one_stage_is_bitwise_the_state_loaded_at_another_and_goe
     assert got["resumed"] == pytest.approx(got["went_on"], rel=tolerance)
 
 
-@pytest.mark.parametrize(
-    "case", ["float32 stage 3 to 1", "float32 lamb stage 2 to 1", "bf16 muon stage 1 to 0"]
-)
-def test_one_device_without_deepspeed_takes_over_what_two_ranks_have_saved(launched: Path, case: str) -> None:
+def one_device(optimizer: str, rules: bool = False) -> AccelerateEngine:
     AcceleratorState._reset_state(reset_partial_state=True)  # there is one a process, of one precision
-    optimizer = TRANSFERS[case].get("optimizer", "adamw")
-    engine = AccelerateEngine(
+    return AccelerateEngine(
         worker.make_objective(),
-        build_optimizer=partial(worker.make_optimizer, optimizer=optimizer),
+        build_optimizer=partial(worker.make_optimizer, optimizer=optimizer, rules=rules),
         precision="float32",
         clip_grad_norm=worker.CLIP,
         device=torch.device("cpu"),
         build_average=partial(WeightAverage, decay=worker.EMA_DECAY, warmup=False),
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
+def test_one_device_through_accelerate_does_the_same(optimizer: str) -> None:
+    engine, expected = one_device(optimizer, rules=True), plain_pytorch(16, optimizer, rules=True)
+    losses = []
+    for step in range(worker.STEPS):
+        batch = worker.global_batch(step, 16)
+        loss = engine.forward(batch["images"], batch)[0] / 16
+        engine.backward(loss)
+        engine.step(worker.LRS[step], freeze_backbone=step < worker.FROZEN_STEPS)
+        losses.append(float(loss.detach()))
+    assert losses == pytest.approx(expected["losses"], rel=1e-5)
+    held = {fragment.name: fragment.tensors for fragment in engine.fragments()}
+    assert_near(optimizer, {n: t["weight"] for n, t in held.items()}, expected["weights"])
+    assert_near(optimizer, {n: t["ema"] for n, t in held.items()}, expected["ema"])
+    before = [tensor.clone() for tensors in held.values() for tensor in tensors.values()]
+    batch = worker.global_batch(99, 16)
+    engine.module.eval()
+    with engine.averaged_weights(), torch.no_grad():
+        of_average = float(engine.forward(batch["images"], batch)[0])
+    assert of_average == pytest.approx(expected["loss of average"], rel=1e-5)
+    after = [tensor for fragment in engine.fragments() for tensor in fragment.tensors.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(
+    "case", ["float32 stage 3 to 1", "float32 lamb stage 2 to 1", "bf16 muon stage 1 to 0"]
+)
+def test_one_device_without_deepspeed_takes_over_what_two_ranks_have_saved(launched: Path, case: str) -> None:
+    engine = one_device(TRANSFERS[case].get("optimizer", "adamw"))
     reader = CheckpointReader(find_newest(launched.parent / case.replace(" ", "-")))
     load_fragments(reader, engine.fragments())
     read = 0

@@ -6,10 +6,15 @@ Started by torch's launcher variables; writes what rank 0 saw to the file named 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = (
+    "1"  # compiling DeepSpeed's Muon takes longer than all that is trained here
+)
 
 import torch
 
