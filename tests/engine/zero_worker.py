@@ -38,7 +38,7 @@ WEIGHT_DECAY, CLIP = 0.1, 1.0
 # Rules that a case may ask for: the head's own, layer-wise decay, and a backbone that stays for two steps.
 HEAD_DECAY, HEAD_LR_SCALE, LAYER_DECAY, FROZEN_STEPS, DEPTH = 0.5, 2.0, 0.7, 2, 2
 EMA_DECAY = 0.9
-BETAS, MUON_LR_SCALE = (0.9, 0.95), 5.0
+BETAS, MUON_LR_SCALE, MOMENTUM = (0.9, 0.95), 5.0, 0.9
 
 
 def make_objective() -> Classification:
@@ -52,7 +52,9 @@ def make_objective() -> Classification:
 def make_optimizer(
     module: torch.nn.Module, *, optimizer: str = "adamw", rules: bool = False
 ) -> torch.optim.Optimizer:
-    asked: dict[str, Any] = {"muon_lr_scale": MUON_LR_SCALE} if optimizer == "muon" else {}
+    asked: dict[str, Any] = {}
+    if optimizer == "muon":
+        asked = {"muon_lr_scale": MUON_LR_SCALE, "muon_weight_decay": WEIGHT_DECAY}
     if rules:
         scale = layer_scales(
             lambda name: layer_of("vit", name, (DEPTH,)), num_layers=DEPTH, decay=LAYER_DECAY
@@ -61,7 +63,7 @@ def make_optimizer(
         asked |= {"layer_scale": scale, "apart": True}
     groups = parameter_groups(module, weight_decay=WEIGHT_DECAY, **asked)
     if optimizer == "muon":
-        return Muon(groups, lr=0.0, betas=BETAS)
+        return Muon(groups, lr=0.0, momentum=MOMENTUM, betas=BETAS)
     if optimizer == "lamb":
         return Lamb(groups, lr=0.0, betas=BETAS)
     return torch.optim.AdamW(groups, lr=0.0, betas=BETAS)
@@ -152,7 +154,51 @@ def run_case(world, **case) -> dict:
         "norms": norms,
         "optimizer_steps": engine.optimizer_steps,
         "weights": {name: values.tolist() for name, values in gather(engine, "weight").items()},
+        **(muon_step(engine, world, asked) if case.get("optimizer") == "muon" else {}),
     }
+
+
+def muon_step(engine: ZeroEngine, world, asked: dict) -> dict:
+    """One more step, and how far it is, of its length, from a step on whole matrices at its worst."""
+
+    def whole() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        weights, momenta = gather(engine, "weight"), gather(engine, "momentum_buffer")
+        shapes = parameter_shapes(engine.module)
+        return {name: (weights[name].view(shapes[name]), m.view(shapes[name])) for name, m in momenta.items()}
+
+    before, lr = whole(), LRS[-1] * MUON_LR_SCALE
+    train(engine, world, range(STEPS - 1, STEPS), **asked)
+    apart = []
+    for name, (weight, momentum) in whole().items():
+        start, momentum_before = before[name]
+        gradient = (momentum - MOMENTUM * momentum_before) / (1 - MOMENTUM)
+        step = torchs_muon if engine.zero_stage == 0 else deepspeeds_muon
+        expected = step(start, momentum_before, gradient, lr)
+        apart.append(float((expected - weight).norm() / (weight - start).norm()))
+    drawn = [torch.randn(40, 24, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    one, other = torchs_muon(*drawn, lr), deepspeeds_muon(*drawn, lr)
+    off = float((one - other).norm() / (one - drawn[0]).norm())
+    return {"muon step is off by": max(apart), "deepspeed's muon is off torch's by": off}
+
+
+def torchs_muon(
+    weight: torch.Tensor, momentum: torch.Tensor, gradient: torch.Tensor, lr: float
+) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = gradient
+    optimizer = torch.optim.Muon([parameter], lr=lr, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM)
+    optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
+    optimizer.step()
+    return parameter.detach()
+
+
+def deepspeeds_muon(
+    weight: torch.Tensor, momentum: torch.Tensor, gradient: torch.Tensor, lr: float
+) -> torch.Tensor:
+    from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+    update = muon_update(gradient.clone(), momentum.clone(), beta=MOMENTUM, ns_method="standard")
+    return (1 - lr * WEIGHT_DECAY) * weight - lr * update
 
 
 def averaged(engine: ZeroEngine, world, case: dict) -> dict:
