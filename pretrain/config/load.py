@@ -162,6 +162,8 @@ def _apply_override(recipe: dict[str, Any], override: str) -> None:
     # Steps and epochs exclude each other; the override is the later word.
     if path in ("train.steps", "train.epochs") and value is not None:
         section.pop("epochs" if last == "steps" else "steps", None)
+    if path in ("optim.lr", "optim.base_lr") and value is not None:  # as do these
+        section.pop("base_lr" if last == "lr" else "lr", None)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
