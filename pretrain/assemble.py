@@ -54,7 +54,7 @@ from pretrain.metrics.wandb_tracker import WandbTracker
 from pretrain.models.build import build_backbone
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
-from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.optimizer import average_builder, optimizer_builder
 from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
@@ -86,16 +86,8 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
 
 def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split: Split) -> Engine:
     """DeepSpeed when a launcher started this process, accelerate when it runs alone."""
-
-    def build_optimizer(module: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameter_groups(module, weight_decay=config.optim.weight_decay),
-            lr=0.0,  # set at every step; DeepSpeed takes a trial step while it starts
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=world.device.type == "cuda",
-        )
-
+    build_optimizer = optimizer_builder(config, world.device)
+    build_average = average_builder(config)
     # Imported here: each is there only where it is needed, and takes seconds.
     if world.launched:
         if world.device.type == "cpu":
@@ -111,8 +103,15 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
             world_size=world.world_size,
             clip_grad_norm=config.optim.clip_grad_norm,
             num_parameters=sum(parameter.numel() for parameter in objective.parameters()),
+            optimizer=config.optim.name,
         )
-        return ZeroEngine(objective, build_optimizer=build_optimizer, config=settings, world=world)
+        return ZeroEngine(
+            objective,
+            build_optimizer=build_optimizer,
+            config=settings,
+            world=world,
+            build_average=build_average,
+        )
     with ctrl_c_waits():
         from pretrain.engine.debug import AccelerateEngine
 
@@ -122,6 +121,7 @@ def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split
         precision=config.train.precision,
         clip_grad_norm=config.optim.clip_grad_norm,
         device=world.device,
+        build_average=build_average,
     )
 
 

@@ -123,6 +123,7 @@ def build_evaluations(
         device_transform=device_transform,
         validation=None if data.val_index is None else loader(data.val_index),
         every_steps=config.eval.every_steps,
+        use_ema=config.eval.use_ema,
         probes=plan,
         falls=FallWatch(continues=config.init_from is not None),
     )

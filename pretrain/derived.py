@@ -21,7 +21,7 @@ from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
 from pretrain.models.spec import BackboneSpec
-from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr
+from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr, rsqrt_lr, scaled_lr
 from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_remote
 
 # One device debugs on few samples at a time: fewer open chunks, seconds to the first step.
@@ -105,9 +105,19 @@ def total_steps(config: RunConfig, stream: Stream) -> int:
     return max(1, math.ceil(round(samples / config.train.global_batch_size, 9)))
 
 
+def peak_lr(config: RunConfig) -> float:
+    """The highest learning rate of the run, by the linear scaling rule where optim.base_lr is given."""
+    optim = config.optim
+    if optim.base_lr is not None:
+        return scaled_lr(optim.base_lr, config.train.global_batch_size)
+    assert optim.lr is not None, "the schema wants lr or base_lr"
+    return optim.lr
+
+
 def build_schedule(config: RunConfig, *, total_steps: int) -> Callable[[int], float]:
     """The learning rate of each optimizer step; the first is step 0. Raises ConfigError."""
-    optim = config.optim
+    optim, peak = config.optim, peak_lr(config)
+    lr_of: Callable[[int], float]
     if optim.cooldown_steps > total_steps:
         raise ConfigError(
             f"optim.cooldown_steps={optim.cooldown_steps} is more than the run's {total_steps} steps; take fewer"
@@ -115,15 +125,26 @@ def build_schedule(config: RunConfig, *, total_steps: int) -> Callable[[int], fl
     if optim.schedule == "cosine":
         lr_of = partial(
             cosine_lr,
-            peak=optim.lr,
+            peak=peak,
             warmup_steps=optim.warmup_steps,
             total_steps=total_steps,
             min_lr=optim.min_lr,
         )
+    elif optim.schedule == "rsqrt":
+        lr_of = partial(
+            rsqrt_lr,
+            peak=peak,
+            warmup_steps=optim.warmup_steps,
+            timescale_steps=optim.rsqrt_timescale_steps,
+        )
     else:
-        lr_of = partial(constant_lr, peak=optim.lr, warmup_steps=optim.warmup_steps)
+        lr_of = partial(constant_lr, peak=peak, warmup_steps=optim.warmup_steps)
     return cooled_down(
-        lr_of, cooldown_steps=optim.cooldown_steps, total_steps=total_steps, min_lr=optim.min_lr
+        lr_of,
+        cooldown_steps=optim.cooldown_steps,
+        total_steps=total_steps,
+        min_lr=optim.min_lr,
+        follow=optim.schedule == "rsqrt",
     )
 
 

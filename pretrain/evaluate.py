@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shots", type=_positive, nargs="+", default=[5, 10, 25], metavar="N", help="images a class"
     )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run: the average of the weights (the default where there is one), or the weights",
+    )
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N")
     parser.add_argument(
         "--workers", type=_not_negative, default=2, metavar="N", help="processes that decode images"
@@ -88,7 +93,7 @@ def _positive(text: str) -> int:
 
 def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
-    incoming = read_backbone(args.run)
+    incoming = read_backbone(args.run, weights=args.weights)
     if incoming.assumed:
         raise UsageError(
             f"{incoming.source}: a bare file does not say its {', '.join(incoming.assumed)}; "
@@ -123,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
     )
     facts = {
         "init": args.init,
+        "weights": incoming.source.weights,
         "step": incoming.source.step,
         "samples": incoming.source.samples,
         "train": train.url,

@@ -56,12 +56,15 @@ class Evaluations:
         device_transform: DeviceTransform,
         validation: EvalLoader | None,
         every_steps: int | None,
+        use_ema: bool,
         probes: ProbePlan | None,
         falls: FallWatch,
     ) -> None:
+        """use_ema: validate the average of the weights as well, where the engine keeps one."""
         self._engine, self._world, self._pulse, self._reporter = engine, world, pulse, reporter
         self._device_transform = device_transform
         self._validation, self._every_steps = validation, every_steps
+        self._use_ema = use_ema and engine.averages
         self._probes, self._falls = probes, falls
         self._asked: Callable[[], bool] | None = None  # None: what is under way is finished
         self._batches = 0  # as many on all ranks
@@ -98,10 +101,13 @@ class Evaluations:
         if self._validation is None:
             return
         self._pulse.at("validate", step)
+        over = (self._engine, self._validation, self._device_transform)
         try:
-            unreadable, results = validate(
-                self._engine, self._validation, self._device_transform, each_batch=self._each_batch
-            )
+            unreadable, results = validate(*over, each_batch=self._each_batch)
+            if self._use_ema:
+                with self._engine.averaged_weights():
+                    _, of_average = validate(*over, each_batch=self._each_batch)
+                results |= {f"ema_{name}": value for name, value in of_average.items()}
         except AskedToStopError:
             self._tell_given_up("validation", step, samples)
             return

@@ -35,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="an indexed dataset for the check's images (default: the run's own, if it can be reached)",
     )
+    parser.add_argument(
+        "--weights",
+        choices=("ema", "raw"),
+        help="of a run: the average of the weights (the default where there is one), or the weights",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
         image_size=args.image_size,
         with_head=not args.no_head,
         images_url=args.images,
+        weights=args.weights,
     )
     print(describe(exported))
     return 0

@@ -22,6 +22,7 @@ from pretrain.derived import (
     cache_dir,
     is_image_source,
     num_classes_for,
+    peak_lr,
     run_lanes,
     split_batch,
     total_steps,
@@ -36,6 +37,7 @@ from pretrain.metrics.flops import (
 from pretrain.storage import is_remote
 
 MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
+EMA_BYTES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,6 +130,7 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
     )
 
+    yield "learning rate", _learning_rate(config)
     pads = split.slice_size * world_size - config.train.global_batch_size
     yield "images a rank a step", f"{split.slice_size}" + (f" ({pads} pads over all ranks)" if pads else "")
     yield "micro-batches a step", f"{split.accumulation_steps} of {split.micro_batch_size}"
@@ -250,11 +253,28 @@ def _flops(config: RunConfig, num_classes: int | None) -> float:
     )
 
 
+def _learning_rate(config: RunConfig) -> str:
+    """The peak, where it comes from, and what a step there takes off a weight that decays."""
+    optim, peak = config.optim, peak_lr(config)
+    said = f"{peak:.4g} at the peak"
+    if optim.base_lr is not None:
+        said += f" (base_lr {optim.base_lr:.4g} x {config.train.global_batch_size} / 256)"
+    if optim.name == "muon":
+        said += f", hidden matrices {optim.muon_lr:.4g}"
+    if optim.name != "lamb":  # its decay is a part of the update that it scales
+        times = 1.0 if optim.weight_decay_times == "schedule" else peak
+        said += f"; a step there decays by {optim.weight_decay * times:.3g}"
+        if optim.head_weight_decay is not None:
+            said += f", the head by {optim.head_weight_decay * times * optim.head_lr_scale:.3g}"
+    return said
+
+
 def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int) -> float:
     """Weights, gradients, masters and moments on one rank (ZeRO, arXiv:1910.02054, figure 1)."""
     low = 2 if config.train.precision == "bf16" else 4
     # In float32 at stage 0 the weights are their own masters.
     masters = MASTER_AND_MOMENTS_BYTES - (4 if low == 4 and stage == 0 else 0)
+    masters += EMA_BYTES if config.optim.ema_decay is not None else 0
     weights, gradients = low, low
     state = masters / (world_size if stage >= 1 else 1)
     gradients_held = gradients / (world_size if stage >= 2 else 1)

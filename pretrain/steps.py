@@ -37,6 +37,7 @@ def take_step(
     sums: Sums,
     pulse: Pulse,
     compute: ComputeTime,
+    freeze_backbone: bool = False,
 ) -> torch.Tensor:
     """One optimizer step on this rank's share of a global batch. Adds to `sums` what it learned of it: loss,
     count, images and the objective's metrics. Returns the gradient's global norm.
@@ -60,7 +61,7 @@ def take_step(
         engine.backward(loss if torch.is_anomaly_enabled() else loss * one_or_nan(loss))
         sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
     pulse.at("optimizer")
-    return engine.step(lr)
+    return engine.step(lr, freeze_backbone=freeze_backbone)
 
 
 def one_or_nan(loss: torch.Tensor) -> torch.Tensor:

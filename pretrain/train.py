@@ -288,7 +288,14 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             sums, lr = Sums(engine.device), lr_of(step)
             gained = train_loader.gained()  # by reading what this step trains on
             grad_norm = take_step(
-                engine, micro_batches, prepared, lr=lr, sums=sums, pulse=pulse, compute=compute
+                engine,
+                micro_batches,
+                prepared,
+                lr=lr,
+                sums=sums,
+                pulse=pulse,
+                compute=compute,
+                freeze_backbone=step < config.optim.freeze_backbone_steps,
             )
             pulse.at("report")
 

@@ -52,7 +52,7 @@ FREE_KEYS = {
         "length, micro-batch, precision; `global_batch_size` to a multiple of the run's lanes that divides the "
         "samples consumed so far"
     ),
-    "optim": "rate, schedule and its end, weight decay, betas, clipping; all but `name`",
+    "optim": "rate, schedule and its end, weight decay, betas, clipping, average; all but `name`",
     "checkpoint": "",
     "eval": "",
     "metrics": "",

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.manifest import (
-    KINDS,
+    EMA,
     Manifest,
     Slice,
     check_coverage,
@@ -41,6 +41,15 @@ class CheckpointReader:
         for name, slices in self.manifest.files.items():
             for piece in slices:
                 self._where.setdefault((piece.parameter, piece.kind), []).append((name, piece))
+
+    @property
+    def averages(self) -> bool:
+        """Does it hold an average of the weights?"""
+        return any(kind == EMA for _, kind in self._where)
+
+    def source_of(self, kind: str) -> str:
+        """What to read for `kind`: an average that nobody kept so far begins from the weights."""
+        return "weight" if kind == EMA and not self.averages else kind
 
     def pieces(self, parameter: str, kind: str, start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(offset within [start, start + count), float32 values) pairs that together are the range."""
@@ -96,32 +105,36 @@ _ADVICE = "the file is damaged; take an older checkpoint, or a copy of this one"
 def verify_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
     """Read and check all that `load_fragments` would read, changing nothing."""
     for fragment in fragments:
-        for kind in KINDS:
+        for kind in sorted({reader.source_of(kind) for kind in fragment.tensors}):
             for _ in reader.pieces(fragment.name, kind, fragment.start, fragment.count):
                 continue
 
 
 def load_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
-    """Write the checkpoint's state into `fragments`, live views of an engine's state."""
+    """Write the checkpoint's state into `fragments`, live views of an engine's state.
+
+    Where they hold an average and the checkpoint does not, it begins from the weights.
+    """
     for fragment in fragments:
-        for kind in KINDS:
-            target = fragment.tensors[kind]
-            for offset, values in reader.pieces(fragment.name, kind, fragment.start, fragment.count):
+        for kind, target in fragment.tensors.items():
+            source = reader.source_of(kind)
+            for offset, values in reader.pieces(fragment.name, source, fragment.start, fragment.count):
                 target.narrow(0, offset, values.numel()).copy_(values)
 
 
-def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+def load_weights(folder: Path, *, kind: str = "weight") -> dict[str, torch.Tensor]:
     """Every trained parameter's float32 master weight, whole, on the CPU, by its name in the objective.
 
-    Of a checkpoint that is in the run's mirror the files come from there, and stay. Raises CheckpointError, or
-    UsageError or PretrainError when the mirror cannot be had.
+    kind: `ema` for the average of the weights. Of a checkpoint that is in the run's mirror the files come from there,
+    and stay. Raises CheckpointError, also where there is no such kind, or UsageError or PretrainError when the mirror
+    cannot be had.
     """
     reader = CheckpointReader(folder, fetch=fetcher_of(folder))
     weights = {}
     for name, shape in reader.manifest.parameters.items():
         weight = torch.empty(shape, dtype=torch.float32)
         flat = weight.view(-1)
-        for offset, values in reader.pieces(name, "weight", 0, flat.numel()):
+        for offset, values in reader.pieces(name, kind, 0, flat.numel()):
             flat.narrow(0, offset, values.numel()).copy_(values)
         weights[name] = weight
     return weights

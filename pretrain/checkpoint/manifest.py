@@ -24,12 +24,15 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHECKPOINTS = "checkpoints"
 MIRRORED_SUFFIX = ".mirrored"
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
+KINDS = ("weight", "exp_avg", "exp_avg_sq")  # of a parameter that AdamW or LAMB trains
+EMA = "ema"  # the average of the weight, in the checkpoints of runs that keep one
+# What a checkpoint may hold of a parameter, beside the average. A part of a set is not the state.
+_SETS_OF_KINDS = (frozenset(KINDS), frozenset({"weight", "momentum_buffer"}))  # the second: Muon's
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slice:
-    """Elements [start, start + count) of one flattened parameter's weight or moment, float32."""
+    """Elements [start, start + count) of one flattened parameter's weight, moment or average, float32."""
 
     parameter: str
     kind: str
@@ -88,14 +91,22 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def check_coverage(manifest: Manifest, where: Path) -> None:
-    """Every element of every parameter stands in exactly one slice of each kind, else CheckpointError."""
+    """Every element of every parameter stands in exactly one slice of each kind, else CheckpointError.
+
+    The kinds are those of one optimizer, and the average is there of all parameters or of none.
+    """
     ranges: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    kinds: dict[str, set[str]] = {}
     for slices in manifest.files.values():
         for piece in slices:
             ranges.setdefault((piece.parameter, piece.kind), []).append((piece.start, piece.count))
+            kinds.setdefault(piece.parameter, set()).add(piece.kind)
+    averages = any(EMA in held for held in kinds.values())
     for parameter, shape in manifest.parameters.items():
         size = math.prod(shape)
-        for kind in KINDS:
+        held = kinds.get(parameter, set()) - {EMA}
+        wanted = held if held in _SETS_OF_KINDS else set(KINDS)  # else what is missing is named below
+        for kind in sorted(wanted | {EMA} if averages else wanted):
             covered = 0
             for start, count in sorted(ranges.pop((parameter, kind), [])):
                 if start != covered:
@@ -107,7 +118,7 @@ def check_coverage(manifest: Manifest, where: Path) -> None:
                 raise CheckpointError(f"{where}: {kind} of {parameter} has {covered} of {size} elements")
     if ranges:
         raise CheckpointError(
-            f"{where}: slices of unknown parameters: {sorted(name for name, _ in ranges)[:5]}"
+            f"{where}: slices of unknown parameters or kinds: {sorted(name for name, _ in ranges)[:5]}"
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.checkpoint.manifest import CHECKPOINTS, KINDS, step_folder
+from pretrain.checkpoint.manifest import CHECKPOINTS, step_folder
 from pretrain.checkpoint.retention import retain
 from pretrain.checkpoint.snapshot import pieces_of
 from pretrain.checkpoint.staging import commit, finished_parts, manifest_of, staging_folder, write_part
@@ -55,6 +55,8 @@ def save_checkpoint(
 
 def _bytes_of(fragments: list[Fragment]) -> memoryview:
     tensors = [
-        fragment.tensors[kind].detach().cpu().float().numpy() for fragment in fragments for kind in KINDS
+        tensor.detach().cpu().float().numpy()
+        for fragment in fragments
+        for tensor in fragment.tensors.values()
     ]
     return np.concatenate([*tensors, np.empty(0, np.float32)]).view(np.uint8).data

@@ -10,7 +10,6 @@ Journal: `checkpoint` (committed), `checkpoint_failed` (step, reasons, in_a_row)
 from __future__ import annotations
 
 import json
-import math
 import os
 import select
 import signal
@@ -29,7 +28,7 @@ import torch
 from pretrain.checkpoint.manifest import CHECKPOINTS, mirrored_folder, read_manifest, step_folder
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.snapshot import Snapshot
-from pretrain.checkpoint.staging import FLOAT_BYTES, KINDS_COUNT, staging_folder
+from pretrain.checkpoint.staging import staging_folder
 from pretrain.checkpoint.writer import Settings
 from pretrain.distributed import World, gather_objects, sum_over_ranks
 from pretrain.engine.base import Engine, parameter_shapes
@@ -94,6 +93,8 @@ class Saver:
         self._leaving: dict[str, _Save] = {}  # given up, and the writer has not answered yet
         self._busy_with = ""  # the id of a save that the writer writes, or clears up behind
         self._snapshot = Snapshot(engine.owned_fragments(), device=engine.device)
+        of_all = torch.tensor(self._snapshot.data_bytes, dtype=torch.int64, device=engine.device)
+        self._bytes_of_all = int(sum_over_ranks(of_all))
         self._writer = self._start()
 
     def __enter__(self) -> Saver:
@@ -145,7 +146,7 @@ class Saver:
                 "staging": str(save.staging),
                 "final": str(save.final),
                 "pieces": [asdict(piece) for piece in self._snapshot.pieces],
-                "needed_bytes": self._needed_bytes(parameters),
+                "needed_bytes": self._needed_bytes(),
                 "facts": manifest_facts if self._world.is_main else None,
             }
         )
@@ -240,10 +241,10 @@ class Saver:
         self._writer.end()
         self._snapshot.close()
 
-    def _needed_bytes(self, parameters: Mapping[str, list[int]]) -> int:
+    def _needed_bytes(self) -> int:
         """What a checkpoint takes on the disk of this host's run_dir."""
         if self._is_shared:
-            return FLOAT_BYTES * KINDS_COUNT * sum(math.prod(shape) for shape in parameters.values())
+            return self._bytes_of_all
         return self._snapshot.data_bytes * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     def _failed_anywhere(self) -> float:

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 
-from pretrain.checkpoint.manifest import KINDS
 from pretrain.checkpoint.staging import FLOAT_BYTES, Piece
 from pretrain.engine.fragments import Fragment
 
@@ -50,8 +49,8 @@ class Snapshot:
         self.ready()
         offset = 0
         for fragment in fragments:
-            for kind in KINDS:
-                source = fragment.tensors[kind].detach()
+            for tensor in fragment.tensors.values():
+                source = tensor.detach()
                 self._values.narrow(0, offset, fragment.count).copy_(source, non_blocking=True)
                 offset += fragment.count
         if self._device.type == "cuda":
@@ -83,7 +82,7 @@ def pieces_of(fragments: Sequence[Fragment]) -> list[Piece]:
     return [
         Piece(parameter=fragment.name, kind=kind, start=fragment.start, count=fragment.count)
         for fragment in fragments
-        for kind in KINDS
+        for kind in fragment.tensors
     ]
 
 

@@ -25,7 +25,6 @@ from typing import Any
 
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
-    KINDS,
     MANIFEST_NAME,
     Manifest,
     Slice,
@@ -38,7 +37,6 @@ from pretrain.storage.files import sync
 STAGING_SUFFIX = ".saving"
 _ASIDE_SUFFIX = f".aside{STAGING_SUFFIX}"  # a checkpoint that makes place for another one of its step
 FLOAT_BYTES = 4
-KINDS_COUNT = len(KINDS)
 _BLOCK_BYTES = 1 << 20  # hashed, written and paid for at once
 _SYNCED_BYTES = 64 << 20  # so much at most waits in the page cache: training's own writes share the disk
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -47,7 +45,7 @@ _AT_FDCWD = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """Elements [start, start + count) of one flattened parameter's weight or moment; see manifest.Slice."""
+    """Elements [start, start + count) of one flattened parameter's weight, moment or average; see manifest.Slice."""
 
     parameter: str
     kind: str

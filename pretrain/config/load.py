@@ -84,6 +84,7 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(f"{source}: {_readable(error)}") from None
     _check_deepspeed(config, source)
+    _check_optimizer(config, source)
     urls: list[tuple[str, str | None]] = [("data.train", source.url) for source in config.data.sources]
     urls += [("data.val", config.data.val), ("checkpoint.mirror", config.checkpoint.mirror)]
     for key, url in urls:
@@ -161,6 +162,8 @@ def _apply_override(recipe: dict[str, Any], override: str) -> None:
     # Steps and epochs exclude each other; the override is the later word.
     if path in ("train.steps", "train.epochs") and value is not None:
         section.pop("epochs" if last == "steps" else "steps", None)
+    if path in ("optim.lr", "optim.base_lr") and value is not None:  # as do these
+        section.pop("base_lr" if last == "lr" else "lr", None)
 
 
 def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -227,6 +230,23 @@ def _check_deepspeed(config: RunConfig, source: str) -> None:
     stage = zero_stage(config)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{source}: deepspeed.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+
+
+def _check_optimizer(config: RunConfig, source: str) -> None:
+    """A ZeRO stage hands an optimizer flat pieces of parameters; not every one is then still the one it was."""
+    name, stage = config.optim.name, zero_stage(config)
+    if name == "lamb" and stage == 3:
+        raise ConfigError(
+            f"{source}: optim.name=lamb needs the norms of whole parameters, which ZeRO stage 3 does not let it see; "
+            "take deepspeed.zero_optimization.stage=2, or optim.name=adamw"
+        )
+    if name == "muon" and not (stage == 0 or (stage == 1 and config.train.precision == "bf16")):
+        raise ConfigError(
+            f"{source}: optim.name=muon works at ZeRO stage 1 in bf16, and at stage 0; got stage {stage} in "
+            f"{config.train.precision}, where DeepSpeed clips Muon's update instead of the gradient, and keeps its "
+            "momentum in another form: set deepspeed.zero_optimization.stage=0 (also for one device in float32), or "
+            "stage=1 and train.precision=bf16"
+        )
 
 
 def zero_stage(config: RunConfig) -> int:

@@ -34,12 +34,14 @@ class Engine(Protocol):
     module: the objective, on `device`. Its parameters keep their names.
     zero_stage: 0 where state is not sharded.
     skipped: did the last `step` leave everything as it was, because the gradient was not finite?
+    averages: is an average of the weights (EMA) kept?
     """
 
     module: Objective
     device: torch.device
     zero_stage: int
     skipped: bool
+    averages: bool
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The objective's loss sum (a float32 scalar) and its metric sums, for one micro-batch.
@@ -58,10 +60,11 @@ class Engine(Protocol):
         add up to the loss to be descended: the engine neither averages nor rescales them."""
         ...
 
-    def step(self, lr: float) -> torch.Tensor:
+    def step(self, lr: float, *, freeze_backbone: bool = False) -> torch.Tensor:
         """Clip, update at learning rate `lr`, clear gradients. Returns the gradient's global
         2-norm before clipping, a float32 scalar on the device. Where that is not finite, on
-        whichever rank it came from, all ranks only clear gradients, and `skipped` says so."""
+        whichever rank it came from, all ranks only clear gradients, and `skipped` says so.
+        freeze_backbone: the backbone's weights stay; its moments do not."""
         ...
 
     def fragments(self) -> list[Fragment]:
@@ -78,6 +81,11 @@ class Engine(Protocol):
 
     def publish_weights(self) -> None:
         """Make the weights that `forward` uses those of the fragments. All ranks together."""
+        ...
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Within it, `forward` uses the average of the weights, and no step is taken; after it, the weights
+        again, bit for bit. All ranks together."""
         ...
 
     @property

@@ -1,6 +1,6 @@
 """One device, no launcher: the step through accelerate. Chosen by train.py when it runs alone.
 
-Weights and moments are float32; in bf16 the forward runs under autocast.
+Weights, moments and their average are float32; in bf16 the forward runs under autocast.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from torch import nn
 
 from pretrain.engine.cpu_bf16 import bf16_products
 from pretrain.engine.fragments import (
-    ADAM_MOMENTS,
     Fragment,
     get_optimizer_steps,
-    prepare_adam_state,
+    prepare_state,
     set_optimizer_steps,
+    views,
 )
+from pretrain.optim.ema import WeightAverage
+from pretrain.optim.parameter_groups import set_learning_rates
 
 
 class AccelerateEngine:
@@ -36,6 +38,7 @@ class AccelerateEngine:
         precision: str,
         clip_grad_norm: float | None,
         device: torch.device,
+        build_average: Callable[[list[torch.Tensor]], WeightAverage] | None = None,
     ) -> None:
         self._is_bf16 = precision == "bf16"
         self._accelerator = Accelerator(
@@ -49,7 +52,11 @@ class AccelerateEngine:
         self._parameters = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
         self._clip_grad_norm = clip_grad_norm
         self.skipped = False
-        prepare_adam_state(self._optimizer, list(self._parameters.values()))
+        masters: list[torch.Tensor] = list(self._parameters.values())
+        prepare_state(self._optimizer, masters)
+        self._average = build_average(masters) if build_average else None
+        self.averages = self._average is not None
+        self._updates = 0  # as the optimizer counts them, on the host
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         with bf16_products(self.device, enabled=self._is_bf16):
@@ -64,28 +71,26 @@ class AccelerateEngine:
         with bf16_products(self.device, enabled=self._is_bf16):
             self._accelerator.backward(loss)
 
-    def step(self, lr: float) -> torch.Tensor:
-        for group in self._stepper.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, *, freeze_backbone: bool = False) -> torch.Tensor:
+        set_learning_rates(self._stepper.param_groups, lr, freeze_backbone=freeze_backbone)
         limit = float("inf") if self._clip_grad_norm is None else self._clip_grad_norm
         norm = self._accelerator.clip_grad_norm_(self._parameters.values(), limit)
         assert norm is not None, "gradients are complete at every step"
         self.skipped = not bool(torch.isfinite(norm))
         if not self.skipped:
             self._stepper.step()
+            self._updates += 1
+            if self._average is not None:
+                self._average.update(self._updates)
         self._stepper.zero_grad()
         return norm.detach().float()
 
     def fragments(self) -> list[Fragment]:
-        state = self._optimizer.state
         return [
             Fragment(
                 name=name,
                 start=0,
-                tensors={
-                    "weight": parameter.detach().view(-1),
-                    **{moment: state[parameter][moment].view(-1) for moment in ADAM_MOMENTS},
-                },
+                tensors=views(self._optimizer, parameter, 0, parameter.numel(), self._average),
             )
             for name, parameter in self._parameters.items()
         ]
@@ -99,6 +104,15 @@ class AccelerateEngine:
     def publish_weights(self) -> None:
         """The fragments are the weights themselves."""
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        assert self._average is not None, "the run keeps an average"
+        self._average.swap()
+        try:
+            yield
+        finally:
+            self._average.swap()
+
     @property
     def optimizer_steps(self) -> int:
         return get_optimizer_steps(self._optimizer)
@@ -106,3 +120,4 @@ class AccelerateEngine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         set_optimizer_steps(self._optimizer, steps)
+        self._updates = steps

@@ -1,26 +1,31 @@
 """What an engine holds of the training state, as live views. Called by both engines and checkpoint/.
 
 Whatever the ZeRO stage, a rank's share of a parameter is a contiguous range of it, flattened, in
-float32: its weight (the master) and the optimizer's moments for the same range. Saving reads the
-views; loading writes them and then asks the engine to publish the weights.
+float32: its weight (the master), the optimizer's moments for the same range, and the average of the
+weight where the run keeps one. Saving reads the views; loading writes them and then asks the engine
+to publish the weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
+from pretrain.optim.ema import WeightAverage
+
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # LAMB's too
+MUON_MOMENTS = ("momentum_buffer",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
     """Elements [start, start + count) of the flattened parameter `name`.
 
-    `tensors` maps `weight` and each moment to a 1-D float32 view of `count` elements that aliases
-    the engine's own storage.
+    `tensors` maps `weight`, each moment and, where there is an average, `ema` to a 1-D float32 view
+    of `count` elements that aliases the engine's own storage.
     """
 
     name: str
@@ -48,18 +53,42 @@ def share(fragments: list[Fragment], rank: int, world_size: int) -> list[Fragmen
     return parts
 
 
-def prepare_adam_state(optimizer: torch.optim.Optimizer, masters: list[torch.Tensor]) -> None:
-    """Give every master zero moments and step 0, as AdamW itself would at its first step.
+def moments_of(group: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an optimizer keeps of each element of a parameter group."""
+    return MUON_MOMENTS if group.get("use_muon") else ADAM_MOMENTS
+
+
+def prepare_state(optimizer: torch.optim.Optimizer, masters: list[torch.Tensor]) -> None:
+    """Give every master zero moments and step 0, as the optimizer itself would at its first step.
 
     DeepSpeed makes this state late at some stages and, at others, by a trial step that leaves the
     step counter at 1; loading needs it there and right from the start.
     """
-    fused = bool(optimizer.defaults.get("fused"))  # the fused kernel wants its counter on the device
+    by_muon = {id(p) for group in optimizer.param_groups if group.get("use_muon") for p in group["params"]}
+    # the fused kernel wants its counter on the device
+    fused = any(group.get("fused") for group in optimizer.param_groups)
     for master in masters:
         state = optimizer.state[master]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
-        for moment in ADAM_MOMENTS:
+        state.clear()
+        if id(master) not in by_muon:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if fused else "cpu")
+        for moment in moments_of({"use_muon": id(master) in by_muon}):
             state[moment] = torch.zeros_like(master, memory_format=torch.preserve_format).detach()
+
+
+def views(
+    optimizer: torch.optim.Optimizer,
+    master: torch.Tensor,
+    start: int,
+    count: int,
+    average: WeightAverage | None,
+) -> dict[str, torch.Tensor]:
+    """A fragment's tensors: `count` elements of a master from `start` on, and of what belongs to it."""
+    held = {"weight": master.detach()}
+    held |= {name: value for name, value in optimizer.state[master].items() if name != "step"}
+    if average is not None:
+        held["ema"] = average.of(master)
+    return {kind: tensor.view(-1).narrow(0, start, count) for kind, tensor in held.items()}
 
 
 def get_optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
@@ -71,4 +100,5 @@ def get_optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
 
 def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
     for state in optimizer.state.values():
-        state["step"].fill_(float(steps))
+        if "step" in state:
+            state["step"].fill_(float(steps))

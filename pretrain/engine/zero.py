@@ -23,17 +23,21 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from pydantic import ValidationError
 from torch import nn
 
-from pretrain.distributed import World, barrier
+from pretrain.distributed import World, barrier, sum_over_ranks
 from pretrain.engine.cpu_bf16 import bf16_products
 from pretrain.engine.fragments import (
-    ADAM_MOMENTS,
     Fragment,
     get_optimizer_steps,
-    prepare_adam_state,
+    prepare_state,
     set_optimizer_steps,
     share,
+    views,
 )
 from pretrain.errors import UsageError
+from pretrain.optim.ema import WeightAverage
+from pretrain.optim.lamb import Lamb, Piece
+from pretrain.optim.muon import Muon
+from pretrain.optim.parameter_groups import set_learning_rates
 
 # DeepSpeed's own 5e8 elements exceed all of ViT-Large: one bucket, two gigabytes of buffer, and
 # nothing to overlap with.
@@ -49,8 +53,9 @@ def deepspeed_config(
     world_size: int,
     clip_grad_norm: float | None,
     num_parameters: int,
+    optimizer: str = "adamw",
 ) -> dict[str, Any]:
-    """The user's own `deepspeed:` keys, with those that the recipe decides added to them."""
+    """The user's own `deepspeed:` keys, with those that the recipe decides added to them. Raises UsageError."""
     bucket = min(BUCKET_ELEMENTS, -(-num_parameters // 4096) * 4096)  # of a size that DeepSpeed can align
     zero = {
         "stage": 1,
@@ -80,6 +85,10 @@ def deepspeed_config(
                 "deepspeed.zero_optimization.stage=1, train.precision=float32, or one micro-batch a step"
             )
         config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optimizer == "muon" and zero["stage"] == 1:  # what its Muon on float32 shards asks for
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    if optimizer == "lamb":
+        config["zero_allow_untested_optimizer"] = True  # it is ours, and tested here
     return config
 
 
@@ -93,6 +102,7 @@ class ZeroEngine:
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         config: Mapping[str, Any],
         world: World,
+        build_average: Callable[[list[torch.Tensor]], WeightAverage] | None = None,
     ) -> None:
         """`objective`'s float32 weights become the masters as they are, without a detour by bf16."""
         initial = {name: p.detach().clone() for name, p in objective.named_parameters() if p.requires_grad}
@@ -100,10 +110,14 @@ class ZeroEngine:
         _leave_out_shared_memory_collective()
         _quieten()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+        self.zero_stage = int(config["zero_optimization"]["stage"])
+        optimizer = build_optimizer(objective)
+        if isinstance(optimizer, Muon) and self.zero_stage > 0:
+            optimizer = _muon_of_shards(optimizer)
         try:
             self._engine, self._wrapped, _, _ = deepspeed.initialize(
                 model=objective,
-                optimizer=build_optimizer(objective),
+                optimizer=optimizer,
                 config=dict(config),
                 dist_init_required=False,
             )
@@ -115,13 +129,19 @@ class ZeroEngine:
         self.device = world.device
         self._is_bf16 = bool(config["bf16"]["enabled"])
         self.skipped = False
-        self.zero_stage = int(config["zero_optimization"]["stage"])
         self._trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
         self._shards = _shards_of(self._wrapped, self._trained, world)
-        prepare_adam_state(self._shards.optimizer, self._shards.masters)
+        prepare_state(self._shards.optimizer, self._shards.masters)
+        if isinstance(optimizer, Lamb) and self.zero_stage > 0:
+            optimizer.bind(self._shards.pieces(), sum_over_ranks)
+        self._average = build_average(self._shards.masters) if build_average else None
+        self.averages = self._average is not None
+        self._updates = 0  # as the optimizer counts them, on the host
         for fragment in self.fragments():
             source = initial[fragment.name].view(-1).narrow(0, fragment.start, fragment.count)
             fragment.tensors["weight"].copy_(source)
+        if self._average is not None:
+            self._average.restart()
         self.publish_weights()
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -143,9 +163,8 @@ class ZeroEngine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()  # only counts the micro-batch
 
-    def step(self, lr: float) -> torch.Tensor:
-        for group in self._wrapped.param_groups:
-            group["lr"] = lr
+    def step(self, lr: float, *, freeze_backbone: bool = False) -> torch.Tensor:
+        set_learning_rates(self._shards.optimizer.param_groups, lr, freeze_backbone=freeze_backbone)
         norm = self._shards.gradient_norm()
         if (
             norm is None
@@ -157,10 +176,14 @@ class ZeroEngine:
             self.skipped = not bool(torch.isfinite(norm))
             with self._shards.without_update() if self.skipped else nullcontext():
                 self._engine.step()
+        if not self.skipped:
+            self._updates += 1
+            if self._average is not None:
+                self._average.update(self._updates)
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def fragments(self) -> list[Fragment]:
-        return self._shards.fragments()
+        return self._shards.fragments(self._average)
 
     def owned_fragments(self) -> list[Fragment]:
         fragments = self.fragments()
@@ -177,6 +200,17 @@ class ZeroEngine:
         self._shards.publish()
         barrier()
 
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        assert self._average is not None, "the run keeps an average"
+        self._average.swap()
+        self.publish_weights()
+        try:
+            yield
+        finally:
+            self._average.swap()
+        self.publish_weights()  # not after an error: it may be this rank's alone, and peers would be waited for
+
     @property
     def optimizer_steps(self) -> int:
         return get_optimizer_steps(self._shards.optimizer)
@@ -184,6 +218,20 @@ class ZeroEngine:
     @optimizer_steps.setter
     def optimizer_steps(self, steps: int) -> None:
         set_optimizer_steps(self._shards.optimizer, steps)
+        self._updates = steps
+
+
+def _muon_of_shards(optimizer: Muon) -> torch.optim.Optimizer:
+    """DeepSpeed's own Muon of the same groups: it orthogonalises whole matrices that ranks hold in parts."""
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam  # compiles its kernels at import
+
+    groups = [{**group} for group in optimizer.param_groups]
+    for group in groups:
+        if group["use_muon"]:
+            group["ns_method"] = "standard"  # the iteration that torch's does; `gram` runs in half precision
+    return MuonWithAuxAdam(
+        groups, adam_optimizer=torch.optim.AdamW, adam_optimizer_kwargs=optimizer.aux_settings
+    )
 
 
 def _quieten() -> None:
@@ -222,9 +270,9 @@ class _ReplicatedShards:
     def masters(self) -> list[torch.Tensor]:
         return list(self._masters.values())
 
-    def fragments(self) -> list[Fragment]:
+    def fragments(self, average: WeightAverage | None) -> list[Fragment]:
         return [
-            Fragment(name=name, start=0, tensors=_views(self.optimizer, master, 0, master.numel()))
+            Fragment(name=name, start=0, tensors=views(self.optimizer, master, 0, master.numel(), average))
             for name, master in self._masters.items()
         ]
 
@@ -266,18 +314,32 @@ class _FlatShards:
             else wrapped.single_partition_of_fp32_groups
         )
 
-    def fragments(self) -> list[Fragment]:
-        found = []
+    def _mappings(self) -> Iterator[tuple[str, Any]]:
         parameter: Any  # DeepSpeed hangs its own attributes on parameters
         for name, parameter in self._trained.items():
-            mapping = parameter._hp_mapping
-            if mapping is None:  # all of it lives on other ranks
-                continue
+            if parameter._hp_mapping is not None:  # else all of it lives on other ranks
+                yield name, parameter._hp_mapping
+
+    def fragments(self, average: WeightAverage | None) -> list[Fragment]:
+        found = []
+        for name, mapping in self._mappings():
             here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
             master = self.masters[mapping.param_group_index]
-            tensors = _views(self.optimizer, master, here.start, here.numel)
+            tensors = views(self.optimizer, master, here.start, here.numel, average)
             found.append(Fragment(name=name, start=there.start, tensors=tensors))
         return found
+
+    def pieces(self) -> list[Piece]:
+        """What of which parameter lies where in this rank's masters."""
+        return [
+            Piece(
+                name=name,
+                held=self.masters[mapping.param_group_index],
+                offset=mapping.hp_fragment_address.start,
+                count=mapping.hp_fragment_address.numel,
+            )
+            for name, mapping in self._mappings()
+        ]
 
     def publish(self) -> None:
         self._wrapped.update_lp_params()
@@ -296,7 +358,7 @@ class _PartitionedShards:
         self.optimizer = wrapped.optimizer
         self.masters: list[torch.Tensor] = wrapped.fp32_partitioned_groups_flat
 
-    def fragments(self) -> list[Fragment]:
+    def fragments(self, average: WeightAverage | None) -> list[Fragment]:
         found = []
         parameter: Any
         for name, parameter in self._trained.items():
@@ -304,7 +366,7 @@ class _PartitionedShards:
             begin = part * self._rank
             count = min(part, parameter.ds_numel - begin)
             if count > 0:
-                tensors = _views(self.optimizer, self.masters[group], int(offset), count)
+                tensors = views(self.optimizer, self.masters[group], int(offset), count, average)
                 found.append(Fragment(name=name, start=begin, tensors=tensors))
         return found
 
@@ -328,13 +390,3 @@ def _shards_of(wrapped: Any, trained: Mapping[str, nn.Parameter], world: World) 
     if isinstance(wrapped, DeepSpeedZeroOptimizer | BF16_Optimizer):
         return _FlatShards(wrapped, trained)
     return _ReplicatedShards(wrapped, trained)
-
-
-def _views(
-    optimizer: torch.optim.Optimizer, master: torch.Tensor, start: int, count: int
-) -> dict[str, torch.Tensor]:
-    state = optimizer.state[master]
-    views = {"weight": master.detach().view(-1).narrow(0, start, count)}
-    for moment in ADAM_MOMENTS:
-        views[moment] = state[moment].view(-1).narrow(0, start, count)
-    return views

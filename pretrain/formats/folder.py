@@ -55,11 +55,13 @@ def export_backbone(
     image_size: int | None = None,
     with_head: bool = True,
     images_url: str | None = None,
+    weights: str | None = None,
 ) -> Exported:
     """Write `source` (a run, a checkpoint or another export) to the folder `out` and check it there.
 
     image_size: pixels; position embeddings are resampled by the consumer's own rule. with_head=False
-    leaves a class head out. images_url: a dataset to take the images of the check from.
+    leaves a class head out. images_url: a dataset to take the images of the check from. weights: "ema" or
+    "raw", see `read_backbone`.
 
     Raises UsageError for an `out` that is not empty, a source that is not there, a size that does not
     fit, or a model that the format cannot hold; CheckpointError for a damaged source or an export that
@@ -67,13 +69,13 @@ def export_backbone(
     """
     out = Path(out)
     _refuse_occupied(out)
-    incoming = read_backbone(source)
+    incoming = read_backbone(source, weights=weights)
     if incoming.assumed:
         raise UsageError(
             f"{incoming.source}: a bare file does not say its {', '.join(incoming.assumed)}; "
             "export from a run, a checkpoint or a folder with a config.json"
         )
-    spec, weights, resampled = _at_size(incoming, image_size, rule=format)
+    spec, tensors, resampled = _at_size(incoming, image_size, rule=format)
     left_out = dict(incoming.left_out)
     head = incoming.head
     if head and not with_head:
@@ -92,8 +94,8 @@ def export_backbone(
         raise UsageError(f"{out}: cannot be written: {error}; name another folder") from error
     try:
         open_to_readers(building)
-        WRITERS[format](building, weights, spec, head=head or None, crop_fraction=chosen.crop_fraction)
-        check = _check(building, format, spec, weights, head, chosen)
+        WRITERS[format](building, tensors, spec, head=head or None, crop_fraction=chosen.crop_fraction)
+        check = _check(building, format, spec, tensors, head, chosen)
         _write_record(building, format, incoming, check, chosen, left_out, resampled)
         os.replace(building, out)
     except BaseException:
@@ -170,6 +172,7 @@ def _write_record(
             "step": source.step,
             "samples": source.samples,
             "dataset_identity": source.dataset_identity,
+            "weights": source.weights,
         },
         "resampled": resampled,
         "left_out": dict(left_out),

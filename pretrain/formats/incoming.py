@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from pretrain.checkpoint.load import find_newest, load_weights
-from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, read_manifest
+from pretrain.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST_NAME, Manifest, read_manifest
 from pretrain.errors import CheckpointError, StorageError, UsageError
 from pretrain.formats.files import read_json, read_tensors
 from pretrain.formats.hugging_face import from_hugging_face, is_hugging_face, read_hugging_face_config
@@ -36,7 +36,8 @@ RECORD = "export.json"  # what our own exports say about their origin
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where a backbone came from. kind is "run", "timm", "hf" or "safetensors"; step, samples, attempt and
-    dataset_identity are None where they are not known; config is a run's resolved recipe or {}."""
+    dataset_identity are None where they are not known; config is a run's resolved recipe or {}. weights: "ema" or
+    "raw" of a run, None where it is not known."""
 
     kind: str
     url: str
@@ -45,6 +46,7 @@ class Source:
     attempt: int | None = None
     dataset_identity: str | None = None
     config: Mapping[str, Any]
+    weights: str | None = None
 
     @property
     def s3(self) -> S3Settings:
@@ -55,7 +57,8 @@ class Source:
         )
 
     def __str__(self) -> str:
-        return f"{self.url} ({self.kind}{'' if self.step is None else f', step {self.step}'})"
+        step = "" if self.step is None else f", step {self.step}"
+        return f"{self.url} ({self.kind}{step}{', average of the weights' if self.weights == EMA else ''})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +78,13 @@ class Incoming:
     assumed: tuple[str, ...] = ()
 
 
-def read_backbone(url_or_path: str | Path) -> Incoming:
+def read_backbone(url_or_path: str | Path, *, weights: str | None = None) -> Incoming:
     """Read a run folder, a checkpoint folder, a timm or transformers export, or a .safetensors file.
 
-    Exports and files may be s3:// URLs. Raises UsageError when there is nothing of the kind there, or
-    a pickle; CheckpointError when what is there is damaged, incomplete or describes another model.
+    Exports and files may be s3:// URLs. weights: "ema" or "raw"; of a checkpoint that holds an average of the weights,
+    the average is taken unless "raw" is asked for. Raises UsageError when there is nothing of the kind there, for a
+    pickle, and where an average is asked for that is not there; CheckpointError when what is there is damaged,
+    incomplete or describes another model.
     """
     url = str(url_or_path).rstrip("/")
     if url.lower().endswith(PICKLES):
@@ -95,10 +100,16 @@ def read_backbone(url_or_path: str | Path) -> Incoming:
                 "checkpoint.mirror, `pretrain checkpoints MIRROR --bring-back RUN` makes its folder anew"
             )
         if path.is_dir() and ((path / MANIFEST_NAME).is_file() or (path / CHECKPOINTS).is_dir()):
-            return _read_run(path)
+            return _read_run(path, weights)
+        if weights == EMA:
+            raise UsageError(
+                f"{url}: is no run, only runs hold an average of the weights; leave --weights out"
+            )
         if path.is_file() and not (path.name == WEIGHTS and (path.parent / CONFIG).is_file()):
             return _read_bare_file(path, url)
         folder = open_storage(str(path.parent if path.is_file() else path))
+    elif weights == EMA:
+        raise UsageError(f"{url}: only runs on a disk hold an average of the weights; leave --weights out")
     elif url.endswith(".safetensors"):
         parent, name = split_url(url)
         folder = open_storage(parent)
@@ -117,13 +128,19 @@ def _fetch(folder: Storage, name: str) -> Path | bytes:
         raise UsageError(f"{join_url(folder.url, name)}: {error}") from error
 
 
-def _read_run(path: Path) -> Incoming:
+def _read_run(path: Path, weights: str | None) -> Incoming:
     step_folder = find_newest(path)
     manifest = read_manifest(step_folder)
     where = str(step_folder)
+    averages = any(piece.kind == EMA for slices in manifest.files.values() for piece in slices)
+    if weights == EMA and not averages:
+        raise UsageError(
+            f"{where}: holds no average of the weights (optim.ema_decay was not set); leave --weights out"
+        )
+    kind = EMA if averages and weights != "raw" else "weight"
     tensors: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
-    for name, value in load_weights(step_folder).items():
+    for name, value in load_weights(step_folder, kind=kind).items():
         if name.startswith(("backbone.", "head.")):
             tensors[name.removeprefix("backbone.")] = value
         else:
@@ -141,6 +158,7 @@ def _read_run(path: Path) -> Incoming:
         attempt=manifest.attempt,
         dataset_identity=manifest.dataset.get("identity"),
         config=manifest.config,
+        weights=EMA if kind == EMA else "raw",
     )
     return _incoming(spec, parts, source, left_out)
 

@@ -1,13 +1,20 @@
-"""Which parameters decay. Called where an optimizer is built."""
+"""Which parameters decay, and at what share of the learning rate each one learns. Called where an optimizer is built,
+and by the engines, which set the rates of every step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
 
+BACKBONE, HEAD = "backbone.", "head."  # of an objective's parameters
+
 # embeddings and tokens: decay would pull them to zero, not to smoothness (timm's no_weight_decay)
-NEVER_DECAYED = frozenset({"cls_token", "pos_embed", "reg_token", "dist_token", "mask_token"})
+NEVER_DECAYED = frozenset(
+    {"cls_token", "pos_embed", "reg_token", "dist_token", "mask_token", "relative_position_bias_table"}
+)
 
 
 def decays(name: str, num_dims: int) -> bool:
@@ -19,22 +26,80 @@ def decays(name: str, num_dims: int) -> bool:
     return num_dims > 1 and last != "bias" and last not in NEVER_DECAYED
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer: {"params": [...], "names": [...], "weight_decay": float}.
+def is_hidden_matrix(name: str, num_dims: int) -> bool:
+    """Whether Muon takes it: the matrices inside blocks, not the embeddings before and the head after them."""
+    return num_dims == 2 and ".blocks." in f".{name}" and name.endswith(".weight")
 
-    The decayed group first, then the other; an empty one is left out. Inside a group, parameters stand
-    in the order of `named_parameters`, each with its name at the same place. Frozen ones are left out.
+
+def layer_scales(layer_of: Callable[[str], int], *, num_layers: int, decay: float) -> Callable[[str], float]:
+    """Layer-wise learning-rate decay (BEiT, arXiv:2106.08254; MAE): name of a parameter -> its share of the rate.
+
+    decay ** (num_layers + 1 - layer): `layer_of` tells the layer of a backbone's parameter, 0 for the embeddings, i + 1
+    for block i, num_layers + 1 for what comes after the blocks. What is not of the backbone learns at the full rate.
     """
-    groups: list[dict[str, Any]] = [
-        {"params": [], "names": [], "weight_decay": weight_decay},
-        {"params": [], "names": [], "weight_decay": 0.0},
-    ]
+
+    def scale(name: str) -> float:
+        if not name.startswith(BACKBONE):
+            return 1.0
+        return decay ** (num_layers + 1 - layer_of(name.removeprefix(BACKBONE)))
+
+    return scale
+
+
+def parameter_groups(
+    module: nn.Module,
+    *,
+    weight_decay: float,
+    head_weight_decay: float | None = None,
+    head_lr_scale: float = 1.0,
+    layer_scale: Callable[[str], float] = lambda _: 1.0,
+    apart: bool = False,
+    muon_lr_scale: float | None = None,
+    muon_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimizer: {"params": [...], "names": [...], "weight_decay": float, "lr_scale": float,
+    "is_backbone": bool, "use_muon": bool}.
+
+    Groups that decay come first; an empty one is left out. Inside a group, parameters stand in the order of
+    `named_parameters`, each with its name at the same place. Frozen ones are left out.
+
+    layer_scale: see `layer_scales`. apart: no group holds parameters of the backbone and others. muon_lr_scale: hidden
+    matrices get groups of their own, for Muon, which learn at that share of the rate and decay by muon_weight_decay.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         # ZeRO-3 leaves an empty tensor in place of a partitioned weight and keeps its shape aside
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        group = groups[0 if decays(name, len(shape)) else 1]
+        num_dims = len(getattr(parameter, "ds_shape", parameter.shape))
+        decay, lr_scale = weight_decay, layer_scale(name)
+        if name.startswith(HEAD):
+            lr_scale *= head_lr_scale
+            decay = weight_decay if head_weight_decay is None else head_weight_decay
+        use_muon = muon_lr_scale is not None and is_hidden_matrix(name, num_dims)
+        if use_muon:
+            assert muon_lr_scale is not None, "only Muon has hidden matrices"
+            lr_scale, decay = lr_scale * muon_lr_scale, muon_weight_decay
+        does_decay = decays(name, num_dims)
+        settings = {
+            "weight_decay": decay if does_decay else 0.0,
+            "lr_scale": lr_scale,
+            "is_backbone": apart and name.startswith(BACKBONE),
+            "use_muon": use_muon,
+        }
+        group = groups.setdefault((does_decay, *settings.values()), {"params": [], "names": [], **settings})
         group["params"].append(parameter)
         group["names"].append(name)
-    return [group for group in groups if group["params"]]
+    return [groups[key] for key in sorted(groups, key=lambda key: not key[0])]
+
+
+def set_learning_rates(groups: Iterable[dict[str, Any]], lr: float, *, freeze_backbone: bool = False) -> None:
+    """Give each group its share of `lr`; with `freeze_backbone` the backbone's, which must stand apart, get 0.
+
+    At a rate of 0 an update and its decay are exactly nothing, at every ZeRO stage, and moments are kept up to date:
+    the backbone's first real update is not thrown off by empty ones.
+    """
+    for group in groups:
+        frozen = freeze_backbone and group.get("is_backbone", False)
+        group["lr"] = 0.0 if frozen else lr * group.get("lr_scale", 1.0)
+        group["freeze_backbone"] = freeze_backbone

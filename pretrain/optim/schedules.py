@@ -29,10 +29,37 @@ def constant_lr(step: int, *, peak: float, warmup_steps: int) -> float:
     return peak * step / warmup_steps if step < warmup_steps else peak
 
 
+def rsqrt_lr(step: int, *, peak: float, warmup_steps: int, timescale_steps: int) -> float:
+    """Linear warmup from 0, then peak / sqrt(1 + (step - warmup_steps) / timescale_steps).
+
+    The reciprocal square root of "Scaling Vision Transformers" (arXiv:2106.04560) as big_vision computes it, without
+    its shift: at the peak after the warmup, at half of it three timescales later. Raises ValueError for
+    negative steps.
+    """
+    if step < 0 or warmup_steps < 0 or timescale_steps <= 0:
+        raise ValueError(f"negative step: {step=}, {warmup_steps=}, {timescale_steps=}")
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    return peak / math.sqrt(1.0 + (step - warmup_steps) / timescale_steps)
+
+
+def scaled_lr(base_lr: float, global_batch_size: int) -> float:
+    """The linear scaling rule (arXiv:1706.02677): `base_lr` is for 256 images a step."""
+    return base_lr * global_batch_size / 256
+
+
 def cooled_down(
-    lr_of: Callable[[int], float], *, cooldown_steps: int, total_steps: int, min_lr: float = 0.0
+    lr_of: Callable[[int], float],
+    *,
+    cooldown_steps: int,
+    total_steps: int,
+    min_lr: float = 0.0,
+    follow: bool = False,
 ) -> Callable[[int], float]:
-    """`lr_of`, but over the last `cooldown_steps` straight from where it is then to `min_lr` at `total_steps`
+    """`lr_of`, but over the last `cooldown_steps` straight from where it is then to `min_lr` at `total_steps`.
+
+    follow: not from where it is when the cooldown begins, but from where it would be at each step: `lr_of` goes on and
+    is multiplied by what is left of the cooldown, as big_vision does with its reciprocal square root
     (arXiv:2106.04560). Raises ValueError when there are not so many steps.
     """
     if not 0 <= cooldown_steps <= total_steps:
@@ -43,6 +70,6 @@ def cooled_down(
         if step < begin or not cooldown_steps:
             return lr_of(step)
         left = max(0.0, (total_steps - step) / cooldown_steps)
-        return min_lr + (lr_of(begin) - min_lr) * left
+        return min_lr + (lr_of(step if follow else begin) - min_lr) * left
 
     return lr

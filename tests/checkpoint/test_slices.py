@@ -158,6 +158,73 @@ def test_a_save_that_lacks_a_rank_or_a_parameter_is_never_committed(tmp_path: Pa
     assert not staging.exists()
 
 
+def with_kinds(state: list[Fragment], *kinds: str) -> list[Fragment]:
+    """The same weights, with other state beside them."""
+    return [
+        Fragment(
+            name=f.name,
+            start=0,
+            tensors={"weight": f.tensors["weight"], **{kind: torch.randn(f.count) for kind in kinds}},
+        )
+        for f in state
+    ]
+
+
+@pytest.mark.parametrize("loaded_by", [1, 3])
+def test_muons_state_and_an_average_are_saved_and_loaded_like_any_other(
+    tmp_path: Path, loaded_by: int
+) -> None:
+    matrix, bias, head = whole_state()
+    state = [
+        *with_kinds([matrix, head], "momentum_buffer", "ema"),
+        *with_kinds([bias], "exp_avg", "exp_avg_sq", "ema"),
+    ]
+    reader = CheckpointReader(save_as_ranks(tmp_path, 2, state))
+    blank = [
+        Fragment(name=f.name, start=0, tensors={k: torch.zeros(f.count) for k in f.tensors}) for f in state
+    ]
+    for rank in range(loaded_by):
+        mine = share(blank, rank, loaded_by)
+        verify_fragments(reader, mine)
+        load_fragments(reader, mine)
+    for loaded, original in zip(blank, state, strict=True):
+        for kind, values in original.tensors.items():
+            assert torch.equal(loaded.tensors[kind], values), f"{kind} of {loaded.name}"
+    averages = load_weights(reader.folder, kind="ema")
+    assert torch.equal(averages["backbone.b"], state[2].tensors["ema"])
+
+
+def test_an_average_that_nobody_kept_begins_from_the_weights(tmp_path: Path) -> None:
+    state = whole_state()
+    reader = CheckpointReader(save_as_ranks(tmp_path, 2, state))
+    kinds = (*KINDS, "ema")
+    blank = [Fragment(name=f.name, start=0, tensors={k: torch.zeros(f.count) for k in kinds}) for f in state]
+    verify_fragments(reader, blank)
+    load_fragments(reader, blank)
+    for loaded, original in zip(blank, state, strict=True):
+        assert torch.equal(loaded.tensors["ema"], original.tensors["weight"])
+        assert torch.equal(loaded.tensors["exp_avg_sq"], original.tensors["exp_avg_sq"])
+    with pytest.raises(CheckpointError, match="holds no ema of"):
+        load_weights(reader.folder, kind="ema")
+
+
+@pytest.mark.parametrize("kinds", [("exp_avg",), (), ("exp_avg", "momentum_buffer"), (*KINDS[1:], "other")])
+def test_state_that_is_not_the_whole_of_an_optimizers_is_never_committed(
+    tmp_path: Path, kinds: tuple
+) -> None:
+    first, *others = whole_state()
+    with pytest.raises(
+        CheckpointError, match=r"of backbone\.w has 0 of 35 elements|unknown parameters or kinds"
+    ):
+        save_as_ranks(tmp_path, 2, [*with_kinds([first], *kinds), *others])
+
+
+def test_an_average_of_some_parameters_is_never_committed(tmp_path: Path) -> None:
+    first, *others = whole_state()
+    with pytest.raises(CheckpointError, match=r"ema of backbone\.b has 0 of 3 elements"):
+        save_as_ranks(tmp_path, 2, [*with_kinds([first], *KINDS[1:], "ema"), *others])
+
+
 def test_a_part_is_what_the_safetensors_library_reads(tmp_path: Path) -> None:
     state = whole_state()
     write_share(tmp_path, state, 0)

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from pretrain.config.load import as_yaml, known_keys, load_config, parse_config, with_defaults
+from pretrain.derived import build_schedule, peak_lr
 from pretrain.errors import ConfigError
 from pretrain.recipe import describe
 
@@ -47,7 +48,11 @@ def recipe(tmp_path: Path) -> Path:
         ),
         ("train.micro_batch_size=7", "train.micro_batch_size=7 is odd"),
         ("model.image_size=225", "model.image_size=225 is not a multiple of model.patch_size=16"),
-        ("optim.name=adafactor", "optim.name: input should be 'adamw'"),
+        ("optim.name=adafactor", "optim.name: input should be 'adamw', 'lamb' or 'muon', got 'adafactor'"),
+        ("optim.layer_decay=1.5", "optim.layer_decay"),
+        ("optim.schedule=wsd", "optim.schedule=wsd ends with a cooldown: give optim.cooldown_steps"),
+        ("optim.ema_warmup=true", "optim.ema_warmup is of an average that is not kept; give optim.ema_decay"),
+        ("optim.lr=null", "give exactly one of optim.lr and optim.base_lr"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 follows from train.precision"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
         ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is a mapping"),
@@ -85,6 +90,83 @@ def test_what_only_fails_together_is_refused_too(recipe: Path) -> None:
         load_config(recipe, ["objective.name=mae", "objective.mask_ratio=0.999"])
     with pytest.raises(ConfigError, match="cannot hold a class head on average pooling"):
         load_config(recipe, ["model.pooling=avg", "export.formats=[hf]"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (
+            ["optim.name=lamb", "deepspeed.zero_optimization.stage=3"],
+            "optim.name=lamb needs the norms of whole",
+        ),
+        (["optim.name=lamb", "optim.weight_decay_times=schedule"], "is not for optim.name=lamb"),
+        (["optim.name=muon", "train.precision=float32"], "got stage 1 in float32"),
+        (["optim.name=muon", "deepspeed.zero_optimization.stage=2"], "got stage 2 in bf16"),
+        (["optim.name=muon", "deepspeed.zero_optimization.stage=3"], "got stage 3 in bf16"),
+    ],
+)
+def test_an_optimizer_that_a_stage_would_make_another_one_of_is_refused(
+    recipe: Path, overrides: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(recipe, overrides)
+    assert told in str(refused.value)
+    assert refused.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim.name=lamb", "deepspeed.zero_optimization.stage=2"],
+        ["optim.name=muon"],
+        ["optim.name=muon", "train.precision=float32", "deepspeed.zero_optimization.stage=0"],
+    ],
+)
+def test_it_is_taken_where_it_stays_what_it_is(recipe: Path, overrides: list[str]) -> None:
+    load_config(recipe, overrides)
+
+
+def test_the_linear_scaling_rule_takes_the_place_of_the_rate_and_the_rate_that_of_the_rule(
+    recipe: Path,
+) -> None:
+    scaled = load_config(recipe, ["optim.base_lr=1e-3"])
+    assert (scaled.optim.lr, peak_lr(scaled)) == (None, 1e-3 * 64 / 256)
+    assert "0.00025 at the peak (base_lr 0.001 x 64 / 256)" in describe(scaled, world_size=1)
+    again = parse_config(yaml.safe_load(as_yaml(scaled)), source="RUN/config.yaml")
+    assert again == scaled
+    recipe.write_text(as_yaml(scaled))
+    assert peak_lr(load_config(recipe, ["optim.lr=0.5"])) == 0.5
+    with pytest.raises(ConfigError, match="exactly one of"):
+        parse_config({**RECIPE, "optim": {"lr": 1e-3, "base_lr": 1e-3}}, source="test")
+
+
+@pytest.mark.parametrize(
+    ("times", "decay", "said"),
+    [("lr", 0.1, "a step there decays by 0.0001"), ("schedule", 1e-4, "a step there decays by 0.0001")],
+)
+def test_decays_of_both_conventions_come_to_the_same(
+    recipe: Path, times: str, decay: float, said: str
+) -> None:
+    """big_vision's 1e-4 is torch's 0.1 at a rate of 1e-3."""
+    config = load_config(recipe, [f"optim.weight_decay={decay}", f"optim.weight_decay_times={times}"])
+    assert said in describe(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rates"),
+    [
+        (["optim.schedule=constant"], [0.5, 1.0, 1.0, 1.0, 1.0]),
+        (["optim.schedule=wsd", "optim.cooldown_steps=4"], [0.5, 1.0, 1.0, 0.75, 0.25]),
+        (
+            ["optim.schedule=rsqrt", "optim.rsqrt_timescale_steps=2", "optim.cooldown_steps=4"],
+            [0.5, 1.0, 2**-0.5, 0.75 * 3.5**-0.5, 0.25 * 4.5**-0.5],
+        ),
+    ],
+)
+def test_each_schedule_is_the_one_that_its_name_says(recipe: Path, overrides: list[str], rates: list) -> None:
+    config = load_config(recipe, ["optim.lr=1.0", "optim.warmup_steps=2", *overrides])
+    lr_of = build_schedule(config, total_steps=10)
+    assert [lr_of(step) for step in (1, 2, 4, 7, 9)] == pytest.approx(rates, rel=1e-12)
 
 
 def test_every_known_key_but_one_letter_off_is_pointed_back_to_itself(recipe: Path) -> None:

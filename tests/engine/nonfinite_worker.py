@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import zero_worker as worker
 
-from pretrain.checkpoint.manifest import KINDS
+from pretrain.checkpoint.manifest import EMA, KINDS
 from pretrain.distributed import Sums, gather_objects, join
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.pulse import Pulse
@@ -80,7 +80,7 @@ def run(world: Any, engine: Any, case: dict[str, Any], wrong: str | None) -> dic
     return {
         "told": gather_objects(told),
         "optimizer_steps": engine.optimizer_steps,
-        "state": {kind: worker.gather(engine, kind) for kind in KINDS},
+        "state": {kind: worker.gather(engine, kind) for kind in (*KINDS, EMA)},
         "weights": {name: p.detach().clone() for name, p in engine.replicated_weights().items()},
     }
 
@@ -120,12 +120,12 @@ def main() -> None:
     references: dict[str, dict[str, Any]] = {}
     for name, (case, wrong) in cases.items():
         if str(case) not in references:
-            references[str(case)] = run(world, worker.build_engine(world, **case), case, None)
+            references[str(case)] = run(world, worker.build_engine(world, **case, ema=True), case, None)
         without = references[str(case)]
-        got = run(world, worker.build_engine(world, **case), case, wrong)
+        got = run(world, worker.build_engine(world, **case, ema=True), case, wrong)
         differing = [
             f"{kind} of {parameter}"
-            for kind in KINDS
+            for kind in (*KINDS, EMA)
             for parameter, values in without["state"][kind].items()
             if not torch.equal(values, got["state"][kind][parameter])
         ]

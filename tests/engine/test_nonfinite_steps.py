@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import nonfinite_worker as worker
@@ -15,6 +16,7 @@ from launching import run_ranks
 from pretrain.distributed import Sums
 from pretrain.engine.debug import AccelerateEngine
 from pretrain.metrics.compute_time import ComputeTime
+from pretrain.optim.ema import WeightAverage
 from pretrain.pulse import Pulse
 from pretrain.steps import take_step
 
@@ -141,6 +143,7 @@ def test_one_device_through_accelerate_does_the_same(precision: str, wrong: str)
             precision=precision,
             clip_grad_norm=zero_worker.CLIP,
             device=torch.device("cpu"),
+            build_average=partial(WeightAverage, decay=0.9, warmup=False),
         )
         right, skipped = engine.forward, []
         for step in range(worker.STEPS):

@@ -6,37 +6,67 @@ Started by torch's launcher variables; writes what rank 0 saw to the file named 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+os.environ["TORCHDYNAMO_DISABLE"] = (
+    "1"  # compiling DeepSpeed's Muon takes longer than all that is trained here
+)
 
 import torch
 
 from pretrain.checkpoint.load import CheckpointReader, load_fragments
-from pretrain.checkpoint.manifest import KINDS
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.data.order import slice_batch
-from pretrain.distributed import Sums, join, sum_over_ranks
+from pretrain.distributed import Sums, gather_objects, join, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
+from pretrain.models.layer_ids import layer_of
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
-from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.optim.ema import WeightAverage
+from pretrain.optim.lamb import Lamb
+from pretrain.optim.muon import Muon
+from pretrain.optim.parameter_groups import layer_scales, parameter_groups
 
 IMAGE, PATCH, CLASSES, STEPS = 16, 4, 7, 10
 LRS = [1e-3 * (step + 1) / STEPS for step in range(STEPS)]
 WEIGHT_DECAY, CLIP = 0.1, 1.0
+# Rules that a case may ask for: the head's own, layer-wise decay, and a backbone that stays for two steps.
+HEAD_DECAY, HEAD_LR_SCALE, LAYER_DECAY, FROZEN_STEPS, DEPTH = 0.5, 2.0, 0.7, 2, 2
+EMA_DECAY = 0.9
+BETAS, MUON_LR_SCALE, MOMENTUM = (0.9, 0.95), 5.0, 0.9
 
 
 def make_objective() -> Classification:
     torch.manual_seed(0)
     backbone = VisionTransformer(
-        image_size=IMAGE, patch_size=PATCH, embed_dim=24, depth=2, num_heads=2, drop_path_rate=0.1
+        image_size=IMAGE, patch_size=PATCH, embed_dim=24, depth=DEPTH, num_heads=2, drop_path_rate=0.1
     )
     return Classification(backbone, num_classes=CLASSES, label_smoothing=0.1, seed=5)
 
 
-def make_optimizer(module: torch.nn.Module, lr: float = 0.0) -> torch.optim.AdamW:
-    return torch.optim.AdamW(parameter_groups(module, weight_decay=WEIGHT_DECAY), lr=lr, betas=(0.9, 0.95))
+def make_optimizer(
+    module: torch.nn.Module, *, optimizer: str = "adamw", rules: bool = False
+) -> torch.optim.Optimizer:
+    asked: dict[str, Any] = {}
+    if optimizer == "muon":
+        asked = {"muon_lr_scale": MUON_LR_SCALE, "muon_weight_decay": WEIGHT_DECAY}
+    if rules:
+        scale = layer_scales(
+            lambda name: layer_of("vit", name, (DEPTH,)), num_layers=DEPTH, decay=LAYER_DECAY
+        )
+        asked |= {"head_weight_decay": HEAD_DECAY, "head_lr_scale": HEAD_LR_SCALE}
+        asked |= {"layer_scale": scale, "apart": True}
+    groups = parameter_groups(module, weight_decay=WEIGHT_DECAY, **asked)
+    if optimizer == "muon":
+        return Muon(groups, lr=0.0, momentum=MOMENTUM, betas=BETAS)
+    if optimizer == "lamb":
+        return Lamb(groups, lr=0.0, betas=BETAS)
+    return torch.optim.AdamW(groups, lr=0.0, betas=BETAS)
 
 
 def global_batch(step: int, size: int) -> dict[str, torch.Tensor]:
@@ -64,7 +94,17 @@ def micro_batches_of(batch: dict[str, torch.Tensor], rank: int, world_size: int,
     return [{k: v[i : i + micro] for k, v in taken.items()} for i in range(0, len(rows), micro)]
 
 
-def build_engine(world, *, stage: int, precision: str, batch_size: int, micro: int) -> ZeroEngine:
+def build_engine(
+    world,
+    *,
+    stage: int,
+    precision: str,
+    batch_size: int,
+    micro: int,
+    optimizer: str = "adamw",
+    rules: bool = False,
+    ema: bool = False,
+) -> ZeroEngine:
     slice_size = len(slice_batch(torch.arange(batch_size).numpy(), rank=0, world_size=world.world_size))
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage}},
@@ -74,12 +114,19 @@ def build_engine(world, *, stage: int, precision: str, batch_size: int, micro: i
         world_size=world.world_size,
         clip_grad_norm=CLIP,
         num_parameters=sum(parameter.numel() for parameter in make_objective().parameters()),
+        optimizer=optimizer,
     )
-    return ZeroEngine(make_objective(), build_optimizer=make_optimizer, config=config, world=world)
+    return ZeroEngine(
+        make_objective(),
+        build_optimizer=partial(make_optimizer, optimizer=optimizer, rules=rules),
+        config=config,
+        world=world,
+        build_average=partial(WeightAverage, decay=EMA_DECAY, warmup=False) if ema else None,
+    )
 
 
 def train(
-    engine: ZeroEngine, world, steps: range, *, batch_size: int, micro: int
+    engine: ZeroEngine, world, steps: range, *, batch_size: int, micro: int, rules: bool = False
 ) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of `steps`."""
     objective = engine.module
@@ -92,25 +139,101 @@ def train(
             loss_sum, _ = engine.forward(batch["images"], batch)
             engine.backward(loss_sum / count)
             sums.add(loss=loss_sum)
-        norms.append(float(engine.step(LRS[step])))
+        norms.append(float(engine.step(LRS[step], freeze_backbone=rules and step < FROZEN_STEPS)))
         losses.append(sums.over_ranks()["loss"] / float(count))
     return losses, norms
 
 
 def run_case(world, **case) -> dict:
     engine = build_engine(world, **case)
-    losses, norms = train(engine, world, range(STEPS), batch_size=case["batch_size"], micro=case["micro"])
+    asked = {name: case[name] for name in ("batch_size", "micro", "rules") if name in case}
+    losses, norms = train(engine, world, range(STEPS), **asked)
     return {
+        **(averaged(engine, world, case) if case.get("ema") else {}),
         "losses": losses,
         "norms": norms,
         "optimizer_steps": engine.optimizer_steps,
         "weights": {name: values.tolist() for name, values in gather(engine, "weight").items()},
+        **(muon_step(engine, world, asked) if case.get("optimizer") == "muon" else {}),
     }
 
 
-def run_transfer(world, folder: Path, *, before: int, after: int, precision: str) -> dict:
+def muon_step(engine: ZeroEngine, world, asked: dict) -> dict:
+    """One more step, and how far it is, of its length, from a step on whole matrices at its worst."""
+
+    def whole() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        weights, momenta = gather(engine, "weight"), gather(engine, "momentum_buffer")
+        shapes = parameter_shapes(engine.module)
+        return {name: (weights[name].view(shapes[name]), m.view(shapes[name])) for name, m in momenta.items()}
+
+    before, lr = whole(), LRS[-1] * MUON_LR_SCALE
+    train(engine, world, range(STEPS - 1, STEPS), **asked)
+    apart = []
+    for name, (weight, momentum) in whole().items():
+        start, momentum_before = before[name]
+        gradient = (momentum - MOMENTUM * momentum_before) / (1 - MOMENTUM)
+        step = torchs_muon if engine.zero_stage == 0 else deepspeeds_muon
+        expected = step(start, momentum_before, gradient, lr)
+        apart.append(float((expected - weight).norm() / (weight - start).norm()))
+    drawn = [torch.randn(40, 24, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    one, other = torchs_muon(*drawn, lr), deepspeeds_muon(*drawn, lr)
+    off = float((one - other).norm() / (one - drawn[0]).norm())
+    return {"muon step is off by": max(apart), "deepspeed's muon is off torch's by": off}
+
+
+def torchs_muon(
+    weight: torch.Tensor, momentum: torch.Tensor, gradient: torch.Tensor, lr: float
+) -> torch.Tensor:
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = gradient
+    optimizer = torch.optim.Muon([parameter], lr=lr, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM)
+    optimizer.state[parameter]["momentum_buffer"] = momentum.clone()
+    optimizer.step()
+    return parameter.detach()
+
+
+def deepspeeds_muon(
+    weight: torch.Tensor, momentum: torch.Tensor, gradient: torch.Tensor, lr: float
+) -> torch.Tensor:
+    from deepspeed.runtime.zero.muon.original_muon import muon_update
+
+    update = muon_update(gradient.clone(), momentum.clone(), beta=MOMENTUM, ns_method="standard")
+    return (1 - lr * WEIGHT_DECAY) * weight - lr * update
+
+
+def averaged(engine: ZeroEngine, world, case: dict) -> dict:
+    """The average, what the network computes with it, and whether it leaves the weights as they were."""
+
+    def held() -> list[torch.Tensor]:
+        state = [tensor.clone() for fragment in engine.fragments() for tensor in fragment.tensors.values()]
+        return [*state, *(weight.clone() for weight in engine.replicated_weights().values())]
+
+    @torch.no_grad()
+    def loss() -> float:
+        (batch,) = micro_batches_of(global_batch(99, 16), world.rank, world.world_size, 8)
+        sums = Sums(engine.device)
+        engine.module.eval()
+        sums.add(loss=engine.forward(batch["images"], batch)[0])
+        engine.module.train()
+        return sums.over_ranks()["loss"]
+
+    before, of_weights = held(), loss()
+    with engine.averaged_weights():
+        of_average = loss()
+    put_back = all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
+    return {
+        "put back": put_back and loss() == of_weights,
+        "loss": of_weights,
+        "loss of average": of_average,
+        "ema": {name: values.tolist() for name, values in gather(engine, "ema").items()},
+    }
+
+
+def run_transfer(
+    world, folder: Path, *, before: int, after: int, precision: str, optimizer: str = "adamw"
+) -> dict:
     """Three steps at stage `before`, saved, loaded at stage `after`: is it the same state, does it go on?"""
-    case = {"precision": precision, "batch_size": 16, "micro": 8}
+    case = {"precision": precision, "batch_size": 16, "micro": 8, "optimizer": optimizer, "ema": True}
     engine = build_engine(world, stage=before, **case)
     train(engine, world, range(3), batch_size=16, micro=8)
     saved = save_checkpoint(
@@ -137,22 +260,33 @@ def run_transfer(world, folder: Path, *, before: int, after: int, precision: str
     other.optimizer_steps = reader.manifest.optimizer_steps
     other.publish_weights()
     equal = True
-    for kind in KINDS:
+    kinds = ["weight", "ema", "exp_avg", "exp_avg_sq", *(["momentum_buffer"] if optimizer == "muon" else [])]
+    for kind in kinds:
         mine, theirs = gather(engine, kind), gather(other, kind)
         equal &= all(torch.equal(mine[name], theirs[name]) for name in mine)
+        equal &= sum(len(values) for values in mine.values()) > 0
     went_on, _ = train(engine, world, range(3, 6), batch_size=16, micro=8)
     resumed, _ = train(other, world, range(3, 6), batch_size=16, micro=8)
     return {"equal": equal, "steps": other.optimizer_steps, "went_on": went_on, "resumed": resumed}
 
 
 def gather(engine: ZeroEngine, kind: str) -> dict[str, torch.Tensor]:
-    """Whole float32 masters or moments from all ranks; each element must come from exactly one rank."""
-    sizes = {name: torch.Size(shape).numel() for name, shape in parameter_shapes(engine.module).items()}
+    """Whole float32 masters or moments from all ranks; each element must come from exactly one rank.
+
+    Of a moment that an optimizer keeps of some parameters, those.
+    """
+    held = {fragment.name for fragment in engine.owned_fragments() if kind in fragment.tensors}
+    held = set().union(*gather_objects(held))
+    shapes = parameter_shapes(engine.module)
+    sizes = {name: torch.Size(shape).numel() for name, shape in shapes.items() if name in held}
+    assert kind not in ("weight", "ema") or sizes.keys() == shapes.keys(), f"{kind}: not of all parameters"
     flat, owners = torch.zeros(sum(sizes.values())), torch.zeros(sum(sizes.values()))
     value_of, owners_of = (
         dict(zip(sizes, all.split(list(sizes.values())), strict=True)) for all in (flat, owners)
     )
     for fragment in engine.owned_fragments():
+        if kind not in fragment.tensors:
+            continue
         value_of[fragment.name].narrow(0, fragment.start, fragment.count).copy_(fragment.tensors[kind])
         owners_of[fragment.name].narrow(0, fragment.start, fragment.count).add_(1)
     sum_over_ranks(flat), sum_over_ranks(owners)  # in place: one collective each, for all parameters

@@ -76,6 +76,7 @@ def write_run(
     *,
     step: int = 12,
     class_names: tuple[str, ...] | None = None,
+    averages: dict[str, torch.Tensor] | None = None,
     **data: Any,
 ) -> Path:
     """A run folder with one more committed checkpoint, written by the code that training uses."""
@@ -83,6 +84,8 @@ def write_run(
     for parameter, value in parameters.items():
         flat = value.flatten()
         moments = {"exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        if averages is not None:
+            moments["ema"] = averages[parameter].flatten()
         fragments.append(Fragment(name=parameter, start=0, tensors={"weight": flat, **moments}))
     facts = {
         "step": step,

@@ -84,6 +84,21 @@ def test_a_run_comes_back_bitwise_from_its_newest_checkpoint_and_leaves_the_deco
     assert same(read_backbone(run / "checkpoints" / "step-00000004").backbone, old)
 
 
+def test_of_a_run_that_averages_its_weights_the_average_is_taken_unless_the_weights_are_asked_for(
+    make_run: Callable[..., Path],
+) -> None:
+    raw, averages = ({f"backbone.{n}": v for n, v in random_weights(SMALL, seed=i).items()} for i in (1, 2))
+    plain = make_run(SMALL, raw, step=4)
+    with pytest.raises(UsageError, match="holds no average of the weights"):
+        read_backbone(plain, weights="ema")
+    run = make_run(SMALL, raw, step=12, averages=averages)
+    for asked, expected in ((None, averages), ("ema", averages), ("raw", raw)):
+        incoming = read_backbone(run, weights=asked)
+        assert same(incoming.backbone, {name.removeprefix("backbone."): v for name, v in expected.items()})
+        assert incoming.source.weights == (asked or "ema")
+        assert ("average of the weights" in str(incoming.source)) == (asked != "raw")
+
+
 def test_a_run_with_fixed_positions_gets_them_though_no_checkpoint_holds_them(
     make_run: Callable[..., Path],
 ) -> None:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from timm_reference import import_timm
 
+from pretrain.models.layer_ids import layer_of
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
-from pretrain.optim.parameter_groups import parameter_groups
+from pretrain.optim.parameter_groups import layer_scales, parameter_groups, set_learning_rates
 
 
 def backbone(**changes):
@@ -76,3 +77,65 @@ def test_adamw_takes_the_groups_and_decays_only_the_first():
         torch.testing.assert_close(after[name], before[name] * 0.95)
     for name in groups[1]["names"]:
         assert torch.equal(after[name], before[name])
+
+
+def test_layer_wise_scales_and_decays_equal_timms_param_groups_layer_decay():
+    import_timm()
+    import timm
+    from timm.optim import param_groups_layer_decay
+
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, embed_dim=24, depth=3, num_heads=2, num_classes=5
+    )
+    wanted = {}
+    of = {id(p): name for name, p in theirs.named_parameters()}
+    for group in param_groups_layer_decay(
+        theirs, 0.05, no_weight_decay_list=theirs.no_weight_decay(), layer_decay=0.65
+    ):
+        wanted |= {of[id(p)]: (group["lr_scale"], group["weight_decay"]) for p in group["params"]}
+    ours = Classification(
+        backbone(image_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=2), num_classes=5
+    )
+    scale = layer_scales(lambda name: layer_of("vit", name, (3,)), num_layers=3, decay=0.65)
+    groups = parameter_groups(ours, weight_decay=0.05, layer_scale=scale)
+    got = {
+        name.removeprefix("backbone."): (group["lr_scale"], group["weight_decay"])
+        for group in groups
+        for name in group["names"]
+    }
+    # timm puts the final norm with the last block; BEiT's and MAE's own code, as we do, with the head.
+    assert {name for name in wanted if got[name] != pytest.approx(wanted[name])} == {
+        "norm.weight",
+        "norm.bias",
+    }
+    assert got.keys() == wanted.keys()
+    assert got["norm.weight"] == got["norm.bias"] == (1.0, 0.0)
+
+
+def test_the_head_has_a_decay_and_a_share_of_the_rate_of_its_own():
+    groups = parameter_groups(
+        Classification(backbone(), num_classes=3),
+        weight_decay=0.03,
+        head_weight_decay=3.0,  # ViT-g: a hundred times the body's
+        head_lr_scale=10.0,
+    )
+    by_name = {name: group for group in groups for name in group["names"]}
+    assert (by_name["head.weight"]["weight_decay"], by_name["head.weight"]["lr_scale"]) == (3.0, 10.0)
+    assert (by_name["head.bias"]["weight_decay"], by_name["head.bias"]["lr_scale"]) == (0.0, 10.0)
+    others = [by_name[name] for name in by_name if name.startswith("backbone.")]
+    assert {(group["weight_decay"], group["lr_scale"]) for group in others} == {(0.03, 1.0), (0.0, 1.0)}
+
+
+def test_a_frozen_backbone_stays_bit_for_bit_while_its_moments_are_kept_up_to_date():
+    module = Classification(backbone(), num_classes=3)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    optimizer = torch.optim.AdamW(parameter_groups(module, weight_decay=0.5, apart=True), lr=0.0)
+    set_learning_rates(optimizer.param_groups, 0.1, freeze_backbone=True)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for name, parameter in module.named_parameters():
+        assert torch.equal(parameter, before[name]) == name.startswith("backbone."), name
+        assert bool((optimizer.state[parameter]["exp_avg"] > 0).all())
+    set_learning_rates(optimizer.param_groups, 0.1)
+    assert {group["lr"] for group in optimizer.param_groups} == {0.1}

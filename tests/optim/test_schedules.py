@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm_reference import import_timm, import_transformers
 
-from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr
+from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr, rsqrt_lr, scaled_lr
 
 
 def test_every_step_equals_transformers_schedule():
@@ -92,3 +92,28 @@ def test_a_cooldown_goes_straight_from_where_the_schedule_is_to_the_floor():
     ]
     with pytest.raises(ValueError, match="a cooldown of 21 steps"):
         cooled_down(cosine, cooldown_steps=21, total_steps=20)
+
+
+def test_a_reciprocal_square_root_with_its_cooldown_is_that_of_scaling_vision_transformers():
+    """ViT-g's (arXiv:2106.04560), a thousandth as long: 10 steps of warmup, timescale 10, 50 of cooldown."""
+    lr_of = cooled_down(
+        partial(rsqrt_lr, peak=8e-4, warmup_steps=10, timescale_steps=10),
+        cooldown_steps=50,
+        total_steps=200,
+        follow=True,
+    )
+    for step in range(201):
+        warm = min(1.0, step / 10)
+        decayed = (
+            8e-4 * (10 / (10 + max(0, step - 10))) ** 0.5
+        )  # with timescale = warmup: sqrt(warmup / step)
+        cool = min(1.0, (200 - step) / 50)
+        assert lr_of(step) == pytest.approx(warm * decayed * cool, rel=1e-12)
+    assert [rsqrt_lr(step, peak=1.0, warmup_steps=5, timescale_steps=4) for step in (5, 17)] == [1.0, 0.5]
+    with pytest.raises(ValueError, match="step=-1"):
+        rsqrt_lr(-1, peak=1.0, warmup_steps=0, timescale_steps=3)
+
+
+def test_the_linear_scaling_rule_is_for_256_images_a_step():
+    assert scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # MAE's
+    assert scaled_lr(1e-3, 256) == 1e-3

@@ -1,0 +1,76 @@
+"""From a recipe's `optim` section to the optimizer and the average of the weights. Called by assemble.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from pretrain.config.schema import RunConfig
+from pretrain.derived import backbone_spec, peak_lr
+from pretrain.models.layer_ids import layer_of
+from pretrain.optim.ema import WeightAverage
+from pretrain.optim.lamb import Lamb
+from pretrain.optim.muon import Muon
+from pretrain.optim.parameter_groups import layer_scales, parameter_groups
+
+
+def optimizer_builder(
+    config: RunConfig, device: torch.device
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Builds the optimizer of a module: its parameters in groups that decay and learn as the recipe says.
+
+    The rate is 0 until a step sets it: DeepSpeed takes a trial step while it starts.
+    """
+    optim = config.optim
+    fused = device.type == "cuda"
+
+    def build(module: nn.Module) -> torch.optim.Optimizer:
+        muon_lr_scale = optim.muon_lr / peak_lr(config) if optim.name == "muon" else None
+        groups = parameter_groups(
+            module,
+            weight_decay=_decay(config, optim.weight_decay, peak_lr(config)),
+            head_weight_decay=None
+            if optim.head_weight_decay is None
+            else _decay(config, optim.head_weight_decay, peak_lr(config)),
+            head_lr_scale=optim.head_lr_scale,
+            layer_scale=_layer_scale(config),
+            apart=optim.freeze_backbone_steps > 0,
+            muon_lr_scale=muon_lr_scale,
+            muon_weight_decay=_decay(config, optim.weight_decay, optim.muon_lr),
+        )
+        if optim.name == "lamb":
+            return Lamb(groups, lr=0.0, betas=optim.betas, eps=optim.eps)
+        if optim.name == "muon":
+            momentum = optim.muon_momentum
+            return Muon(groups, lr=0.0, momentum=momentum, betas=optim.betas, eps=optim.eps, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=optim.eps, fused=fused)
+
+    return build
+
+
+def _decay(config: RunConfig, weight_decay: float, peak: float) -> float:
+    """What the optimizer, which multiplies its decay by the rate, must be given; see optim.weight_decay_times."""
+    return weight_decay / peak if config.optim.weight_decay_times == "schedule" else weight_decay
+
+
+def _layer_scale(config: RunConfig) -> Callable[[str], float]:
+    if config.optim.layer_decay is None:
+        return lambda _: 1.0
+    spec = backbone_spec(config)
+    depths = tuple(getattr(spec, "depths", None) or (spec.depth,))  # of each stage; a ViT is one
+    name = config.model.name
+
+    def layer(parameter: str) -> int:
+        return layer_of(name, parameter, depths)
+
+    return layer_scales(layer, num_layers=sum(depths), decay=config.optim.layer_decay)
+
+
+def average_builder(config: RunConfig) -> Callable[[list[torch.Tensor]], WeightAverage] | None:
+    """Builds the average of an engine's masters; None where the recipe keeps none."""
+    if config.optim.ema_decay is None:
+        return None
+    return partial(WeightAverage, decay=config.optim.ema_decay, warmup=config.optim.ema_warmup)
