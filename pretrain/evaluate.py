@@ -32,9 +32,9 @@ from pretrain.errors import UsageError
 from pretrain.formats.incoming import Incoming, read_backbone
 from pretrain.formats.loading import rebuild
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
+from pretrain.models.backbone import Backbone
 from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
-from pretrain.models.vit import VisionTransformer
 from pretrain.probes.features import extract_features
 from pretrain.probes.knn import knn_top1
 from pretrain.probes.linear import linear_top1
@@ -144,7 +144,7 @@ def _refuse_unfit(train: DatasetIndex, val: DatasetIndex, *, limit: int | None) 
         )
 
 
-def _backbone(incoming: Incoming, *, init: str, seed: int) -> VisionTransformer:
+def _backbone(incoming: Incoming, *, init: str, seed: int) -> Backbone:
     if init == "random":
         torch.manual_seed(seed)
         return build_backbone(incoming.spec)
@@ -153,7 +153,7 @@ def _backbone(incoming: Incoming, *, init: str, seed: int) -> VisionTransformer:
 
 def _features(
     index: DatasetIndex,
-    backbone: VisionTransformer,
+    backbone: Backbone,
     spec: BackboneSpec,
     *,
     device: torch.device,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import DataError
-from pretrain.models.vit import VisionTransformer
+from pretrain.models.backbone import Backbone
 
 
 class PixelTransform(Protocol):
@@ -22,7 +22,7 @@ class PixelTransform(Protocol):
 
 @torch.no_grad()
 def extract_features(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     batches: Iterable[Mapping[str, Any]],
     device_transform: PixelTransform,
     device: torch.device | str,
