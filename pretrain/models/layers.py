@@ -256,7 +256,8 @@ def init_linears_truncated_normal(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
 
 def init_linears_xavier(module: nn.Module) -> None:

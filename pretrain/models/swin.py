@@ -1,4 +1,6 @@
-"""The Swin transformer (arXiv:2103.14030), with timm's parameter names and outputs.
+"""The Swin transformer (arXiv:2103.14030), with timm's parameter names.
+
+Its outputs are transformers' and, where stages are whole windows, timm's.
 
 Built by build.py, trained inside an objective. Attention stays inside windows, which every second block shifts;
 patches are merged two by two between stages.
@@ -259,15 +261,17 @@ class Block(nn.Module):
     def _attend(self, x_BHWC: Tensor, shift: Window, mask_WTT: Tensor | None) -> Tensor:
         _, H, W, _ = x_BHWC.shape
         w = self.window_size
-        if any(shift):
-            x_BHWC = x_BHWC.roll((-shift[0], -shift[1]), dims=(1, 2))
-        # after the norm: padded tokens are zeros that attention sees, as in timm and the authors' code
+        # after the norm: padded tokens are zeros that attention sees; before the shift, as in the authors' detection
+        # code and transformers (timm shifts first, and its mask then misses some of what came round)
         if H % w or W % w:
             x_BHWC = F.pad(x_BHWC, (0, 0, 0, -W % w, 0, -H % w))
         padded = (x_BHWC.shape[1], x_BHWC.shape[2])
-        windows_BWTC = split_windows(x_BHWC, w)
-        x_BHWC = join_windows(self.attn(windows_BWTC, mask_WTT), w, padded)[:, :H, :W]
-        return x_BHWC.roll(shift, dims=(1, 2)) if any(shift) else x_BHWC
+        if any(shift):
+            x_BHWC = x_BHWC.roll((-shift[0], -shift[1]), dims=(1, 2))
+        x_BHWC = join_windows(self.attn(split_windows(x_BHWC, w), mask_WTT), w, padded)
+        if any(shift):
+            x_BHWC = x_BHWC.roll(shift, dims=(1, 2))
+        return x_BHWC[:, :H, :W]
 
 
 class WindowAttention(nn.Module):
