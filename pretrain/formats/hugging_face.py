@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.formats.files import write_json, write_tensors
+from pretrain.formats.limits import why_not
 from pretrain.formats.naming import final_norm
 from pretrain.models.spec import BackboneSpec
 
@@ -51,12 +52,9 @@ NEW_NAMES = (
 
 
 def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> None:
-    """UsageError for a model that no class of transformers computes."""
-    if head and spec.pooling == "avg":
-        raise UsageError(
-            "the class head stands on average pooling, and ViTForImageClassification only reads the "
-            "class token; export with --no-head, or with --format timm"
-        )
+    """UsageError for a model that no class of transformers computes, or that is not written for it."""
+    if reason := why_not("hf", spec, head=head):
+        raise UsageError(f"--format hf: {reason}")
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
@@ -168,7 +166,7 @@ def write_hugging_face(
     """Write model.safetensors, config.json and preprocessor_config.json into out_dir, which exists.
 
     weights: the backbone's tensors, float32, in timm's names. head: {"weight": (K, D), "bias": (K,)}.
-    UsageError for a head on average pooling.
+    UsageError for what transformers' ViT does not have, and for a head on average pooling.
     """
     refuse_what_hugging_face_cannot_hold(spec, head=bool(head))
     tensors = to_hugging_face(weights, spec)

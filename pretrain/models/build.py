@@ -56,6 +56,7 @@ def build_backbone(
         mlp_ratio=spec.mlp_ratio,
         pooling=cast(Pooling, spec.pooling),
         position_embedding=cast(PositionEmbedding, spec.position_embedding),
+        rotary_grid=spec.rotary_grid,
         num_registers=spec.num_registers,
         layer_scale_init=spec.layer_scale_init,
         qk_norm=spec.qk_norm,

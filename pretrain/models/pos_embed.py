@@ -59,3 +59,15 @@ def resample_pos_embed(
     image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=rule == "timm")
     resampled = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)
     return torch.cat([prefix, resampled], dim=1)
+
+
+def resample_bias_table(table: Tensor, new_window: int) -> Tensor:
+    """Swin's biases by offset, ((2w-1)², heads), for another window: bicubic in float32, as its authors do.
+
+    The dtype is kept.
+    """
+    side = math.isqrt(len(table))
+    image = table.to(torch.float32).T.reshape(1, -1, side, side)
+    new_side = 2 * new_window - 1
+    image = F.interpolate(image, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return image.flatten(2)[0].T.contiguous().to(table.dtype)

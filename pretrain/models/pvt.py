@@ -60,6 +60,7 @@ class PyramidVisionTransformer(nn.Module):
         self.image_size = image_size
         self.depths = tuple(depths)
         self.depth = sum(depths)
+        self.num_heads = tuple(num_heads)
         self.embed_dims = tuple(embed_dims)
         self.embed_dim = self.embed_dims[-1]
         self.sr_ratios = tuple(sr_ratios)

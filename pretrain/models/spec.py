@@ -20,7 +20,15 @@ STAGED_SIZE_KEYS = {
     "pvt": ("size", "embed_dims", "depths", "stage_heads", "mlp_ratio", "mlp_ratios", "sr_ratios"),
 }
 # What only a ViT has, by its name in a recipe too; old recipes lack some of them.
-VIT_KEYS = ("pooling", "position_embedding", "num_registers", "layer_scale_init", "qk_norm", "mlp")
+VIT_KEYS = (
+    "pooling",
+    "position_embedding",
+    "rotary_grid",
+    "num_registers",
+    "layer_scale_init",
+    "qk_norm",
+    "mlp",
+)
 STAGED_FIELDS = ("depths", "embed_dims", "stage_heads", "mlp_ratios", "sr_ratios")
 POOLINGS = ("cls", "avg", "map")
 POSITION_EMBEDDINGS = ("learned", "sincos", "rope")
@@ -50,6 +58,7 @@ class BackboneSpec:
     mlp_ratio: float = 4.0
     pooling: str = "cls"
     position_embedding: str = "learned"
+    rotary_grid: int | None = None
     num_registers: int = 0
     layer_scale_init: float | None = None
     qk_norm: bool = False

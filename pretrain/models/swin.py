@@ -68,6 +68,7 @@ class SwinTransformer(nn.Module):
         self.patch_size = patch_size
         self.depths = tuple(depths)
         self.depth = sum(depths)
+        self.num_heads = tuple(num_heads)
         self.embed_dims = tuple(embed_dim << stage for stage in range(len(depths)))
         self.embed_dim = self.embed_dims[-1]
         self.strides = tuple(patch_size << stage for stage in range(len(depths)))

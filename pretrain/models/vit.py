@@ -41,8 +41,9 @@ class VisionTransformer(nn.Module):
     (`attn_pool`), all three as timm does. The class token is always there.
 
     position_embedding "learned" is added to patches and class token; "sincos" is the same, fixed, and kept in the
-    state dict as a buffer; "rope" turns queries and keys in every block (rotary.py) and has no weights. With
-    num_registers (arXiv:2309.16588) the added positions are the patches' only, as in timm's models with registers.
+    state dict as a buffer; "rope" turns queries and keys in every block (rotary.py) and has no weights; its positions
+    are scaled to rotary_grid patches a side, or to image_size's. With num_registers (arXiv:2309.16588) the added
+    positions are the patches' only, as in timm's models with registers.
 
     Stochastic depth (arXiv:1603.09382) rises linearly to `drop_path_rate` at the last block; drop_path_mode
     "batch_subset" does not compute what it drops, and then depends on the micro-batch (drop_path.py).
@@ -68,6 +69,7 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         pooling: Pooling = "cls",
         position_embedding: PositionEmbedding = "learned",
+        rotary_grid: int | None = None,
         num_registers: int = 0,
         layer_scale_init: float | None = None,
         qk_norm: bool = False,
@@ -99,11 +101,13 @@ class VisionTransformer(nn.Module):
         self.head_dim = head_dim
         self.depth = depth
         self.depths = (depth,)
+        self.num_heads = (num_heads,)
         self.num_prefix_tokens = 1 + num_registers
         # prefix tokens that have a position of their own
         self.num_position_prefix = 1 if num_registers == 0 else 0
         self.pooling = pooling
         self.position_embedding = position_embedding
+        self.rotary_grid = rotary_grid or self.grid
         self.drop_path_rate = drop_path_rate
         self.drop_path_mode = drop_path_mode
 
@@ -198,7 +202,7 @@ class VisionTransformer(nn.Module):
         """
         grid = self._grid_of(images_BCHW)
         x_BND = replace_masked(self.patch_embed(images_BCHW), mask_BN, mask_token)
-        cls_11D = self.cls_token
+        cls_11D: Tensor = self.cls_token
         if self.pos_embed is not None:
             # the fixed kind is a buffer, which need not follow the parameters' dtype
             pos_embed = self.pos_embed.to(self.cls_token.dtype)
@@ -239,7 +243,9 @@ class VisionTransformer(nn.Module):
         if self.position_embedding != "rope":
             return None
         P, K = self.num_prefix_tokens, self.head_dim
-        rope_2NK = axial_rotary(grid, trained_grid=self.grid, head_dim=K, num_prefix_tokens=P, device=device)
+        rope_2NK = axial_rotary(
+            grid, trained_grid=self.rotary_grid, head_dim=K, num_prefix_tokens=P, device=device
+        )
         if keep_BN is None:
             return rope_2NK
         prefix_2BPK = rope_2NK[:, None, :P].expand(-1, len(keep_BN), -1, -1)
