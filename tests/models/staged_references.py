@@ -102,7 +102,7 @@ def transformers_pvt(
         depths=list(ours.depths),
         hidden_sizes=list(ours.embed_dims),
         num_attention_heads=list(num_heads),
-        mlp_ratios=list(mlp_ratios),
+        mlp_ratios=[int(ratio) for ratio in mlp_ratios],
         sr_ratios=list(ours.sr_ratios),
     )
     theirs = transformers.PvtV2Model(config)
