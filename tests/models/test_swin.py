@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from parameter_reads import watch_foreign_reads
 from staged_references import timm_swin, transformers_swin
 from timm_reference import import_timm
@@ -9,6 +10,7 @@ from weights import shaken, some_images
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import sample_keys
+from pretrain.models import layers
 from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 from pretrain.models.swin import SwinTransformer, join_windows, shifted_mask, split_windows
@@ -149,6 +151,17 @@ def test_bf16_weights_give_bf16_features_close_to_float32_ones():
         got = swin.to(torch.bfloat16)(some_images(2, 64))
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05)
+
+
+def test_torchs_fused_attention_takes_the_biases_and_masks(monkeypatch):
+    """What runs on GPUs; on a CPU the plain product does."""
+    swin = shaken(small_swin(128, 4)).eval()
+    with torch.no_grad():
+        wanted = swin(some_images(2, 128))
+        monkeypatch.setattr(
+            layers, "plain_attention", lambda q, k, v, b: F.scaled_dot_product_attention(q, k, v, attn_mask=b)
+        )
+        torch.testing.assert_close(swin(some_images(2, 128)), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_a_training_step_compiles_without_graph_breaks():
