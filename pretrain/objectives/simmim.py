@@ -61,6 +61,10 @@ class SimMIM(nn.Module):
     colour), so that patches which overlap, as PVT's do, show nothing of them. Parameters: `backbone.*`,
     `mask_token`, `decoder.*`; the latter two come from torch's global generator.
 
+    The gradient of an absolute error jumps where a prediction crosses its target: by rounding alone it may do so in one
+    cut of the batch and not in another. Float32 losses of two cuts then part faster than under MAE (measured: 5e-5 of
+    the loss after ten steps at a rate of 1e-3 without warmup; 2e-7 with a smooth loss in its place).
+
     Raises ConfigError for a mask or an image size that does not fit the backbone.
     """
 
