@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from model_samples import shaken, some_images
 from parameter_reads import watch_foreign_reads
 from staged_references import timm_pvt, transformers_pvt
 from timm_reference import import_timm
-from weights import shaken, some_images
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import sample_keys

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from model_samples import shaken, some_images
 from parameter_reads import watch_foreign_reads
 from staged_references import timm_swin, transformers_swin
 from timm_reference import import_timm
-from weights import shaken, some_images
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import sample_keys

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
+from model_samples import shaken, some_images
 from parameter_reads import watch_foreign_reads
 from timm_reference import import_timm, timm_vit
-from weights import shaken, some_images
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import sample_keys

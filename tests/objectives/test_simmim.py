@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from model_samples import shaken
 from parameter_reads import watch_foreign_reads
 from pieces import cut, gradients
 from staged_references import copy_fused, transformers_swin
 from timm_reference import import_transformers
-from weights import shaken
 
 from pretrain.errors import ConfigError
 from pretrain.models.pvt import PyramidVisionTransformer
