@@ -31,8 +31,17 @@ def _why_not_timm(spec: BackboneSpec) -> str | None:
 
 
 def _why_not_hugging_face(spec: BackboneSpec, *, head: bool) -> str | None:
-    if spec.name != "vit":
-        return f"the export of a {spec.name} to transformers is not written yet; take timm"
+    if spec.name == "pvt":
+        return "transformers' PVT v2 has another epsilon in its norms behind convolutions than its authors' and timm's"
+    if spec.name == "swin":
+        assert spec.window_size is not None, "the spec was checked"
+        smallest = math.ceil(spec.grid / 2 ** (len(spec.staged_size.depths) - 1))
+        if smallest < spec.window_size:
+            return (
+                f"transformers gives every stage a table for windows of {spec.window_size}, and the last has "
+                f"{smallest} tokens a side; take a smaller model.window_size or larger images"
+            )
+        return None
     asked = {
         "registers": spec.num_registers > 0,
         "LayerScale": spec.layer_scale_init is not None,

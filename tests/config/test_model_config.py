@@ -150,7 +150,8 @@ def test_dimensions_that_do_not_go_together_are_refused_when_they_are_resolved()
 @pytest.mark.parametrize(
     ("model", "format", "told"),
     [
-        (SWIN, "hf", "the export of a swin to transformers is not written yet"),
+        ({"name": "pvt", "size": "b0"}, "hf", "another epsilon"),
+        ({**SWIN, "image_size": 192}, "hf", "the last has 6 tokens a side"),
         ({**SWIN, "image_size": 256}, "timm", "take an image_size that is a multiple of 224"),
         ({**TINY, "num_registers": 4}, "hf", "no registers"),
         ({**TINY, "position_embedding": "rope"}, "timm", "rotary positions is not written yet"),
