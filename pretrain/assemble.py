@@ -52,23 +52,27 @@ from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.metrics.trackers import TensorBoard, Tracker, Trackers
 from pretrain.metrics.wandb_tracker import WandbTracker
 from pretrain.models.build import build_backbone
+from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
+from pretrain.objectives.simmim import SimMIM
 from pretrain.optimizer import average_builder, optimizer_builder
 from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
 
-def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE:
+def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE | SimMIM:
     """The objective with fresh float32 weights that depend on `config.seed` alone."""
     torch.manual_seed(config.seed)
     objective = config.objective
     backbone = build_backbone(
         backbone_spec(config),
         drop_path_rate=config.model.drop_path_rate,
+        drop_path_mode=config.model.drop_path_mode,
         weight_init="mae" if objective.name == "mae" else "timm",
     )
     if objective.name == "mae":
+        assert isinstance(backbone, VisionTransformer), "the schema says so"
         return MAE(
             backbone,
             seed=config.seed,
@@ -77,6 +81,13 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
             decoder_dim=objective.decoder_dim,
             decoder_depth=objective.decoder_depth,
             decoder_heads=objective.decoder_heads,
+        )
+    if objective.name == "simmim":
+        return SimMIM(
+            backbone,
+            seed=config.seed,
+            mask_ratio=objective.mask_ratio,
+            mask_patch_size=objective.mask_patch_size,
         )
     assert num_classes is not None, "classification has classes"
     return Classification(

@@ -20,6 +20,7 @@ from pretrain.data.order import lanes_for
 from pretrain.data.reader import CACHE_FOLDER
 from pretrain.data.stream import Stream
 from pretrain.errors import ConfigError
+from pretrain.formats.limits import why_not
 from pretrain.models.spec import BackboneSpec
 from pretrain.optim.schedules import constant_lr, cooled_down, cosine_lr, rsqrt_lr, scaled_lr
 from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_remote
@@ -55,6 +56,13 @@ def cache_bytes(config: RunConfig) -> int:
 def backbone_spec(config: RunConfig) -> BackboneSpec:
     """The backbone a recipe describes, in plain values."""
     return BackboneSpec.of_recipe(config.model.model_dump(), config.data.model_dump())
+
+
+def check_exports(config: RunConfig) -> None:
+    """Raises ConfigError for a format of export.formats that cannot hold this backbone."""
+    for name in config.export.formats:
+        if reason := why_not(name, backbone_spec(config), head=config.objective.name == "classification"):
+            raise ConfigError(f"export.formats={name}: {reason}; leave it out, or change the model")
 
 
 def is_image_source(url: str) -> bool:

@@ -40,8 +40,8 @@ from pretrain.errors import UsageError
 from pretrain.formats.incoming import Incoming, read_backbone
 from pretrain.formats.loading import rebuild
 from pretrain.metrics.journal import JOURNAL_NAME, Journal
+from pretrain.models.backbone import Backbone
 from pretrain.models.build import build_backbone
-from pretrain.models.vit import VisionTransformer
 from pretrain.probes.choose import choose_samples, refuse_unfit
 from pretrain.probes.suite import ProbeChoice, run_probes
 from pretrain.storage import S3Settings
@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backbone(incoming: Incoming, *, init: str, seed: int) -> VisionTransformer:
+def _backbone(incoming: Incoming, *, init: str, seed: int) -> Backbone:
     if init == "random":
         torch.manual_seed(seed)
         return build_backbone(incoming.spec)

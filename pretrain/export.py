@@ -63,8 +63,7 @@ def describe(exported: Exported) -> str:
     if spec.class_names:
         head += f" ({listed(list(spec.class_names), 3)})"
     lines = [
-        f"{exported.folder}: ViT {spec.embed_dim} wide, {spec.depth} deep, patch {spec.patch_size}, "
-        f"image {spec.image_size}, pooling {spec.pooling}, {head}",
+        f"{exported.folder}: {spec}, pooling {spec.pooling}, {head}",
         f"  from       {exported.source}",
     ]
     if exported.resampled:

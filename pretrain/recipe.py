@@ -20,6 +20,7 @@ from pretrain.derived import (
     backbone_spec,
     cache_bytes,
     cache_dir,
+    check_exports,
     is_image_source,
     num_classes_for,
     peak_lr,
@@ -28,6 +29,7 @@ from pretrain.derived import (
     total_steps,
 )
 from pretrain.errors import ConfigError, PretrainError
+from pretrain.formats.limits import why_not
 from pretrain.metrics.flops import (
     mae_decoder_parameters,
     mae_training_flops,
@@ -78,6 +80,7 @@ def resolve(args: argparse.Namespace) -> RunConfig | None:
         raise ConfigError(
             f"--world-size={args.world_size} is for --dry-run; a launcher decides the run's ranks"
         )
+    check_exports(config)
     world_size = 1 if args.world_size is None else args.world_size
     if world_size < 1:
         raise ConfigError(f"--world-size={args.world_size}: a run has at least one rank")
@@ -115,20 +118,28 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     if data is not None:
         num_classes = num_classes_for(config, data.indexes[0])
 
-    backbone, head, decoder = _parameters(config, num_classes)
-    total = backbone + head + decoder
-    yield "parameters", f"{total:,} (backbone {backbone:,}, head {head:,}, decoder {decoder:,})"
-    yield "training work an image", f"{_flops(config, num_classes) / 1e9:,.2f} GFLOP, without recomputation"
+    total: int | None = None
+    if _is_counted(config):
+        backbone, head, decoder = _parameters(config, num_classes)
+        total = backbone + head + decoder
+        yield "parameters", f"{total:,} (backbone {backbone:,}, head {head:,}, decoder {decoder:,})"
+        yield (
+            "training work an image",
+            f"{_flops(config, num_classes) / 1e9:,.2f} GFLOP, without recomputation",
+        )
+    else:
+        yield "parameters and work", "not counted for this backbone and objective"
 
     stage = zero_stage(config)
     yield (
         "engine",
         f"DeepSpeed ZeRO {stage} when launched as several processes, else accelerate on one device",
     )
-    yield (
-        "weights and state a rank",
-        f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
-    )
+    if total is not None:
+        yield (
+            "weights and state a rank",
+            f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
+        )
 
     yield "learning rate", _learning_rate(config)
     pads = split.slice_size * world_size - config.train.global_batch_size
@@ -209,6 +220,24 @@ def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]
         return None, str(error)
 
 
+def _is_counted(config: RunConfig) -> bool:
+    """Whether metrics/flops.py knows the parts: a ViT without options, under classification or MAE."""
+    model = config.model
+    plain = (
+        model.pooling != "map",
+        model.position_embedding != "rope",
+        model.mlp == "gelu",
+        not model.qk_norm,
+    )
+    return (
+        model.name == "vit"
+        and config.objective.name != "simmim"
+        and all(plain)
+        and model.num_registers == 0
+        and model.layer_scale_init is None
+    )
+
+
 def _parameters(config: RunConfig, num_classes: int | None) -> tuple[int, int, int]:
     spec = backbone_spec(config)
     backbone = vit_parameters(
@@ -283,10 +312,15 @@ def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int
 
 
 def _exportable(config: RunConfig) -> list[str]:
-    """What `pretrain export` can write of this run."""
-    formats = ["timm"]
-    if config.model.pooling == "avg" and config.objective.name == "classification":
-        formats.append("hf with --no-head (ViTForImageClassification has no average-pooled head)")
-    else:
-        formats.append("hf")
+    """What `pretrain export` can write of this run, and what it cannot."""
+    spec, head = backbone_spec(config), config.objective.name == "classification"
+    formats = []
+    for name in ("timm", "hf"):
+        reason, reason_without = (why_not(name, spec, head=has_head) for has_head in (head, False))
+        if reason is None:
+            formats.append(name)
+        elif reason_without is None:
+            formats.append(f"{name} with --no-head (ViTForImageClassification has no average-pooled head)")
+        else:
+            formats.append(f"not {name} ({reason})")
     return formats

@@ -1,6 +1,6 @@
 """Draw what a masked autoencoder sees and what it makes of it.
 
-RUN is the run of objective.name=mae (its newest checkpoint is taken), or one of its checkpoints; URL
+RUN is the run of objective.name=mae or simmim (its newest checkpoint is taken), or one of its checkpoints; URL
 any indexed dataset. Each row of the picture is an image, the patches that were left of it, and the
 reconstruction, in which the visible patches are the image's own.
 """
@@ -22,6 +22,7 @@ from pretrain.data.loader import EvalLoader
 from pretrain.derived import s3_settings
 from pretrain.errors import DataError, UsageError
 from pretrain.objectives.mae import MAE
+from pretrain.objectives.simmim import SimMIM
 
 GAP = 4  # pixels between pictures
 SMALLEST_SIDE = 112  # smaller images are enlarged, their pixels kept visible
@@ -43,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.run}: there is no such run; give a run's folder or one of its checkpoints")
     folder = find_newest(args.run)
     config = parse_config(read_manifest(folder).config, source=str(folder))
-    if config.objective.name != "mae":
+    if config.objective.name not in ("mae", "simmim"):
         raise UsageError(
             f"{args.run}: was trained with objective.name={config.objective.name}, which masks nothing"
         )
     index = open_index(args.url, s3=s3_settings(config))
     objective = build_objective(config, num_classes=None)
-    assert isinstance(objective, MAE), "the config says so"
+    assert isinstance(objective, MAE | SimMIM), "the config says so"
     missing, unexpected = objective.load_state_dict(load_weights(folder), strict=False)
     buffers = {name for name, _ in objective.named_buffers()}  # they follow from the config
     assert not unexpected, f"{folder} holds parameters that its config does not: {unexpected}"

@@ -39,6 +39,7 @@ FREE_KEYS = {
     "run_dir": "the folder may be moved, or named another way",
     "init_from": "ignored once the run has a checkpoint",
     "model.drop_path_rate": "",
+    "model.drop_path_mode": "",
     "data.train": "where the shards lie; which they are and their weights must stay (`pretrain data-change`)",
     "data.val": "",
     "data.workers": "",

@@ -93,8 +93,8 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
                 f"{source}: {key} has credentials in its URL; they would end up in logs and checkpoints: "
                 "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
             )
-    classifies = config.objective.name == "classification"
-    if "hf" in config.export.formats and config.model.pooling == "avg" and classifies:
+    model, classifies = config.model, config.objective.name == "classification"
+    if "hf" in config.export.formats and model.name == "vit" and model.pooling == "avg" and classifies:
         raise ConfigError(
             f"{source}: export.formats=hf cannot hold a class head on average pooling; take model.pooling=cls, "
             "export.formats=[timm], or export by hand with --no-head"

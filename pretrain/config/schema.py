@@ -7,6 +7,7 @@ never written back.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +26,8 @@ from pydantic import (
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInts = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+PositiveFloats = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -34,21 +37,112 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+VIT_SIZES = ("tiny", "small", "base", "large", "huge", "giant")
+MODEL_SIZES = {
+    "vit": VIT_SIZES,
+    "swin": ("tiny", "small", "base", "large"),
+    "pvt": ("b0", "b1", "b2", "b3", "b4", "b5"),
+}
+STAGED_PATCH = 4  # Swin's and PVT's, in pixels
+# What only one kind of backbone has, with the value that means "not asked for".
+ONLY_VIT: dict[str, Any] = {
+    "depth": None,
+    "num_heads": None,
+    "position_embedding": "learned",
+    "num_registers": 0,
+    "layer_scale_init": None,
+    "qk_norm": False,
+    "mlp": "gelu",
+    "rotary_grid": None,
+    "drop_path_mode": "per_sample",
+}
+ONLY_STAGED = {"depths": None, "stage_heads": None}
+ONLY_SWIN = {"window_size": 7}
+ONLY_PVT = {"embed_dims": None, "mlp_ratios": None, "sr_ratios": None}
+NOT_OF: dict[str, dict[str, Any]] = {
+    "vit": {**ONLY_STAGED, **ONLY_SWIN, **ONLY_PVT},
+    "swin": {**ONLY_VIT, **ONLY_PVT},
+    "pvt": {**ONLY_VIT, **ONLY_SWIN, "embed_dim": None, "mlp_ratio": None},
+}
+
+
 class ModelConfig(Section):
-    name: Literal["vit"] = "vit"
-    size: Literal["tiny", "small", "base", "large", "huge", "giant"] | None = None
-    patch_size: PositiveInt = 16
+    name: Literal["vit", "swin", "pvt"] = "vit"  # pvt: version 2
+    # of a ViT tiny to giant, of a Swin tiny to large, of a PVT b0 to b5
+    size: (
+        Literal["tiny", "small", "base", "large", "huge", "giant", "b0", "b1", "b2", "b3", "b4", "b5"] | None
+    ) = None
+    patch_size: PositiveInt = 16  # of a Swin and a PVT 4
     image_size: PositiveInt = 224
-    embed_dim: PositiveInt | None = None  # free dimensions: given with depth and num_heads, instead of size
+    # free dimensions, instead of size. ViT: embed_dim, depth and num_heads
+    embed_dim: PositiveInt | None = None
     depth: PositiveInt | None = None
     num_heads: PositiveInt | None = None
     mlp_ratio: PositiveFloat | None = None
-    pooling: Literal["cls", "avg"] = "cls"
-    position_embedding: Literal["learned", "sincos"] = "learned"
+    # Swin: embed_dim (the first stage's), depths and stage_heads. PVT: embed_dims, depths and stage_heads
+    embed_dims: PositiveInts | None = None
+    depths: PositiveInts | None = None
+    stage_heads: PositiveInts | None = None
+    mlp_ratios: PositiveFloats | None = None
+    sr_ratios: PositiveInts | None = None  # by which a PVT shrinks keys and values, a side
+    window_size: PositiveInt = 7  # Swin: tokens a side
+    pooling: Literal["cls", "avg", "map"] = "cls"  # map: attention pooling. Swin and PVT: avg
+    position_embedding: Literal["learned", "sincos", "rope"] = "learned"
+    rotary_grid: PositiveInt | None = (
+        None  # patches a side that rotary positions are scaled to; the images' own
+    )
+    num_registers: NonNegativeInt = 0  # arXiv:2309.16588
+    layer_scale_init: PositiveFloat | None = None  # LayerScale, arXiv:2103.17239; none when left out
+    qk_norm: bool = False  # arXiv:2302.05442
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu has two thirds of the width, and as many weights
     drop_path_rate: Fraction = 0.0
+    # batch_subset does not compute what it drops, and depends on the micro-batch: elastic resume does not cover it
+    drop_path_mode: Literal["per_sample", "batch_subset"] = "per_sample"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_kind(cls, given: Any) -> Any:
+        """The defaults of a Swin or PVT, where a ViT's do not fit."""
+        if isinstance(given, dict) and given.get("name") in ("swin", "pvt"):
+            return {"patch_size": STAGED_PATCH, "pooling": "avg", **given}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:
+        self._check_kind()
+        if self.name == "vit":
+            self._check_vit()
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
+            )
+        return self
+
+    def _check_kind(self) -> None:
+        for key, unset in NOT_OF[self.name].items():
+            if getattr(self, key) != unset:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)} means nothing to model.name={self.name}; leave it out"
+                )
+        sizes = MODEL_SIZES[self.name]
+        if self.size is not None and self.size not in sizes:
+            raise ValueError(
+                f"model.size={self.size}: of model.name={self.name} take one of {', '.join(sizes)}"
+            )
+        if self.name == "vit":
+            return
+        if self.pooling != "avg":
+            raise ValueError(f"model.pooling={self.pooling}: a {self.name} has no class token; leave it out")
+        if self.name == "pvt" and self.patch_size != STAGED_PATCH:
+            raise ValueError(f"model.patch_size={self.patch_size}: a pvt's is {STAGED_PATCH}; leave it out")
+        needed = ("embed_dim" if self.name == "swin" else "embed_dims", "depths", "stage_heads")
+        given = [key for key in (*needed, "mlp_ratios", "sr_ratios") if getattr(self, key) is not None]
+        if self.size is not None and given:
+            raise ValueError(f"model.size sets {', '.join(given)}; leave either out")
+        if self.size is None and not set(needed) <= set(given):
+            raise ValueError(f"give model.size, or all of {', '.join(f'model.{key}' for key in needed)}")
+
+    def _check_vit(self) -> None:
         free = [self.embed_dim, self.depth, self.num_heads]
         if self.size is None and None in free:
             raise ValueError("give model.size, or all of model.embed_dim, model.depth and model.num_heads")
@@ -62,22 +156,33 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.embed_dim={self.embed_dim} is not a multiple of 4, as sincos positions need"
             )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}"
-            )
-        return self
+        if self.position_embedding == "rope" and self.embed_dim and self.num_heads:
+            if (self.embed_dim // self.num_heads) % 4:
+                raise ValueError(
+                    f"model.embed_dim={self.embed_dim} over num_heads={self.num_heads} is not a multiple of 4, "
+                    "as rope needs"
+                )
+        elif self.rotary_grid is not None and self.position_embedding != "rope":
+            raise ValueError("model.rotary_grid is for model.position_embedding=rope; leave it out")
 
 
 class ObjectiveConfig(Section):
-    name: Literal["classification", "mae"] = "classification"
+    name: Literal["classification", "mae", "simmim"] = "classification"
     num_classes: PositiveInt | None = None  # from the dataset's index when left out
     label_smoothing: Fraction = 0.0
-    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE, arXiv:2111.06377
-    normalize_pixels: bool = True
+    mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE, arXiv:2111.06377; of simmim 0.6
+    normalize_pixels: bool = True  # MAE
     decoder_dim: PositiveInt = 512
     decoder_depth: PositiveInt = 8
     decoder_heads: PositiveInt = 16
+    mask_patch_size: PositiveInt = 32  # SimMIM, arXiv:2111.09886: pixels of a masked square's side
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_its_kind(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("name") == "simmim":
+            return {"mask_ratio": 0.6, **given}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
@@ -396,19 +501,8 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        if self.objective.name == "mae":
-            for name in ("mixup", "cutmix"):
-                if getattr(self.data, name):
-                    raise ValueError(
-                        f"data.{name} mixes labels, and objective.name=mae has none; leave it out"
-                    )
-            patches = (self.model.image_size // self.model.patch_size) ** 2
-            visible = int(patches * (1 - self.objective.mask_ratio) + 1e-6)
-            if not 0 < visible < patches:
-                raise ValueError(
-                    f"objective.mask_ratio={self.objective.mask_ratio} of {patches} patches leaves {visible} "
-                    f"visible; between 1 and {patches - 1} are needed"
-                )
+        if self.objective.name in ("mae", "simmim"):
+            self._check_masked()
         mirror = self.checkpoint.mirror
         if mirror is not None and "://" not in mirror:
             mirrored, run_dir = Path(mirror).absolute(), Path(self.run_dir).absolute()
@@ -418,3 +512,42 @@ class RunConfig(Section):
                     "run's folder; give s3://bucket/prefix, or a folder on another disk"
                 )
         return self
+
+    def _check_masked(self) -> None:
+        objective, model = self.objective, self.model
+        for name in ("mixup", "cutmix"):
+            if getattr(self.data, name):
+                raise ValueError(
+                    f"data.{name} mixes labels, and objective.name={objective.name} has none; leave it out"
+                )
+        if model.pooling == "map":
+            raise ValueError(
+                f"model.pooling=map would not be trained by objective.name={objective.name}; take cls or avg"
+            )
+        if objective.name == "mae":
+            if model.name != "vit":
+                raise ValueError(
+                    f"objective.name=mae leaves patches out, which a {model.name} cannot; take objective.name=simmim"
+                )
+            patches = (model.image_size // model.patch_size) ** 2
+            visible = int(patches * (1 - objective.mask_ratio) + 1e-6)
+            if not 0 < visible < patches:
+                raise ValueError(
+                    f"objective.mask_ratio={objective.mask_ratio} of {patches} patches leaves {visible} "
+                    f"visible; between 1 and {patches - 1} are needed"
+                )
+            return
+        stages = len(model.depths) if model.depths is not None else 4
+        stride = model.patch_size if model.name == "vit" else model.patch_size << (stages - 1)
+        unit = objective.mask_patch_size
+        if unit % model.patch_size or model.image_size % unit or model.image_size % stride:
+            raise ValueError(
+                f"objective.mask_patch_size={unit} must be a multiple of model.patch_size={model.patch_size}, and "
+                f"model.image_size={model.image_size} one of it and of the backbone's stride, {stride}"
+            )
+        units = (model.image_size // unit) ** 2
+        if math.ceil(units * objective.mask_ratio - 1e-6) >= units:
+            raise ValueError(
+                f"objective.mask_ratio={objective.mask_ratio} of {units} squares of {unit} pixels leaves none; take "
+                "smaller ones with objective.mask_patch_size, or larger images"
+            )

@@ -81,16 +81,18 @@ def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torc
     pooling = json.loads((folder / "config.json").read_text("utf-8")).get("feature_pooling", "cls")
     model, loading = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
     model.eval()
-    backbone = model.vit if hasattr(model, "vit") else model
+    backbone = getattr(model, model.base_model_prefix, model)
     found = backbone(images, output_hidden_states=True)
-    if pooling == "avg":  # the mean of the patches, then the norm
+    if model.config.model_type == "swin":
+        features = found.pooler_output
+    elif pooling == "avg":  # the mean of the patches, then the norm
         features = backbone.layernorm(found.hidden_states[-1][:, 1:].mean(dim=1))
     elif found.pooler_output is not None:  # our pooler passes the class token through
         features = found.pooler_output
     else:
         features = found.last_hidden_state[:, 0]
     outputs = {"features": features}
-    head = architecture == "ViTForImageClassification"
+    head = architecture.endswith("ForImageClassification")
     if head:
         outputs["logits"] = model(images).logits
     config = model.config

@@ -21,9 +21,11 @@ from pretrain.errors import CheckpointError, UsageError
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
 from pretrain.formats.files import read_json, write_json
-from pretrain.formats.hugging_face import refuse_what_hugging_face_cannot_hold, write_hugging_face
+from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import RECORD, Incoming, read_backbone
-from pretrain.formats.loading import NUM_PREFIX_TOKENS, rebuild
+from pretrain.formats.limits import why_not
+from pretrain.formats.loading import rebuild
+from pretrain.formats.naming import backbone_shapes
 from pretrain.formats.timm import write_timm
 from pretrain.models.pos_embed import resample_pos_embed
 from pretrain.models.spec import BackboneSpec
@@ -75,6 +77,8 @@ def export_backbone(
             f"{incoming.source}: a bare file does not say its {', '.join(incoming.assumed)}; "
             "export from a run, a checkpoint or a folder with a config.json"
         )
+    if reason := why_not(format, incoming.spec, head=False):
+        raise UsageError(f"--format {format}: {reason}")
     spec, tensors, resampled = _at_size(incoming, image_size, rule=format)
     left_out = dict(incoming.left_out)
     head = incoming.head
@@ -83,8 +87,8 @@ def export_backbone(
         head = {}
     if not head:
         spec = replace(spec, num_classes=None, class_names=None)
-    if format == "hf":
-        refuse_what_hugging_face_cannot_hold(spec, head=bool(head))
+    if reason := why_not(format, spec, head=bool(head)):
+        raise UsageError(f"--format {format}: {reason}")
     chosen = images_for_check(spec, incoming.source, url=images_url)
 
     try:
@@ -131,7 +135,16 @@ def _at_size(
             f"--image-size {image_size} is not a multiple of the patch size {spec.patch_size}; take {nearest}"
         )
     sized = replace(spec, image_size=image_size)
-    weights["pos_embed"] = resample_pos_embed(weights["pos_embed"], sized.grid, NUM_PREFIX_TOKENS, rule=rule)
+    if spec.name != "vit":
+        if backbone_shapes(sized) != backbone_shapes(spec):
+            raise UsageError(
+                f"--image-size {image_size}: a stage would be smaller than its window at one size and not at the "
+                "other; train at that size, or keep the one it has"
+            )
+        return sized, weights, None
+    weights["pos_embed"] = resample_pos_embed(
+        weights["pos_embed"], sized.grid, spec.num_position_prefix, rule=rule
+    )
     return sized, weights, f"{spec.grid}×{spec.grid} to {sized.grid}×{sized.grid} patches"
 
 

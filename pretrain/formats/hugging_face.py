@@ -1,4 +1,4 @@
-"""Write and read transformers' ViT folders: `ViTModel` and `ViTForImageClassification`.
+"""Write and read transformers' folders of a ViT (`ViTModel`, `ViTForImageClassification`) and a Swin.
 
 On disk the names are those of transformers before 5, which newer ones convert while loading, so
 one folder serves both. A bare ViTModel gets a pooler that passes the class token through:
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pretrain.errors import CheckpointError, UsageError
+from pretrain.errors import CheckpointError, ConfigError, UsageError
+from pretrain.formats import hugging_face_swin
 from pretrain.formats.files import write_json, write_tensors
+from pretrain.formats.limits import why_not
 from pretrain.formats.naming import final_norm
 from pretrain.models.spec import BackboneSpec
 
@@ -51,16 +54,15 @@ NEW_NAMES = (
 
 
 def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> None:
-    """UsageError for a model that no class of transformers computes."""
-    if head and spec.pooling == "avg":
-        raise UsageError(
-            "the class head stands on average pooling, and ViTForImageClassification only reads the "
-            "class token; export with --no-head, or with --format timm"
-        )
+    """UsageError for a model that no class of transformers computes, or that is not written for it."""
+    if reason := why_not("hf", spec, head=head):
+        raise UsageError(f"--format hf: {reason}")
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """A backbone's tensors in timm's names -> the names of a bare ViTModel, without the pooler."""
+    """A backbone's tensors in timm's names -> the names of a bare ViTModel, without the pooler, or SwinModel."""
+    if spec.name == "swin":
+        return hugging_face_swin.to_hugging_face(weights)
     renamed = {theirs: weights[ours] for ours, theirs in TOP.items()}
     for i in range(spec.depth):
         for kind in ("weight", "bias"):
@@ -78,7 +80,9 @@ def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[s
 
 
 def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """The way back: transformers' names, old or new -> timm's. What is not a ViT's keeps its name."""
+    """The way back: transformers' names, old or new -> timm's. What is not the backbone's keeps its name."""
+    if spec.name == "swin":
+        return hugging_face_swin.from_hugging_face(tensors)
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         name = name.removeprefix("vit.")
@@ -106,7 +110,20 @@ def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict
 
 def hugging_face_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:
     """The contents of config.json."""
-    config: dict[str, Any] = {
+    config = (
+        hugging_face_swin.swin_config(spec, head=head)
+        if spec.name == "swin"
+        else _vit_config(spec, head=head)
+    )
+    if head:
+        names = spec.class_names or tuple(f"LABEL_{i}" for i in range(spec.num_classes or 0))
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    return config
+
+
+def _vit_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:
+    return {
         "architectures": ["ViTForImageClassification" if head else "ViTModel"],
         "model_type": "vit",
         "hidden_size": spec.embed_dim,
@@ -129,11 +146,6 @@ def hugging_face_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:
         # applied to hidden_states[-1][:, 1:].mean(1), because the mean is taken before the norm.
         "feature_pooling": spec.pooling,
     }
-    if head:
-        names = spec.class_names or tuple(f"LABEL_{i}" for i in range(spec.num_classes or 0))
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
-    return config
 
 
 def preprocessor_config(spec: BackboneSpec, *, crop_fraction: float) -> dict[str, Any]:
@@ -168,14 +180,14 @@ def write_hugging_face(
     """Write model.safetensors, config.json and preprocessor_config.json into out_dir, which exists.
 
     weights: the backbone's tensors, float32, in timm's names. head: {"weight": (K, D), "bias": (K,)}.
-    UsageError for a head on average pooling.
+    UsageError for what transformers' ViT does not have, and for a head on average pooling.
     """
     refuse_what_hugging_face_cannot_hold(spec, head=bool(head))
     tensors = to_hugging_face(weights, spec)
     if head:
-        tensors = {f"vit.{name}": value for name, value in tensors.items()}
+        tensors = {f"{spec.name}.{name}": value for name, value in tensors.items()}
         tensors.update({f"classifier.{name}": value for name, value in head.items()})
-    else:
+    elif spec.name == "vit":
         tensors["pooler.dense.weight"] = torch.eye(spec.embed_dim)
         tensors["pooler.dense.bias"] = torch.zeros(spec.embed_dim)
     write_tensors(out_dir / "model.safetensors", tensors)
@@ -190,7 +202,15 @@ def is_hugging_face(config: Mapping[str, Any]) -> bool:
 def read_hugging_face_config(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, *, where: str
 ) -> BackboneSpec:
-    """The spec of a transformers ViT folder; CheckpointError where it is not such a ViT."""
+    """The spec of a transformers ViT or Swin folder; CheckpointError where it is not such a one."""
+    if config.get("model_type") == "swin":
+        model = hugging_face_swin.read_swin_config(config, where=where)
+        common = _classes_and_pixels(config, preprocessor or {}, "SwinForImageClassification")
+        try:
+            spec = BackboneSpec.of_recipe(model, common)
+        except ConfigError as error:
+            raise CheckpointError(f"{where}: {error}") from None
+        return replace(spec, num_classes=common["num_classes"], class_names=common["class_names"])
     wrong = {
         "model_type": config.get("model_type") in ("vit", "vit_mae"),
         "layer_norm_eps": config.get("layer_norm_eps", 1e-12) == LAYER_NORM_EPS,
@@ -203,11 +223,6 @@ def read_hugging_face_config(
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size")
     if missing := [name for name in (*needed, "patch_size") if name not in config]:
         raise CheckpointError(f"{where}: config.json lacks {', '.join(missing)}")
-    head = "ViTForImageClassification" in (config.get("architectures") or [])
-    labels = config.get("id2label") if head else None
-    names = [labels[key] for key in sorted(labels, key=int)] if labels else None
-    made_up = names is not None and names == [f"LABEL_{i}" for i in range(len(names))]
-    normalise = preprocessor or {}
     return BackboneSpec.from_dict(
         {
             "image_size": config["image_size"],
@@ -217,9 +232,20 @@ def read_hugging_face_config(
             "num_heads": config["num_attention_heads"],
             "mlp_ratio": config["intermediate_size"] / config["hidden_size"],
             "pooling": config.get("feature_pooling", "cls"),
-            "num_classes": len(names) if names else None,
-            "class_names": None if made_up else names,
-            "mean": normalise.get("image_mean", (0.5, 0.5, 0.5)),  # ViTImageProcessor's defaults
-            "std": normalise.get("image_std", (0.5, 0.5, 0.5)),
+            **_classes_and_pixels(config, preprocessor or {}, "ViTForImageClassification"),
         }
     )
+
+
+def _classes_and_pixels(
+    config: Mapping[str, Any], preprocessor: Mapping[str, Any], with_head: str
+) -> dict[str, Any]:
+    labels = config.get("id2label") if with_head in (config.get("architectures") or []) else None
+    names = tuple(labels[key] for key in sorted(labels, key=int)) if labels else None
+    made_up = names is not None and names == tuple(f"LABEL_{i}" for i in range(len(names)))
+    return {
+        "num_classes": len(names) if names else None,
+        "class_names": None if made_up else names,
+        "mean": preprocessor.get("image_mean", (0.5, 0.5, 0.5)),  # ViTImageProcessor's defaults
+        "std": preprocessor.get("image_std", (0.5, 0.5, 0.5)),
+    }

@@ -22,7 +22,7 @@ from pretrain.errors import CheckpointError, StorageError, UsageError
 from pretrain.formats.files import read_json, read_tensors
 from pretrain.formats.hugging_face import from_hugging_face, is_hugging_face, read_hugging_face_config
 from pretrain.formats.naming import Parts, sort_out, why_left_out
-from pretrain.formats.timm import is_timm, read_timm_config
+from pretrain.formats.timm import from_timm, is_timm, read_timm_config
 from pretrain.models.pos_embed import sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
 from pretrain.storage import S3Settings, Storage, is_remote, join_url, open_storage, split_url
@@ -148,7 +148,8 @@ def _read_run(path: Path, weights: str | None) -> Incoming:
     head = tensors.get("head.weight")
     spec = _spec_of_run(manifest, num_classes=None if head is None else head.shape[0], where=where)
     if spec.position_embedding == "sincos":  # fixed, so a checkpoint of trained parameters lacks it
-        tensors.setdefault("pos_embed", sincos_pos_embed(spec.grid, spec.embed_dim))
+        fixed = sincos_pos_embed(spec.grid, spec.embed_dim, num_prefix_tokens=spec.num_position_prefix)
+        tensors.setdefault("pos_embed", fixed)
     parts = sort_out(tensors, spec, where=where)
     source = Source(
         kind="run",
@@ -207,6 +208,7 @@ def _read_export(folder: Storage) -> Incoming:
         tensors = from_hugging_face(tensors, spec)
     elif is_timm(config):
         kind, spec = "timm", read_timm_config(config, where=where)
+        tensors = from_timm(tensors)
     else:
         raise CheckpointError(
             f"{where}: {CONFIG} is neither timm's nor transformers'; it names no architecture"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from pretrain.errors import CheckpointError
 from pretrain.formats.incoming import Incoming
 from pretrain.formats.naming import final_norm, listed
+from pretrain.models.backbone import Backbone
 from pretrain.models.build import build_backbone
-from pretrain.models.layers import Block
-from pretrain.models.pos_embed import resample_pos_embed, sincos_pos_embed
+from pretrain.models.pos_embed import resample_bias_table, resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
 from pretrain.models.vit import VisionTransformer
 
-NUM_PREFIX_TOKENS = 1  # the class token
+BIAS_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,54 +48,61 @@ class LoadReport:
         return "\n".join(lines)
 
 
-def load_into(
-    backbone: VisionTransformer, incoming: Incoming, *, head: nn.Module | None = None
-) -> LoadReport:
+def load_into(backbone: Backbone, incoming: Incoming, *, head: nn.Module | None = None) -> LoadReport:
     """Copy incoming's weights into backbone, and its class head into `head` if one is given and fits.
 
     Position embeddings of another image size are resampled by timm's rule (bicubic, antialiased, in
-    float32, the class token's aside). With the other pooling the final norm is carried over. A
+    float32, the class token's aside), Swin's bias tables of another window bicubic. With another pooling the final
+    norm is carried over, and attention pooling starts fresh where there was none. A
     backbone with fixed sine-cosine positions keeps its own.
 
     Raises CheckpointError, and changes nothing, when a tensor is missing, has another shape, has no
     place to go, or when the same weights would mean another function (other heads, learned positions
-    where they are fixed).
+    where they are fixed, rotary positions on another grid).
     """
     target = {**dict(backbone.named_parameters()), **_persistent_buffers(backbone)}
     found = dict(incoming.backbone)
-    theirs, ours = final_norm(incoming.spec.pooling), final_norm(backbone.pooling)
-    carried = {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
-    complaints: list[str] = []
+    carried = _carried_norm(backbone, incoming.spec)
+    complaints = _other_functions(backbone, incoming)
     values: dict[str, Tensor] = {}
     resampled: dict[str, str] = {}
     ignored = dict(incoming.left_out)
 
-    heads = cast(Block, backbone.blocks[0]).attn.num_heads
-    if "num_heads" not in incoming.assumed and heads != incoming.spec.num_heads:
-        complaints.append(f"it has {incoming.spec.num_heads} heads, the model {heads}")
     for name, tensor in target.items():
         value = found.pop(carried.get(name, name), None)
         if value is None:
-            complaints.append(f"{name} is missing")
+            if not name.startswith("attn_pool."):
+                complaints.append(f"{name} is missing")
             continue
-        if name == "pos_embed" and backbone.position_embedding == "sincos":
-            if not _is_sincos(value):
-                complaints.append(
-                    "pos_embed was learned, the model's is fixed (model.position_embedding=sincos)"
-                )
-            elif value.shape != tensor.shape:
-                ignored[name] = "the model has a fixed one of its own size"
-            else:
-                values[name] = value
-            continue
-        if name == "pos_embed" and value.shape[1] != tensor.shape[1] and value.shape[2] == tensor.shape[2]:
-            old, new = incoming.spec.grid, backbone.grid
-            value = resample_pos_embed(value, new, NUM_PREFIX_TOKENS, rule="timm")
-            resampled[name] = f"{old}×{old} to {new}×{new} patches"
+        if name == "pos_embed" and isinstance(backbone, VisionTransformer):
+            P = backbone.num_position_prefix
+            if backbone.position_embedding == "sincos":
+                if not _is_sincos(value, P):
+                    complaints.append(
+                        "pos_embed was learned, the model's is fixed (model.position_embedding=sincos)"
+                    )
+                elif value.shape != tensor.shape:
+                    ignored[name] = "the model has a fixed one of its own size"
+                else:
+                    values[name] = value
+                continue
+            same_kind = incoming.spec.num_position_prefix == P and value.shape[2] == tensor.shape[2]
+            if same_kind and value.shape[1] != tensor.shape[1]:
+                old, new = incoming.spec.grid, backbone.grid
+                value = resample_pos_embed(value, new, P, rule="timm")
+                resampled[name] = f"{old}×{old} to {new}×{new} patches"
+        elif name.endswith(BIAS_TABLE) and value.shape[0] != tensor.shape[0]:
+            old, new = (round(len(table) ** 0.5) // 2 + 1 for table in (value, tensor))
+            value = resample_bias_table(value, new)
+            resampled[name] = f"windows of {old} to {new} tokens a side"
         if value.shape != tensor.shape:
             complaints.append(f"{name} is {tuple(value.shape)}, the model's {tuple(tensor.shape)}")
         else:
             values[name] = value
+    for name in list(found):
+        if name.startswith("attn_pool."):
+            ignored[name] = "another pooling's"
+            del found[name]
     complaints += [f"{name} has no place in the model" for name in found]
     if complaints:
         raise CheckpointError(
@@ -106,8 +113,36 @@ def load_into(
     return _copy(backbone, incoming, head, values, resampled, ignored)
 
 
+def _carried_norm(backbone: Backbone, spec: BackboneSpec) -> dict[str, str]:
+    """Where a ViT's final norm comes from when it is pooled another way: {ours: theirs}."""
+    if not isinstance(backbone, VisionTransformer):
+        return {}
+    theirs, ours = final_norm(spec.pooling), final_norm(backbone.pooling)
+    return {f"{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")}
+
+
+def _other_functions(backbone: Backbone, incoming: Incoming) -> list[str]:
+    """What no shape says and would make another function of the same weights."""
+    spec = incoming.spec
+    complaints = []
+    theirs = spec.stage_heads or (spec.num_heads,)
+    if "num_heads" not in incoming.assumed and backbone.num_heads != theirs:
+        old, new = (", ".join(map(str, heads)) for heads in (theirs, backbone.num_heads))
+        complaints.append(f"it has {old} heads, the model {new}")
+    if isinstance(backbone, VisionTransformer) and spec.position_embedding == "rope":
+        old_grid = spec.rotary_grid or spec.grid
+        if backbone.position_embedding == "rope" and backbone.rotary_grid != old_grid:
+            complaints.append(
+                f"its rotary positions are scaled to {old_grid} patches a side, the model's to "
+                f"{backbone.rotary_grid} (set model.rotary_grid={old_grid})"
+            )
+    if (spec.position_embedding == "rope") != (getattr(backbone, "position_embedding", None) == "rope"):
+        complaints.append(f"its model.position_embedding is {spec.position_embedding}")
+    return complaints
+
+
 def _copy(
-    backbone: VisionTransformer,
+    backbone: Backbone,
     incoming: Incoming,
     head: nn.Module | None,
     values: Mapping[str, Tensor],
@@ -143,7 +178,7 @@ def _copy(
     )
 
 
-def rebuild(spec: BackboneSpec, weights: Mapping[str, Tensor]) -> VisionTransformer:
+def rebuild(spec: BackboneSpec, weights: Mapping[str, Tensor]) -> Backbone:
     """The backbone that spec describes, holding exactly `weights`, float32, in eval mode."""
     backbone = build_backbone(spec)
     # Its own positions, whatever they are: an export may hold a fixed table at another size.
@@ -156,14 +191,17 @@ def _persistent_buffers(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.named_buffers() if name in kept}
 
 
-def _is_sincos(pos_embed: Tensor) -> bool:
-    grid = round((pos_embed.shape[1] - NUM_PREFIX_TOKENS) ** 0.5)
-    if pos_embed.shape[2] % 4 or grid**2 + NUM_PREFIX_TOKENS != pos_embed.shape[1]:
+def _is_sincos(pos_embed: Tensor, num_prefix_tokens: int) -> bool:
+    grid = round((pos_embed.shape[1] - num_prefix_tokens) ** 0.5)
+    if pos_embed.shape[2] % 4 or grid**2 + num_prefix_tokens != pos_embed.shape[1]:
         return False
-    return torch.allclose(pos_embed, sincos_pos_embed(grid, pos_embed.shape[2]), atol=1e-5)
+    fixed = sincos_pos_embed(grid, pos_embed.shape[2], num_prefix_tokens=num_prefix_tokens)
+    return torch.allclose(pos_embed, fixed, atol=1e-5)
 
 
 def _dimensions(spec: BackboneSpec) -> str:
+    if spec.name != "vit":
+        return f"model.name={spec.name}, {spec}"
     return (
         f"model.patch_size={spec.patch_size}, embed_dim={spec.embed_dim}, depth={spec.depth}, "
         f"num_heads={spec.num_heads}, mlp_ratio={spec.mlp_ratio:g}, "

@@ -4,7 +4,7 @@ Called by the writers (timm.py, hugging_face.py) and by incoming.py: every tenso
 either part of the backbone, part of the class head, or named with the reason why it stays behind.
 """
 
-# D width, H hidden width of the MLP, N patches
+# K classes, D width
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
+from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 
 # First match wins. What a pretraining task adds around the backbone, by the names that our own
@@ -24,7 +26,7 @@ LEFT_OUT = (
     (r"(.*\.)?mask_token", "used by the pretraining task only"),
     (r"decoder.*", "the pretraining task's decoder"),
     (r"(vit\.)?pooler\..*", "a pooler, which this backbone does not have"),
-    (r"(fc_norm|norm)\..*", "the other pooling's norm"),
+    (r"(fc_norm|norm|attn_pool)\..*", "another pooling's"),
     (r"head_dist\..*|pre_logits\..*|(head|classifier)\..*", "another head than one linear layer"),
 )
 
@@ -39,27 +41,14 @@ class Parts:
 
 
 def final_norm(pooling: str) -> str:
-    """timm norms the tokens before taking the class token, but the mean after taking it."""
+    """A ViT's: timm norms the tokens before the class token is taken, but the mean after taking it."""
     return "fc_norm" if pooling == "avg" else "norm"
 
 
 def backbone_shapes(spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the backbone that spec describes, in timm's order."""
-    D, H, N = spec.embed_dim, spec.mlp_dim, spec.grid**2
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, D),
-        "pos_embed": (1, 1 + N, D),
-        "patch_embed.proj.weight": (D, 3, spec.patch_size, spec.patch_size),
-        "patch_embed.proj.bias": (D,),
-    }
-    for i in range(spec.depth):
-        linear = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (H, D), "mlp.fc2": (D, H)}
-        for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"):
-            shape = linear.get(layer, (D,))
-            shapes[f"blocks.{i}.{layer}.weight"] = shape
-            shapes[f"blocks.{i}.{layer}.bias"] = shape[:1]
-    norm = final_norm(spec.pooling)
-    return {**shapes, f"{norm}.weight": (D,), f"{norm}.bias": (D,)}
+    with torch.device("meta"):  # shapes alone: nothing is allocated or drawn
+        return {name: tuple(value.shape) for name, value in build_backbone(spec).state_dict().items()}
 
 
 def why_left_out(name: str) -> str | None:
@@ -71,8 +60,8 @@ def sort_out(tensors: Mapping[str, Tensor], spec: BackboneSpec, *, where: str) -
     """Split tensors, in timm's names, into backbone, class head and the rest.
 
     Raises CheckpointError, naming `where` and the tensors, when one of the backbone's is missing or
-    has another shape than spec says, or when there is one that this backbone has no place for
-    (registers, layer scale): without it the features would be others.
+    has another shape than spec says, or when there is one that this backbone has no place for:
+    without it the features would be others.
     """
     shapes = backbone_shapes(spec)
     head = {name: tensors[f"head.{name}"] for name in ("weight", "bias") if f"head.{name}" in tensors}
@@ -106,8 +95,7 @@ def sort_out(tensors: Mapping[str, Tensor], spec: BackboneSpec, *, where: str) -
     ]
     if complaints:
         raise CheckpointError(
-            f"{where} does not hold the backbone it describes (ViT {spec.embed_dim} wide, {spec.depth} deep, "
-            f"patch {spec.patch_size}, image {spec.image_size}): " + "; ".join(complaints)
+            f"{where} does not hold the backbone it describes ({spec}): " + "; ".join(complaints)
         )
     return Parts(backbone={name: tensors[name] for name in shapes}, head=head, left_out=left_out)
 

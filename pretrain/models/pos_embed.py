@@ -36,9 +36,12 @@ def sincos_pos_embed(grid: int, embed_dim: int, *, num_prefix_tokens: int = 1) -
 
 
 def resample_pos_embed(
-    pos: Tensor, new_grid: int, num_prefix_tokens: int, rule: Literal["timm", "hf"] = "timm"
+    pos: Tensor,
+    new_grid: int | tuple[int, int],
+    num_prefix_tokens: int,
+    rule: Literal["timm", "hf"] = "timm",
 ) -> Tensor:
-    """Positions (1, P+N, D) for `new_grid` patches a side: (1, P+new_grid², D), dtype kept.
+    """Positions (1, P+N, D) for `new_grid` patches a side, or rows and columns of them; dtype kept.
 
     Prefix tokens are left as they are; the square grid is resampled in float32, bicubic. "timm" filters
     against aliasing, "hf" (MAE, detectron2, transformers) does not. Raises ValueError if the patches
@@ -49,11 +52,22 @@ def resample_pos_embed(
     G = math.isqrt(N)
     if G * G != N:
         raise ValueError(f"position embeddings of {N} patches are not a square grid")
-    if new_grid == G:
+    size = (new_grid, new_grid) if isinstance(new_grid, int) else new_grid
+    if size == (G, G):
         return pos
     image = patches.to(torch.float32).reshape(1, G, G, D).permute(0, 3, 1, 2)
-    image = F.interpolate(
-        image, size=(new_grid, new_grid), mode="bicubic", align_corners=False, antialias=rule == "timm"
-    )
-    resampled = image.permute(0, 2, 3, 1).reshape(1, new_grid * new_grid, D).to(pos.dtype)
+    image = F.interpolate(image, size=size, mode="bicubic", align_corners=False, antialias=rule == "timm")
+    resampled = image.permute(0, 2, 3, 1).flatten(1, 2).to(pos.dtype)
     return torch.cat([prefix, resampled], dim=1)
+
+
+def resample_bias_table(table: Tensor, new_window: int) -> Tensor:
+    """Swin's biases by offset, ((2w-1)², heads), for another window: bicubic in float32, as its authors do.
+
+    The dtype is kept.
+    """
+    side = math.isqrt(len(table))
+    image = table.to(torch.float32).T.reshape(1, -1, side, side)
+    new_side = 2 * new_window - 1
+    image = F.interpolate(image, size=(new_side, new_side), mode="bicubic", align_corners=False)
+    return image.flatten(2)[0].T.contiguous().to(table.dtype)

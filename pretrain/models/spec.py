@@ -10,20 +10,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from pretrain.errors import CheckpointError
-from pretrain.models.sizes import mlp_width, resolve_size
+from pretrain.errors import CheckpointError, ConfigError
+from pretrain.models.sizes import StagedSize, checked_stages, mlp_width, resolve_size, resolve_staged_size
 
+NAMES = ("vit", "swin", "pvt")
 SIZE_KEYS = ("size", "embed_dim", "depth", "num_heads", "mlp_ratio")
-POOLINGS = ("cls", "avg")
-POSITION_EMBEDDINGS = ("learned", "sincos")
+STAGED_SIZE_KEYS = {
+    "swin": ("size", "embed_dim", "depths", "stage_heads", "mlp_ratio"),
+    "pvt": ("size", "embed_dims", "depths", "stage_heads", "mlp_ratio", "mlp_ratios", "sr_ratios"),
+}
+# What only a ViT has, by its name in a recipe too; old recipes lack some of them.
+VIT_KEYS = (
+    "pooling",
+    "position_embedding",
+    "rotary_grid",
+    "num_registers",
+    "layer_scale_init",
+    "qk_norm",
+    "mlp",
+)
+STAGED_FIELDS = ("depths", "embed_dims", "stage_heads", "mlp_ratios", "sr_ratios")
+POOLINGS = ("cls", "avg", "map")
+POSITION_EMBEDDINGS = ("learned", "sincos", "rope")
+MLPS = ("gelu", "swiglu")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneSpec:
-    """A vision transformer with a class token, its classes and how its images were normalised.
+    """A backbone, its classes and how its images were normalised.
 
     image_size and patch_size are in pixels (square); mean and std are per RGB channel of images
     in [0, 1]; num_classes is None for a backbone without a head.
+
+    A ViT has one width, depth and number of heads. A Swin or PVT has a value a stage (embed_dims, depths,
+    stage_heads, mlp_ratios; a PVT also sr_ratios); its embed_dim and num_heads are the last stage's, its depth the
+    number of all its blocks, and its pooling the average.
     """
 
     image_size: int
@@ -37,6 +58,17 @@ class BackboneSpec:
     mlp_ratio: float = 4.0
     pooling: str = "cls"
     position_embedding: str = "learned"
+    rotary_grid: int | None = None
+    num_registers: int = 0
+    layer_scale_init: float | None = None
+    qk_norm: bool = False
+    mlp: str = "gelu"
+    window_size: int | None = None
+    embed_dims: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
+    stage_heads: tuple[int, ...] | None = None
+    mlp_ratios: tuple[float, ...] | None = None
+    sr_ratios: tuple[int, ...] | None = None
     num_classes: int | None = None
     class_names: tuple[str, ...] | None = None
 
@@ -49,16 +81,36 @@ class BackboneSpec:
             wrong = f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
         elif self.embed_dim % self.num_heads:
             wrong = f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}"
-        elif self.pooling not in POOLINGS:
-            wrong = f"pooling {self.pooling!r} is none of {', '.join(POOLINGS)}"
-        elif self.position_embedding not in POSITION_EMBEDDINGS:
-            wrong = (
-                f"position_embedding {self.position_embedding!r} is none of {', '.join(POSITION_EMBEDDINGS)}"
-            )
+        elif self.num_registers < 0:
+            wrong = f"num_registers {self.num_registers} is negative"
         elif self.class_names is not None and len(self.class_names) != self.num_classes:
             wrong = f"{len(self.class_names)} class names for {self.num_classes} classes"
+        for name, known in (
+            ("name", NAMES),
+            ("pooling", POOLINGS),
+            ("position_embedding", POSITION_EMBEDDINGS),
+            ("mlp", MLPS),
+        ):
+            if not wrong and getattr(self, name) not in known:
+                wrong = f"{name} {getattr(self, name)!r} is none of {', '.join(known)}"
+        wrong = wrong or self._wrong_stages()
         if wrong:
             raise CheckpointError(f"the backbone's description does not fit together: {wrong}")
+
+    def _wrong_stages(self) -> str:
+        given = [name for name in STAGED_FIELDS if getattr(self, name) is not None]
+        if self.name == "vit":
+            return f"a ViT has no {', '.join(given)}" if given else ""
+        needed = STAGED_FIELDS if self.name == "pvt" else STAGED_FIELDS[:-1]
+        if missing := [name for name in needed if name not in given]:
+            return f"a {self.name} without {', '.join(missing)}"
+        if self.name == "swin" and not self.window_size:
+            return "a swin without window_size"
+        try:
+            checked_stages(self.name, self.staged_size)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     @classmethod
     def of_recipe(
@@ -73,15 +125,29 @@ class BackboneSpec:
 
         Raises KeyError for sections that lack something, ConfigError for dimensions that do not go together.
         """
-        size = resolve_size(**{name: model.get(name) for name in SIZE_KEYS})
-        plain = {
-            name: model[name]
-            for name in ("name", "image_size", "patch_size", "pooling", "position_embedding")
-        }
+        plain: dict[str, Any] = {key: model[key] for key in ("name", "image_size", "patch_size")}
+        if plain["name"] in STAGED_SIZE_KEYS:
+            keys = {key: model.get(key) for key in STAGED_SIZE_KEYS[plain["name"]]}
+            staged = resolve_staged_size(plain["name"], **keys)
+            plain |= {
+                "embed_dim": staged.embed_dims[-1],
+                "depth": sum(staged.depths),
+                "num_heads": staged.num_heads[-1],
+                "mlp_ratio": staged.mlp_ratios[-1],
+                "pooling": "avg",
+                "embed_dims": staged.embed_dims,
+                "depths": staged.depths,
+                "stage_heads": staged.num_heads,
+                "mlp_ratios": staged.mlp_ratios,
+                "sr_ratios": staged.sr_ratios or None,
+                "window_size": model["window_size"] if plain["name"] == "swin" else None,
+            }
+        else:
+            plain |= {key: model[key] for key in VIT_KEYS if key in model}
+            plain |= asdict(resolve_size(**{key: model.get(key) for key in SIZE_KEYS}))
         return cls.from_dict(
             {
                 **plain,
-                **asdict(size),
                 "num_classes": num_classes,
                 "class_names": class_names,
                 "mean": data["mean"],
@@ -90,19 +156,46 @@ class BackboneSpec:
         )
 
     @property
+    def staged_size(self) -> StagedSize:
+        """The values a stage of a Swin or PVT."""
+        assert self.embed_dims is not None, f"{self.name} has no stages"
+        assert self.depths is not None, f"{self.name} has no stages"
+        assert self.stage_heads is not None, f"{self.name} has no stages"
+        assert self.mlp_ratios is not None, f"{self.name} has no stages"
+        return StagedSize(
+            embed_dims=self.embed_dims,
+            depths=self.depths,
+            num_heads=self.stage_heads,
+            mlp_ratios=self.mlp_ratios,
+            sr_ratios=self.sr_ratios or (),
+        )
+
+    @property
     def grid(self) -> int:
         """Patches along one side."""
         return self.image_size // self.patch_size
 
     @property
+    def num_position_prefix(self) -> int:
+        """Entries of a ViT's positions before the patches': the class token's, unless there are registers."""
+        return 1 if self.num_registers == 0 else 0
+
+    @property
     def mlp_dim(self) -> int:
-        """Hidden width of the MLP."""
+        """Hidden width of the MLP; of a SwiGLU, of the MLP that it stands for."""
         return mlp_width(self.embed_dim, self.mlp_ratio)
+
+    def __str__(self) -> str:
+        """For a person: "ViT 768 wide, 12 deep, patch 16, image 224"."""
+        widths = "/".join(map(str, self.embed_dims or (self.embed_dim,)))
+        depths = "/".join(map(str, self.depths or (self.depth,)))
+        title = {"vit": "ViT", "swin": "Swin", "pvt": "PVT v2"}[self.name]
+        return f"{title} {widths} wide, {depths} deep, patch {self.patch_size}, image {self.image_size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = asdict(self)
-        for name in ("mean", "std", "class_names"):
+        for name in ("mean", "std", "class_names", *STAGED_FIELDS):
             values[name] = None if values[name] is None else list(values[name])
         return values
 
@@ -120,6 +213,9 @@ class BackboneSpec:
                     raise ValueError(f"{name} has {len(taken[name])} values, not 3")
             if taken.get("class_names") is not None:
                 taken["class_names"] = tuple(str(name) for name in taken["class_names"])
+            for name in STAGED_FIELDS:
+                if taken.get(name) is not None:
+                    taken[name] = tuple(taken[name])
             return cls(**taken)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the backbone's description cannot be read: {error!r}") from error

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pretrain.errors import DataError
 from pretrain.keyed_random import sample_keys
+from pretrain.models.backbone import Backbone
 from pretrain.models.heads import LinearHead
-from pretrain.models.vit import VisionTransformer
 
 
 def check_labels(labels: Tensor, num_classes: int, weights: Tensor | None = None) -> None:
@@ -45,7 +45,7 @@ class Classification(nn.Module):
     """
 
     def __init__(
-        self, backbone: VisionTransformer, *, num_classes: int, label_smoothing: float = 0.0, seed: int = 0
+        self, backbone: Backbone, *, num_classes: int, label_smoothing: float = 0.0, seed: int = 0
     ) -> None:
         super().__init__()
         self.backbone = backbone

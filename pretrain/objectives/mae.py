@@ -103,7 +103,8 @@ class MAE(nn.Module):
     decoder's come from torch's global generator. Build the backbone with weight_init="mae" for the
     paper's initial weights.
 
-    Raises ConfigError for a mask ratio or a decoder that does not fit.
+    Raises ConfigError for a mask ratio or a decoder that does not fit, and for attention pooling, which it would
+    leave untrained.
     """
 
     def __init__(
@@ -118,6 +119,8 @@ class MAE(nn.Module):
         decoder_heads: int = 16,
     ) -> None:
         super().__init__()
+        if backbone.pooling == "map":
+            raise ConfigError("model.pooling=map would not be trained by objective.name=mae; take cls or avg")
         self.backbone = backbone
         self.seed = seed
         self.normalize_pixels = normalize_pixels
@@ -180,6 +183,8 @@ class MAE(nn.Module):
         keys_B = sample_keys(self.seed, positions_B)
         order_BN, rank_BN = self._shuffle(keys_B)
         latent_BVD = self.backbone(images_BCHW, keys_B, keep_BN=order_BN[:, : self.num_visible], pool=False)
+        if (P := self.backbone.num_prefix_tokens) > 1:  # registers have done their work
+            latent_BVD = torch.cat([latent_BVD[:, :1], latent_BVD[:, P:]], dim=1)
         if self.backbone.pooling == "avg":
             # such a backbone has no norm for tokens; the decoder needs bounded ones
             latent_BVD = self.backbone.fc_norm(latent_BVD)

@@ -33,6 +33,8 @@ def random_weights(spec: BackboneSpec, seed: int = 0) -> dict[str, torch.Tensor]
             value = value / shape[1] ** 0.5
         elif "patch_embed" in name:
             value = value * 0.1
+        elif value.ndim == 4:  # convolutions
+            value = value / (shape[1] * shape[2] * shape[3]) ** 0.5
         weights[name] = value
     return weights
 
@@ -57,16 +59,27 @@ def some_images(size: int, count: int = 3) -> torch.Tensor:
 
 
 def resolved_config(spec: BackboneSpec, **data: Any) -> dict[str, Any]:
+    model: dict[str, Any] = {
+        "name": spec.name, "size": None, "image_size": spec.image_size, "patch_size": spec.patch_size,
+        "pooling": spec.pooling, "position_embedding": spec.position_embedding, "drop_path_rate": 0.0,
+    }  # fmt: skip
+    if spec.name == "vit":
+        options = ("rotary_grid", "num_registers", "layer_scale_init", "qk_norm", "mlp")
+        sizes = ("embed_dim", "depth", "num_heads", "mlp_ratio")
+        model |= {key: getattr(spec, key) for key in (*sizes, *options)}
+    else:
+        size = spec.staged_size
+        model |= {"depths": list(size.depths), "stage_heads": list(size.num_heads)}
+        if spec.name == "swin":
+            model |= {"embed_dim": size.embed_dims[0], "window_size": spec.window_size}
+        else:
+            model |= {"embed_dims": list(size.embed_dims), "sr_ratios": list(size.sr_ratios)}
+            model |= {"mlp_ratios": list(size.mlp_ratios)}
     return {
-        "model": {
-            "name": "vit", "size": None, "image_size": spec.image_size, "patch_size": spec.patch_size,
-            "embed_dim": spec.embed_dim, "depth": spec.depth, "num_heads": spec.num_heads,
-            "mlp_ratio": spec.mlp_ratio, "pooling": spec.pooling,
-            "position_embedding": spec.position_embedding, "drop_path_rate": 0.0,
-        },
+        "model": model,
         "data": {"train": "/nowhere", "val": None, "mean": list(spec.mean), "std": list(spec.std), **data},
         "storage": {"addressing_style": None, "checksums": None},
-    }  # fmt: skip
+    }
 
 
 def write_run(

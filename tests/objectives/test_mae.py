@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from mae_reference import transformers_mae
 from parameter_reads import watch_foreign_reads
 from pieces import cut, gradients
-from timm_reference import import_transformers
 
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import MASK, keyed_uniform, sample_keys
@@ -15,7 +15,13 @@ D, E, SIDE, PATCH = 32, 16, 16, 4
 
 
 def objective(
-    *, mask_ratio=0.75, normalize_pixels=True, pooling="cls", positions="sincos", drop_path_rate=0.0
+    *,
+    mask_ratio=0.75,
+    normalize_pixels=True,
+    pooling="cls",
+    positions="sincos",
+    drop_path_rate=0.0,
+    **variant,
 ):
     torch.manual_seed(0)
     backbone = VisionTransformer(
@@ -28,6 +34,7 @@ def objective(
         position_embedding=positions,
         weight_init="mae",
         drop_path_rate=drop_path_rate,
+        **variant,
     )
     return MAE(
         backbone,
@@ -58,58 +65,6 @@ def masks(module, positions):
     order, rank = module._shuffle(sample_keys(module.seed, positions))
     assert torch.equal(order.gather(1, rank), torch.arange(order.shape[1]).expand_as(order))
     return rank >= module.num_visible
-
-
-def copy_block(theirs, ours):
-    for mine, yours in ((ours.norm1, theirs.layernorm_before), (ours.norm2, theirs.layernorm_after)):
-        yours.load_state_dict(mine.state_dict())
-    projections = (theirs.attention.q_proj, theirs.attention.k_proj, theirs.attention.v_proj)
-    for part, weight, bias in zip(
-        projections, ours.attn.qkv.weight.chunk(3), ours.attn.qkv.bias.chunk(3), strict=True
-    ):
-        part.weight.copy_(weight)
-        part.bias.copy_(bias)
-    theirs.attention.o_proj.load_state_dict(ours.attn.proj.state_dict())
-    theirs.mlp.fc1.load_state_dict(ours.mlp.fc1.state_dict())
-    theirs.mlp.fc2.load_state_dict(ours.mlp.fc2.state_dict())
-
-
-@torch.no_grad()
-def transformers_mae(module):
-    """transformers' ViTMAEForPreTraining with the weights of ours."""
-    transformers = import_transformers()
-    config = transformers.ViTMAEConfig(
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=4 * D,
-        layer_norm_eps=1e-6,
-        image_size=SIDE,
-        patch_size=PATCH,
-        decoder_hidden_size=E,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=2,
-        decoder_intermediate_size=4 * E,
-        mask_ratio=1 - module.num_visible / module.num_patches,
-        norm_pix_loss=module.normalize_pixels,
-    )
-    theirs = transformers.ViTMAEForPreTraining(config)
-    vit, backbone = theirs.vit, module.backbone
-    vit.embeddings.cls_token.copy_(backbone.cls_token)
-    vit.embeddings.position_embeddings.copy_(backbone.pos_embed)
-    vit.embeddings.patch_embeddings.projection.load_state_dict(backbone.patch_embed.proj.state_dict())
-    for yours, mine in zip(vit.layers, backbone.blocks, strict=True):
-        copy_block(yours, mine)
-    vit.layernorm.load_state_dict(backbone.norm.state_dict())
-    decoder = theirs.decoder
-    decoder.mask_token.copy_(module.decoder.mask_token)
-    decoder.decoder_pos_embed.copy_(module.decoder.pos_embed)
-    decoder.decoder_embed.load_state_dict(module.decoder.embed.state_dict())
-    for yours, mine in zip(decoder.decoder_layers, module.decoder.blocks, strict=True):
-        copy_block(yours, mine)
-    decoder.decoder_norm.load_state_dict(module.decoder.norm.state_dict())
-    decoder.decoder_pred.load_state_dict(module.decoder.pred.state_dict())
-    return theirs
 
 
 @pytest.mark.parametrize("positions", ["sincos", "learned"])
@@ -220,9 +175,18 @@ def test_visible_patches_do_not_enter_the_loss():
     torch.testing.assert_close(module(images, batch)[0], wanted, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "avg"])
-def test_every_parameter_gets_a_gradient(pooling):
-    module = objective(pooling=pooling)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pooling": "avg"},
+        {"num_registers": 3},
+        {"positions": "rope"},
+        {"layer_scale_init": 0.1, "qk_norm": True, "mlp": "swiglu"},
+    ],
+)
+def test_every_parameter_gets_a_gradient_also_of_variants(options):
+    module = objective(**options)
     _, got = gradients(module, make_batch())
     assert all(gradient.any() for gradient in got.values())
 
@@ -287,6 +251,11 @@ def test_a_few_steps_of_training_lower_the_loss():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def test_attention_pooling_which_would_stay_untrained_is_refused():
+    with pytest.raises(ConfigError, match="pooling=map would not be trained"):
+        objective(pooling="map")
 
 
 def test_a_decoder_whose_heads_do_not_divide_it_is_refused():
