@@ -260,7 +260,8 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             reporter.throughput.data_arrived()
             if data.num_classes is not None:
                 for host_batch in micro_batches:
-                    check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
+                    if "label_bits" not in host_batch:
+                        check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
             if undescribed:
                 print(describe_batch(*prepared(micro_batches[0])), file=sys.stderr)
                 undescribed = False

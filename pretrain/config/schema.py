@@ -72,6 +72,11 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     name: Literal["classification", "mae"] = "classification"
     num_classes: PositiveInt | None = None  # from the dataset's index when left out
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: each class on its own; takes multi-label data
+    class_reduction: Literal["sum", "mean"] = (
+        "sum"  # of the sigmoid loss: big_vision's, or timm's and DeiT-III's
+    )
+    head_bias: float = 0.0  # the head's first bias; -10 in big_vision's sigmoid recipes
     label_smoothing: Fraction = 0.0
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE, arXiv:2111.06377
     normalize_pixels: bool = True
@@ -81,6 +86,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
+        if self.class_reduction != "sum" and self.loss != "sigmoid":
+            raise ValueError(
+                f"objective.class_reduction={self.class_reduction} is of objective.loss=sigmoid; a softmax has "
+                "one loss over all classes"
+            )
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise ValueError(
                 f"objective.decoder_dim={self.decoder_dim} is not a multiple of 4 and of "
