@@ -59,6 +59,7 @@ from pretrain.distributed import (
     lost_peers_named,
     together,
 )
+from pretrain.engine.compiled import compile_blocks
 from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
@@ -148,6 +149,8 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         if incoming is not None:
             report = str(load_into(objective.backbone, incoming))
             reporter.event("init", note=report, report=report)
+        if config.train.compile and not debug:
+            compile_blocks(objective)
         engine = build_engine(config, objective, world=world, split=split)
         be_patient(patience_seconds(config))
         manifest = resume(

@@ -213,6 +213,7 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "float32"] = "bf16"
     deterministic: bool = False
+    compile: bool = False  # torch.compile of the network's blocks: for GPUs; a minute more at the start
     max_nonfinite_steps: NonNegativeInt = (
         3  # updates left out in a row before the run goes back to a checkpoint
     )
@@ -348,6 +349,12 @@ class RunConfig(Section):
                     f"objective.mask_ratio={self.objective.mask_ratio} of {patches} patches leaves {visible} "
                     f"visible; between 1 and {patches - 1} are needed"
                 )
+        stage = self.deepspeed.get("zero_optimization", {})
+        if self.train.compile and isinstance(stage, dict) and stage.get("stage") == 3:
+            raise ValueError(
+                "train.compile=true does not go with deepspeed.zero_optimization.stage=3, whose gathering of weights "
+                "stands between the operations of every block; leave one of them out"
+            )
         mirror = self.checkpoint.mirror
         if mirror is not None and "://" not in mirror:
             mirrored, run_dir = Path(mirror).absolute(), Path(self.run_dir).absolute()
