@@ -18,7 +18,7 @@ from pretrain.metrics.flops import (
     vit_network,
 )
 from pretrain.metrics.memory import StateBytes, state_bytes
-from pretrain.metrics.pyramids import PVT_SIZES, SWIN_SIZES, pvt_network, swin_network
+from pretrain.metrics.pyramids import PVT_SIZES, SWIN_SIZES, PVTSize, pvt_network, swin_network
 from pretrain.models.sizes import resolve_size
 
 SIZE_KEYS = ("size", "embed_dim", "depth", "num_heads", "mlp_ratio")
@@ -100,28 +100,28 @@ def state_of(config: RunConfig, cost: Cost, *, stage: int, world_size: int, accu
 def _backbone(config: RunConfig) -> Network:
     model = config.model.model_dump()
     kind, size = model["name"], model["size"]
-    mode = model.get("drop_path_mode", "per_sample")
-    rate = model["drop_path_rate"]
     if kind == "swin":
-        chosen = SWIN_SIZES[size]
+        swin = SWIN_SIZES[size] if size else None
+        depths = swin.depths if swin else model["depths"]
         return swin_network(
             image_size=model["image_size"],
-            embed_dim=chosen.embed_dim,
-            depths=chosen.depths,
-            num_heads=chosen.num_heads,
-            window_size=model.get("window_size") or 7,
-            computed=computed_share(drop_path_rate=rate, depth=sum(chosen.depths), mode=mode),
+            embed_dim=swin.embed_dim if swin else model["embed_dim"],
+            depths=depths,
+            num_heads=swin.num_heads if swin else model["stage_heads"],
+            window_size=model["window_size"],
+            patch_size=model["patch_size"],
+            mlp_ratio=model["mlp_ratio"] or 4.0,
         )
-    if kind.startswith("pvt"):
-        pvt = PVT_SIZES[size]
+    if kind == "pvt":
+        pvt = PVT_SIZES[size] if size else None
+        plain = PVTSize(embed_dims=(), depths=())
         return pvt_network(
             image_size=model["image_size"],
-            embed_dims=pvt.embed_dims,
-            depths=pvt.depths,
-            mlp_ratios=pvt.mlp_ratios,
-            num_heads=pvt.num_heads,
-            reductions=pvt.reductions,
-            computed=computed_share(drop_path_rate=rate, depth=sum(pvt.depths), mode=mode),
+            embed_dims=pvt.embed_dims if pvt else model["embed_dims"],
+            depths=pvt.depths if pvt else model["depths"],
+            mlp_ratios=pvt.mlp_ratios if pvt else model["mlp_ratios"] or plain.mlp_ratios,
+            num_heads=pvt.num_heads if pvt else model["stage_heads"],
+            reductions=pvt.reductions if pvt else model["sr_ratios"] or plain.reductions,
         )
     vit = resolve_size(**{name: model.get(name) for name in SIZE_KEYS})
     return vit_network(
@@ -137,6 +137,10 @@ def _backbone(config: RunConfig) -> Network:
         mlp=model.get("mlp", "gelu"),
         qk_norm=model.get("qk_norm", False),
         layer_scale=model.get("layer_scale_init") is not None,
-        computed=computed_share(drop_path_rate=rate, depth=vit.depth, mode=mode),
+        computed=computed_share(
+            drop_path_rate=model["drop_path_rate"],
+            depth=vit.depth,
+            mode=model.get("drop_path_mode", "per_sample"),
+        ),
         visible=1.0 - config.objective.mask_ratio if config.objective.name == "mae" else 1.0,
     )

@@ -62,7 +62,6 @@ def swin_network(
     window_size: int = 7,
     patch_size: int = 4,
     mlp_ratio: float = 4.0,
-    computed: float = 1.0,
 ) -> Network:
     """A Swin transformer. Maps are padded to whole windows; a map that one window covers is one window."""
     side, dim = image_size // patch_size, embed_dim
@@ -89,7 +88,6 @@ def swin_network(
                 num_queries=padded**2,
                 keys_a_query=window**2,
                 window_side=window,
-                kept=computed,
             )
         )
     return Network(
@@ -110,7 +108,6 @@ def pvt_network(
     mlp_ratios: Sequence[float],
     num_heads: Sequence[int],
     reductions: Sequence[int],
-    computed: float = 1.0,
 ) -> Network:
     """A pyramid vision transformer, version 2: overlapping patches, keys and values of reduced maps, a depthwise
     convolution in each MLP.
@@ -136,7 +133,6 @@ def pvt_network(
                 num_key_tokens=(side // reduction) ** 2,
                 reduction=reduction,
                 depthwise=True,
-                kept=computed,
             )
         )
         channels = dim

@@ -156,7 +156,7 @@ def precision(args: argparse.Namespace) -> dict[str, Any]:
                 loss, _ = module(images, batch)
                 loss.backward()
                 losses.append(loss.item())
-                gradients.append(torch.cat([p.grad.float().flatten() for p in module.parameters()]))
+                gradients.append(torch.cat([p.grad.double().flatten() for p in module.parameters()]))
             cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
             off = abs(losses[1] - losses[0]) / abs(losses[0])
             found[name] = {"float32_loss": losses[0], "loss_off": off, "gradient_cosine": cosine}
