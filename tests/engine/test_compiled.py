@@ -44,7 +44,7 @@ def three_steps(objective: nn.Module) -> tuple[list[float], dict[str, torch.Tens
         loss, _ = engine.forward(images, batch_of(4))
         engine.backward(loss / 4)
         engine.step(1e-3)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses, {one.name: one.tensors["weight"].clone() for one in engine.fragments()}
 
 

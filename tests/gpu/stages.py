@@ -1,6 +1,6 @@
 """The stages of run.py, one a process: `stages.py NAME RESULT.json`. A failed check is an AssertionError.
 
-Backbones and objectives are those of the project's own tables, so that a new one is tried without a line here (but
+Backbones and objectives are those that the schema names, so that a new one is tried without a line here (but
 for a small size of it, in SMALL_MODELS).
 """
 
@@ -26,7 +26,7 @@ from typing import Any, get_args
 import torch
 
 from pretrain.config.load import parse_config
-from pretrain.config.schema import ObjectiveConfig, RunConfig
+from pretrain.config.schema import ModelConfig, ObjectiveConfig, RunConfig
 from pretrain.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,6 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
     "vit": {"size": "tiny", "patch_size": 16},
     "swin": {"size": "tiny"},
     "pvt": {"size": "b0"},
-    "pvt_v2": {"size": "b0"},
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "vit_large_patch16": {"size": "large", "patch_size": 16},
@@ -65,6 +64,11 @@ def config_of(**sections: dict[str, Any]) -> RunConfig:
         **sections,
     }
     return parse_config(recipe, source="tests/gpu")
+
+
+def kinds_of(section: type[ModelConfig | ObjectiveConfig]) -> tuple[str, ...]:
+    """What the schema lets `name` be."""
+    return get_args(section.model_fields["name"].annotation)
 
 
 def batch_of(
@@ -131,13 +135,12 @@ def wait(device: torch.device) -> None:
 def precision(args: argparse.Namespace) -> dict[str, Any]:
     """bf16 against float32 on one batch, for every backbone and objective: the loss and the gradient's direction."""
     from pretrain.assemble import build_objective
-    from pretrain.models.build import BACKBONES
 
     device, side = torch.device(args.device), 64 if args.small else 224
     count, found, undefined = 4 if args.small else 16, {}, {}
-    for backbone in BACKBONES:
+    for backbone in kinds_of(ModelConfig):
         assert backbone in SMALL_MODELS, f"no small size of {backbone} is known here: add one to SMALL_MODELS"
-        for objective in get_args(ObjectiveConfig.model_fields["name"].annotation):
+        for objective in kinds_of(ObjectiveConfig):
             name = f"{backbone} {objective}"
             chosen: dict[str, Any] = {"name": objective}
             if objective == "mae":
