@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import yaml
@@ -41,3 +42,11 @@ def test_any_number_of_labels_an_image_is_learned_with_a_sigmoid_and_refused_by_
     assert all(0 <= record["precision_at_1"] <= 1 for record in steps)
     (judged,) = [record for record in records if record["event"] == "validation"]
     assert 0 < judged["ranking_precision"] <= 1
+
+    replayed = pretrain("replay", str(tmp_path / "run"), "--step", "3", "--out", str(tmp_path / "replay"))
+    assert replayed.returncode == 0, replayed.stderr
+    samples = json.loads((tmp_path / "replay" / "replay.json").read_text())["samples"]
+    sets = {str(file.with_suffix("")): list(range(i % 4)) for i, file in enumerate(files)}
+    assert {sample["key"]: sample["label"] for sample in samples} == {
+        sample["key"]: sets[sample["key"]] for sample in samples
+    }

@@ -137,7 +137,7 @@ def precision(args: argparse.Namespace) -> dict[str, Any]:
     from pretrain.assemble import build_objective
 
     device, side = torch.device(args.device), 64 if args.small else 224
-    count, found, undefined = 4 if args.small else 16, {}, {}
+    count, found, undefined, failures = 4 if args.small else 16, {}, {}, []
     for backbone in kinds_of(ModelConfig):
         assert backbone in SMALL_MODELS, f"no small size of {backbone} is known here: add one to SMALL_MODELS"
         for objective in kinds_of(ObjectiveConfig):
@@ -163,10 +163,10 @@ def precision(args: argparse.Namespace) -> dict[str, Any]:
             cosine = torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
             off = abs(losses[1] - losses[0]) / abs(losses[0])
             found[name] = {"float32_loss": losses[0], "loss_off": off, "gradient_cosine": cosine}
-            assert off < 0.02, f"{name}: bf16's loss is {losses[1]}, float32's {losses[0]}"
-            assert cosine > 0.97, f"{name}: the gradients' cosine is {cosine}"
+            if not (off < 0.02 and cosine > 0.97):
+                failures.append(f"{name}: bf16's loss is {off:.2%} off, the gradients' cosine {cosine:.4f}")
     assert found, f"nothing was defined: {undefined}"
-    return {"compared": len(found), "pairs": found, "not_defined": undefined}
+    return {"compared": len(found), "pairs": found, "not_defined": undefined, "failures": failures}
 
 
 # --- ZeRO-1 on one device, compiled and eager ------------------------------------------------------------------------
@@ -318,9 +318,9 @@ def speed(args: argparse.Namespace, network: str, who: str) -> dict[str, Any]:
     failed: list[int] = []
     step: Callable[[], float] | None
     for count in (4,) if args.small else BATCH_SIZES[network]:
-        config = speed_config(args, network, count)
+        config = speed_config(args, network, count, compiled=who != "eager")
         try:
-            step = (our_step if who == "ours" else timm_step)(args, network, config)
+            step = (timm_step if who == "timm" else our_step)(args, network, config)
             warm, timed = (1, 2) if args.small else (6, 20)
             losses = [step() for _ in range(warm)]
             began = [time.perf_counter()]
@@ -348,7 +348,7 @@ def speed(args: argparse.Namespace, network: str, who: str) -> dict[str, Any]:
     raise AssertionError(f"out of memory at every batch size: {failed}")
 
 
-def speed_config(args: argparse.Namespace, network: str, count: int) -> RunConfig:
+def speed_config(args: argparse.Namespace, network: str, count: int, *, compiled: bool) -> RunConfig:
     model, side = NETWORKS[network], 32 if args.small else 224
     if args.small:
         model = {"embed_dim": 64, "depth": 2, "num_heads": 2, "patch_size": 8}
@@ -357,17 +357,18 @@ def speed_config(args: argparse.Namespace, network: str, count: int) -> RunConfi
     return config_of(
         model={**model, "image_size": side},
         objective={"name": "mae", **small_decoder} if is_mae else {"name": "classification"},
-        train={"global_batch_size": count, "steps": 10, "precision": "bf16", "compile": True},
+        train={"global_batch_size": count, "steps": 10, "precision": "bf16", "compile": compiled},
     )
 
 
 def our_step(args: argparse.Namespace, network: str, config: RunConfig) -> Callable[[], float]:
-    """The engine of a launched run, ZeRO-1 in bf16 with float32 masters, blocks compiled; one rank."""
+    """The engine of a launched run, ZeRO-1 in bf16 with float32 masters; one rank."""
     from pretrain.engine.compiled import compile_blocks
 
     world = join_alone() if not torch.distributed.is_initialized() else joined()
     engine, step = training(config, world, side=config.model.image_size, classes=1000)
-    compile_blocks(engine.module, backend=backend(args))
+    if config.train.compile:
+        compile_blocks(engine.module, backend=backend(args))
     return lambda: step(1e-4)
 
 
@@ -487,7 +488,9 @@ def main() -> None:
         "learns": learns,
         "speed": speed,
     }
-    args.out.write_text(json.dumps({"result": plain[stage](args, *rest)}))
+    result = plain[stage](args, *rest)
+    args.out.write_text(json.dumps({"result": result}))
+    assert not result.get("failures"), result["failures"]
 
 
 if __name__ == "__main__":
