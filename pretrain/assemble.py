@@ -9,6 +9,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from pretrain.data.augment import DeviceTransform, TrainTransform
 from pretrain.data.decode import resolve_decoder
 from pretrain.data.framer import IMAGE_SUFFIXES
 from pretrain.data.index import INDEX_NAME, DatasetIndex, open_index
+from pretrain.data.label_bits import is_multi_label
 from pretrain.data.loader import TrainLoader
 from pretrain.data.mixup import Mixing
 from pretrain.data.rand_augment import RandAugment
@@ -91,7 +93,13 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
         )
     assert num_classes is not None, "classification has classes"
     return Classification(
-        backbone, num_classes=num_classes, label_smoothing=objective.label_smoothing, seed=config.seed
+        backbone,
+        num_classes=num_classes,
+        loss=objective.loss,
+        class_reduction=objective.class_reduction,
+        label_smoothing=objective.label_smoothing,
+        head_bias=objective.head_bias,
+        seed=config.seed,
     )
 
 
@@ -169,7 +177,7 @@ def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:
     opened = opened.skipping(from_main(world, lambda: read_skipped(run_dir)))
     val_index = together(lambda: open_index(val_url, s3=s3, cache_dir=cache_dir(config))) if val_url else None
     if val_index is not None:
-        check_validation_labels(val_index, opened.indexes[0], num_classes)
+        check_validation_labels(config, val_index, opened.indexes[0], num_classes)
     return Data(
         indexes=opened.indexes,
         gone=opened.gone,
@@ -223,7 +231,13 @@ def build_train_loader(
         prefetch_bytes=config.data.prefetch_bytes,
         worker_timeout_seconds=config.data.worker_timeout_seconds,
         pin_memory=world.device.type == "cuda",
+        num_label_bits=num_label_bits(data, data.indexes),
     )
+
+
+def num_label_bits(data: Data, indexes: Sequence[DatasetIndex]) -> int | None:
+    """Classes of multi-label data that a loss looks at; None where a label is one number, or not looked at."""
+    return data.num_classes if is_multi_label(indexes) else None
 
 
 def _rand_augment(config: RunConfig) -> RandAugment | None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.assemble import Data, build_reader
+from pretrain.assemble import Data, build_reader, num_label_bits
 from pretrain.config.schema import ProbesConfig, RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform
 from pretrain.data.decode import resolve_decoder
@@ -86,7 +86,9 @@ def build_evaluations(
     reporter: Reporter,
     device_transform: DeviceTransform,
 ) -> Evaluations:
-    def loader(index: DatasetIndex, samples: npt.NDArray[np.int64] | None = None) -> EvalLoader:
+    def loader(
+        index: DatasetIndex, samples: npt.NDArray[np.int64] | None = None, *, label_bits: int | None = None
+    ) -> EvalLoader:
         return EvalLoader(
             reader=build_reader(config, index),
             samples=samples,
@@ -100,6 +102,7 @@ def build_evaluations(
             prefetch_bytes=config.data.prefetch_bytes,
             worker_timeout_seconds=config.data.worker_timeout_seconds,
             pin_memory=world.device.type == "cuda",
+            num_label_bits=label_bits,
         )
 
     plan, probes = None, config.eval.probes
@@ -115,13 +118,16 @@ def build_evaluations(
             every_steps=probes.every_steps,
             at_start=probes.at_start if probes.at_start is not None else config.init_from is not None,
         )
+    validation = None
+    if data.val_index is not None:
+        validation = loader(data.val_index, label_bits=num_label_bits(data, [data.val_index]))
     return Evaluations(
         engine,
         world=world,
         pulse=pulse,
         reporter=reporter,
         device_transform=device_transform,
-        validation=None if data.val_index is None else loader(data.val_index),
+        validation=validation,
         every_steps=config.eval.every_steps,
         use_ema=config.eval.use_ema,
         probes=plan,

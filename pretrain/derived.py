@@ -173,11 +173,7 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
             f"{index.url} has no labels, and objective.name=classification needs them; "
             "pack an image folder with one folder a class, or take objective.name=mae"
         )
-    if index.label_kind == "multi":
-        raise ConfigError(
-            f"{index.url} is multi-label data, which needs a sigmoid objective, and objective.name=classification "
-            "wants one label an image; pack one label each, or take objective.name=mae"
-        )
+    _refuse_label_sets(config, [index])
     wanted = config.objective.num_classes
     if wanted is not None and wanted < index.num_classes:
         raise ConfigError(
@@ -187,10 +183,21 @@ def num_classes_for(config: RunConfig, index: DatasetIndex) -> int | None:
     return wanted or index.num_classes
 
 
+def _refuse_label_sets(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
+    """Raises ConfigError when a dataset has any number of labels an image, and the loss wants one."""
+    many = next((index for index in indexes if index.label_kind == "multi"), None)
+    if many is not None and config.objective.loss == "softmax":
+        raise ConfigError(
+            f"{many.url} is multi-label data, which needs a sigmoid objective, and objective.loss=softmax wants one "
+            "label an image; take objective.loss=sigmoid or objective.name=mae, or pack one label each"
+        )
+
+
 def check_class_agreement(config: RunConfig, indexes: Sequence[DatasetIndex]) -> None:
     """Raises ConfigError when label numbers do not mean the same in all datasets of a run that uses them."""
     if config.objective.name != "classification" or not indexes:
         return
+    _refuse_label_sets(config, indexes)
     first = next((index for index in indexes if index.class_names is not None), indexes[0])
     for other in indexes:
         both = f"{first.url} and {other.url} cannot be learned from together"
@@ -221,15 +228,14 @@ def _class_difference(first: Sequence[str], other: Sequence[str]) -> str:
     return f"the first names {len(first)} classes, the second {len(other)}"
 
 
-def check_validation_labels(val_index: DatasetIndex, index: DatasetIndex, num_classes: int | None) -> None:
+def check_validation_labels(
+    config: RunConfig, val_index: DatasetIndex, index: DatasetIndex, num_classes: int | None
+) -> None:
     """Raises ConfigError when the validation data cannot be judged by a head of `num_classes`."""
     if num_classes is None:
         return
-    if (
-        val_index.num_classes is None
-        or val_index.label_kind == "multi"
-        or val_index.num_classes > num_classes
-    ):
+    _refuse_label_sets(config, [val_index])
+    if val_index.num_classes is None or val_index.num_classes > num_classes:
         raise ConfigError(
             f"data.val={val_index.url} has {val_index.num_classes or 'no'} classes, the training data {num_classes}; "
             "pack both from one source with `pretrain data pack --val-fraction`, or leave data.val out"

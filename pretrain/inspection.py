@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrain.data.label_bits import unpack_label_set
 from pretrain.data.loader import Batch
 from pretrain.engine.cpu_bf16 import bf16_products
 from pretrain.steps import Prepare
@@ -21,7 +22,7 @@ class Findings:
     """Of the samples of a batch, without pads, in its order; images float32 on the host, as the network saw them."""
 
     positions: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    labels: list[int | tuple[int, ...]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     images: list[torch.Tensor] = field(default_factory=list)
     loss: float = 0.0
@@ -61,7 +62,7 @@ def inspect(objective: Any, micro_batches: Sequence[Batch], prepared: Prepare, *
             by_sample = (weights.grad * (count / of_one_sample)).cpu()
             for i in real:
                 found.positions.append(int(host_batch["positions"][i]))
-                found.labels.append(int(host_batch["labels"][i]))
+                found.labels.append(_label(host_batch, i))
                 found.losses.append(float(by_sample[i]))
                 found.images.append(images[i].detach().float().cpu())
     finally:
@@ -75,6 +76,13 @@ def inspect(objective: Any, micro_batches: Sequence[Batch], prepared: Prepare, *
     found.layers = {name: square**0.5 for name, square in squares.items()}
     found.grad_norm = sum(squares.values()) ** 0.5
     return found
+
+
+def _label(host_batch: Batch, i: int) -> int | tuple[int, ...]:
+    """The sample's label, or of multi-label data all of them."""
+    if "label_bits" in host_batch:
+        return unpack_label_set(host_batch["label_bits"][i].numpy())
+    return int(host_batch["labels"][i])
 
 
 def layer_of(parameter: str) -> str:

@@ -15,8 +15,10 @@ from pretrain.checkpoint.compatibility import changed_keys, config_differences, 
 from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.config.load import as_yaml, load_config, with_defaults, zero_stage
 from pretrain.config.schema import RunConfig
+from pretrain.cost import GPU_FLOPS, Cost, cost_of, state_of
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
+    Split,
     backbone_spec,
     cache_bytes,
     cache_dir,
@@ -30,16 +32,7 @@ from pretrain.derived import (
 )
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.formats.limits import why_not
-from pretrain.metrics.flops import (
-    mae_decoder_parameters,
-    mae_training_flops,
-    vit_parameters,
-    vit_training_flops,
-)
 from pretrain.storage import is_remote
-
-MASTER_AND_MOMENTS_BYTES = 12  # float32 weight, exp_avg and exp_avg_sq
-EMA_BYTES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,28 +111,18 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     if data is not None:
         num_classes = num_classes_for(config, data.indexes[0])
 
-    total: int | None = None
-    if _is_counted(config):
-        backbone, head, decoder = _parameters(config, num_classes)
-        total = backbone + head + decoder
-        yield "parameters", f"{total:,} (backbone {backbone:,}, head {head:,}, decoder {decoder:,})"
-        yield (
-            "training work an image",
-            f"{_flops(config, num_classes) / 1e9:,.2f} GFLOP, without recomputation",
-        )
-    else:
-        yield "parameters and work", "not counted for this backbone and objective"
-
-    stage = zero_stage(config)
+    cost, stage = cost_of(config, num_classes), zero_stage(config)
+    yield (
+        "parameters",
+        f"{cost.parameters:,} (backbone {cost.backbone_parameters:,}, head {cost.head_parameters:,}, "
+        f"decoder {cost.decoder_parameters:,})",
+    )
+    yield "training work an image", f"{cost.training_flops / 1e9:,.2f} GFLOP, without recomputation"
     yield (
         "engine",
         f"DeepSpeed ZeRO {stage} when launched as several processes, else accelerate on one device",
     )
-    if total is not None:
-        yield (
-            "weights and state a rank",
-            f"{_state_bytes(config, total, stage, world_size) / 1e9:,.3f} GB, activations aside",
-        )
+    yield from _memory(config, cost, stage=stage, split=split)
 
     yield "learning rate", _learning_rate(config)
     pads = split.slice_size * world_size - config.train.global_batch_size
@@ -171,6 +154,12 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
         skipped = sum(one["stop"] - one["start"] for one in data.skipped)
         jumped = f", {skipped:,} more are skipped" if skipped else ""
         yield "steps", f"{steps:,} ({samples:,} samples{jumped})"
+        flops = samples * cost.training_flops
+        hours = flops / GPU_FLOPS / 3600
+        yield (
+            "work of the run",
+            f"{flops:.3g} FLOP, {hours:,.4g} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s each",
+        )
         of_all = ", of all datasets together" if data.is_mixed else ""
         yield "epochs", f"{data.stream.epochs(samples):,.2f}{of_all}"
         small = [order.small for order in segment.orders]
@@ -202,6 +191,32 @@ def _probes(config: RunConfig) -> Iterator[tuple[str, str]]:
     )
 
 
+def _memory(config: RunConfig, cost: Cost, *, stage: int, split: Split) -> Iterator[tuple[str, str]]:
+    """What a rank's memory is filled with, by a model: buffers and what libraries keep come on top."""
+    state = state_of(
+        config,
+        cost,
+        stage=stage,
+        world_size=split.world_size,
+        accumulates=split.accumulation_steps > 1,
+    )
+    ema = f", EMA {state.ema / 1e9:,.3f}" if state.ema else ""
+    yield (
+        "weights and state a rank",
+        f"{state.total / 1e9:,.3f} GB by a model (weights {state.weights / 1e9:,.3f}, gradients "
+        f"{state.gradients / 1e9:,.3f}, masters and moments {state.optimizer / 1e9:,.3f}{ema})",
+    )
+    kept, recomputed = (
+        split.micro_batch_size * cost.activation_bytes(recompute_blocks=recompute) / 1e9
+        for recompute in (False, True)
+    )
+    yield (
+        "activations a rank",
+        f"{kept:,.3f} GB by the same model, {split.micro_batch_size} images at once; {recomputed:,.3f} GB if blocks "
+        "were computed again in the backward, for a third more work",
+    )
+
+
 def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]:
     for source in config.data.sources:
         if is_image_source(source.url):
@@ -220,68 +235,6 @@ def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]
         return None, str(error)
 
 
-def _is_counted(config: RunConfig) -> bool:
-    """Whether metrics/flops.py knows the parts: a ViT without options, under classification or MAE."""
-    model = config.model
-    plain = (
-        model.pooling != "map",
-        model.position_embedding != "rope",
-        model.mlp == "gelu",
-        not model.qk_norm,
-    )
-    return (
-        model.name == "vit"
-        and config.objective.name != "simmim"
-        and all(plain)
-        and model.num_registers == 0
-        and model.layer_scale_init is None
-    )
-
-
-def _parameters(config: RunConfig, num_classes: int | None) -> tuple[int, int, int]:
-    spec = backbone_spec(config)
-    backbone = vit_parameters(
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        mlp_ratio=spec.mlp_ratio,
-        position_embedding=spec.position_embedding,
-    )
-    if config.objective.name == "mae":
-        decoder = mae_decoder_parameters(
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            decoder_dim=config.objective.decoder_dim,
-            decoder_depth=config.objective.decoder_depth,
-        )
-        return backbone, 0, decoder
-    return backbone, (spec.embed_dim + 1) * (num_classes or 0), 0
-
-
-def _flops(config: RunConfig, num_classes: int | None) -> float:
-    spec = backbone_spec(config)
-    if config.objective.name == "mae":
-        return mae_training_flops(
-            image_size=spec.image_size,
-            patch_size=spec.patch_size,
-            embed_dim=spec.embed_dim,
-            depth=spec.depth,
-            mlp_ratio=spec.mlp_ratio,
-            mask_ratio=config.objective.mask_ratio,
-            decoder_dim=config.objective.decoder_dim,
-            decoder_depth=config.objective.decoder_depth,
-        )
-    return vit_training_flops(
-        image_size=spec.image_size,
-        patch_size=spec.patch_size,
-        embed_dim=spec.embed_dim,
-        depth=spec.depth,
-        mlp_ratio=spec.mlp_ratio,
-        num_classes=num_classes,
-    )
-
-
 def _learning_rate(config: RunConfig) -> str:
     """The peak, where it comes from, and what a step there takes off a weight that decays."""
     optim, peak = config.optim, peak_lr(config)
@@ -296,19 +249,6 @@ def _learning_rate(config: RunConfig) -> str:
         if optim.head_weight_decay is not None:
             said += f", the head by {optim.head_weight_decay * times * optim.head_lr_scale:.3g}"
     return said
-
-
-def _state_bytes(config: RunConfig, parameters: int, stage: int, world_size: int) -> float:
-    """Weights, gradients, masters and moments on one rank (ZeRO, arXiv:1910.02054, figure 1)."""
-    low = 2 if config.train.precision == "bf16" else 4
-    # In float32 at stage 0 the weights are their own masters.
-    masters = MASTER_AND_MOMENTS_BYTES - (4 if low == 4 and stage == 0 else 0)
-    masters += EMA_BYTES if config.optim.ema_decay is not None else 0
-    weights, gradients = low, low
-    state = masters / (world_size if stage >= 1 else 1)
-    gradients_held = gradients / (world_size if stage >= 2 else 1)
-    weights_held = weights / (world_size if stage >= 3 else 1)
-    return parameters * (state + gradients_held + weights_held)
 
 
 def _exportable(config: RunConfig) -> list[str]:

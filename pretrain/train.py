@@ -59,6 +59,7 @@ from pretrain.distributed import (
     lost_peers_named,
     together,
 )
+from pretrain.engine.compiled import compile_blocks
 from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
 from pretrain.evaluations import is_due
 from pretrain.finish import export_at_the_end
@@ -150,6 +151,8 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         if incoming is not None:
             report = str(load_into(objective.backbone, incoming))
             reporter.event("init", note=report, report=report)
+        if config.train.compile and not debug:
+            compile_blocks(objective)
         engine = build_engine(config, objective, world=world, split=split)
         be_patient(patience_seconds(config))
         manifest = resume(
@@ -280,7 +283,8 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             reporter.throughput.data_arrived()
             if data.num_classes is not None:
                 for host_batch in micro_batches:
-                    check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
+                    if "label_bits" not in host_batch:
+                        check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
             if undescribed:
                 print(describe_batch(*prepared(micro_batches[0])), file=sys.stderr)
                 undescribed = False

@@ -169,6 +169,11 @@ class ModelConfig(Section):
 class ObjectiveConfig(Section):
     name: Literal["classification", "mae", "simmim"] = "classification"
     num_classes: PositiveInt | None = None  # from the dataset's index when left out
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # sigmoid: each class on its own; takes multi-label data
+    class_reduction: Literal["sum", "mean"] = (
+        "sum"  # of the sigmoid loss: big_vision's, or timm's and DeiT-III's
+    )
+    head_bias: float = 0.0  # the head's first bias; -10 in big_vision's sigmoid recipes
     label_smoothing: Fraction = 0.0
     mask_ratio: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.75  # MAE, arXiv:2111.06377; of simmim 0.6
     normalize_pixels: bool = True  # MAE
@@ -186,6 +191,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
+        if self.class_reduction != "sum" and self.loss != "sigmoid":
+            raise ValueError(
+                f"objective.class_reduction={self.class_reduction} is of objective.loss=sigmoid; a softmax has "
+                "one loss over all classes"
+            )
         if self.decoder_dim % self.decoder_heads or self.decoder_dim % 4:
             raise ValueError(
                 f"objective.decoder_dim={self.decoder_dim} is not a multiple of 4 and of "
@@ -308,6 +318,7 @@ class TrainConfig(Section):
     epochs: PositiveFloat | None = None
     precision: Literal["bf16", "float32"] = "bf16"
     deterministic: bool = False
+    compile: bool = False  # torch.compile of the network's blocks: for GPUs; a minute more at the start
     max_nonfinite_steps: NonNegativeInt = (
         3  # updates left out in a row before the run goes back to a checkpoint
     )
@@ -503,6 +514,12 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.objective.name in ("mae", "simmim"):
             self._check_masked()
+        stage = self.deepspeed.get("zero_optimization", {})
+        if self.train.compile and isinstance(stage, dict) and stage.get("stage") == 3:
+            raise ValueError(
+                "train.compile=true does not go with deepspeed.zero_optimization.stage=3, whose gathering of weights "
+                "stands between the operations of every block; leave one of them out"
+            )
         mirror = self.checkpoint.mirror
         if mirror is not None and "://" not in mirror:
             mirrored, run_dir = Path(mirror).absolute(), Path(self.run_dir).absolute()

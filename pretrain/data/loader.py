@@ -26,14 +26,20 @@ DEFAULT_PREFETCH_BYTES = 64 << 20
 DEFAULT_WORKER_TIMEOUT_SECONDS = 60.0
 
 
-class Batch(TypedDict):
-    """One micro-batch, on the host. Padded places have weight 0, position -1, label 0 and a black image."""
+class _Batch(TypedDict):
+    """What every batch holds."""
 
     images: torch.Tensor  # uint8 (B, 3, S, S)
-    labels: torch.Tensor  # int64 (B,), -1 where the dataset has none
+    labels: torch.Tensor  # int64 (B,), -1 where the dataset has none, or any number
     weights: torch.Tensor  # float32 (B,)
     positions: torch.Tensor  # int64 (B,)
     draws: torch.Tensor  # float32 (B, device_draws), for the device's half of the augmentation
+
+
+class Batch(_Batch, total=False):
+    """One micro-batch, on the host. Padded places have weight 0, position -1, label 0 and a black image."""
+
+    label_bits: torch.Tensor  # uint8 (B, ceil(classes / 8)), of multi-label data only: see label_bits.py
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
@@ -47,7 +53,7 @@ class TrainLoader:
     (seed, position). micro_batch_size: even; None for the whole slice. workers: 0 works in this process,
     with the same results. prefetch_steps: steps that are prepared ahead; prefetch_bytes: of chunks that
     each worker fetches beyond them. worker_timeout_seconds: after which a silent worker counts as lost. pin_memory: for
-    copies to a GPU.
+    copies to a GPU. num_label_bits: classes of multi-label data, whose batches carry label bits.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class TrainLoader:
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
         worker_timeout_seconds: float = DEFAULT_WORKER_TIMEOUT_SECONDS,
         pin_memory: bool = False,
+        num_label_bits: int | None = None,
     ) -> None:
         assert global_batch_size % 2 == 0, f"an odd global batch: {global_batch_size}"
         assert micro_batch_size is None or micro_batch_size % 2 == 0, (
@@ -78,6 +85,7 @@ class TrainLoader:
         self._rank, self._world_size = rank, world_size
         self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
         self._prefetch_bytes, self._worker_timeout_seconds = prefetch_bytes, worker_timeout_seconds
+        self._num_label_bits = num_label_bits
         slice_size = 2 * -(-global_batch_size // 2 // world_size)  # of every rank, with pads
         self.micro_batch_size = min(micro_batch_size or slice_size, slice_size)
         self.micro_batches = -(-slice_size // self.micro_batch_size)
@@ -106,6 +114,7 @@ class TrainLoader:
             prefetch_bytes=self._prefetch_bytes,
             worker_timeout_seconds=self._worker_timeout_seconds,
             pin_memory=self._pin_memory,
+            num_label_bits=self._num_label_bits,
         )
         self._sources.append(source)
         try:
@@ -188,10 +197,12 @@ class EvalLoader:
         prefetch_bytes: int = DEFAULT_PREFETCH_BYTES,
         worker_timeout_seconds: float = DEFAULT_WORKER_TIMEOUT_SECONDS,
         pin_memory: bool = False,
+        num_label_bits: int | None = None,
     ) -> None:
         self._reader, self._transform = reader, transform
         self._workers, self._prefetch_steps, self._pin_memory = workers, prefetch_steps, pin_memory
         self._prefetch_bytes, self._worker_timeout_seconds = prefetch_bytes, worker_timeout_seconds
+        self._num_label_bits = num_label_bits
         count = reader.index.num_samples if samples is None else len(samples)
         own = validation_slice(count, rank=rank, world_size=world_size)
         if samples is not None and count:
@@ -225,6 +236,7 @@ class EvalLoader:
             prefetch_bytes=self._prefetch_bytes,
             worker_timeout_seconds=self._worker_timeout_seconds,
             pin_memory=self._pin_memory,
+            num_label_bits=self._num_label_bits,
         )
         try:
             for whole in source:
@@ -243,10 +255,13 @@ def _cut(whole: Whole, start: int, size: int, *, pin_memory: bool) -> Batch:
     cut = slice(start, start + size)
     weights = torch.from_numpy(whole.weights[cut])
     positions = torch.from_numpy(np.where(whole.weights[cut] > 0, whole.positions[cut], PAD))
-    return Batch(
+    batch = Batch(
         images=whole.images[cut],
         labels=whole.labels[cut],
         weights=weights.pin_memory() if pin_memory else weights,
         positions=positions.pin_memory() if pin_memory else positions,
         draws=whole.draws[cut],
     )
+    if whole.label_bits is not None:
+        batch["label_bits"] = whole.label_bits[cut]
+    return batch

@@ -56,7 +56,8 @@ class Mixing:
         """Mixed images, and the batch with `other_labels` int64 (B,) and `own_share` float32 (B,) beside it.
 
         A target is own_share of the sample's own label and the rest of the other's. images: float
-        (B, 3, S, S), B even; batch, on the same device: labels, weights and positions (B,). No host sync.
+        (B, 3, S, S), B even; batch, on the same device: labels, weights and positions (B,), and of multi-label
+        data label_bits (B, E), to which other_label_bits are added. No host sync.
         """
         B, C, S, _ = images_BCHW.shape
         assert B % 2 == 0, f"an odd batch has no pairs: {B}"
@@ -80,9 +81,14 @@ class Mixing:
         untouched = (cut_P | ~real_P)[:, None, None, None, None]
         mixed = torch.where(untouched, pairs, mixed)
         mixed = torch.where(box_PHW[:, None, None], swapped, mixed)
-        others = batch["labels"].reshape(-1, 2).flip(1).reshape(-1)
-        shares = lam_P.repeat_interleave(2, output_size=B)
-        return mixed.reshape(B, C, S, S), {**batch, "other_labels": others, "own_share": shares}
+        told = {
+            **batch,
+            "other_labels": _swapped(batch["labels"]),
+            "own_share": lam_P.repeat_interleave(2, output_size=B),
+        }
+        if "label_bits" in batch:
+            told["other_label_bits"] = _swapped(batch["label_bits"])
+        return mixed.reshape(B, C, S, S), told
 
     def _lam(self, uniform_P: Tensor, cut_P: Tensor) -> Tensor:
         """Beta(alpha, alpha) by inversion, each of its own alpha."""
@@ -95,6 +101,11 @@ class Mixing:
         mixup, cutmix = (table ** (1.0 / alpha) for table, alpha in zip(both, self._alphas, strict=True))
         lam = torch.where(cut_P, cutmix, mixup)
         return torch.where(upper, 1.0 - lam, lam)
+
+
+def _swapped(values_B: Tensor) -> Tensor:
+    """(B, …) with the rows of each pair exchanged."""
+    return values_B.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
 
 
 def _cut_boxes(lam_P: Tensor, draws_PN: Tensor, side: int) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pretrain.data.label_bits import LabelBits
 from pretrain.data.ledger import Replacement
 from pretrain.data.order import PAD, Int64s
 from pretrain.data.prepare import Arrays, CounterDeltas, HostTransform, Origin, Preparer, Wanted
@@ -31,6 +32,7 @@ class Whole(NamedTuple):
     images: torch.Tensor  # uint8 (n, 3, S, S)
     draws: torch.Tensor  # float32 (n, device_draws)
     labels: torch.Tensor  # int64 (n,)
+    label_bits: torch.Tensor | None  # uint8 (n, E), of multi-label data
     weights: npt.NDArray[np.float32]  # (n,)
     replaced: list[Replacement]
     unreadable: list[Origin]  # without a substitute
@@ -62,6 +64,7 @@ class Source:
     substitutes: what may stand at a position whose sample does not decode; None leaves its place empty.
     slice_size: the most positions of a slice. workers: 0 works in this process, with the same results.
     prefetch_steps: slices that are prepared ahead; prefetch_bytes: of chunks that each worker fetches beyond.
+    num_label_bits: classes of multi-label data, whose slices carry label bits; None: they carry none.
     """
 
     def __init__(
@@ -79,8 +82,10 @@ class Source:
         prefetch_bytes: int,
         worker_timeout_seconds: float,
         pin_memory: bool,
+        num_label_bits: int | None = None,
     ) -> None:
-        self._readers, self._substitutes = readers, substitutes
+        self._readers, self._substitutes, self._locate = readers, substitutes, locate
+        self._label_bits = None if num_label_bits is None else LabelBits(readers, num_classes=num_label_bits)
         self._pin_memory = pin_memory
         preparer = Preparer(stores=[reader.store for reader in readers], transform=transform, seed=seed)
         self._layout = Arrays.layout(transform)
@@ -133,6 +138,7 @@ class Source:
         )
         into = Arrays(images.numpy(), draws.numpy(), labels.numpy())
         weights = (positions != PAD).astype(np.float32)
+        label_bits = self._bits_at(positions)
         replaced: list[Replacement] = []
         unreadable: list[Origin] = []
         start = 0
@@ -146,16 +152,32 @@ class Source:
                 at = start + bad.place
                 if self._substitutes is None:
                     weights[at] = 0
+                    if label_bits is not None:
+                        label_bits[at] = 0
                     unreadable.append(bad)
                     continue
-                origin, arrays = self._substitute(number, int(positions[at]), bad)
+                place, origin, arrays = self._substitute(number, int(positions[at]), bad)
                 for array, one in zip(into, arrays, strict=True):
                     array[at] = one[0]
+                if label_bits is not None and self._label_bits is not None:
+                    own = (np.array([part]) for part in (place.dataset, place.chunk, place.row))
+                    label_bits[at] = torch.from_numpy(self._label_bits.of(*own)[0])
                 replaced.append(self._replacement(int(positions[at]), bad, origin))
             start = end
-        return Whole(positions, images, draws, labels, weights, replaced, unreadable)
+        return Whole(positions, images, draws, labels, label_bits, weights, replaced, unreadable)
 
-    def _substitute(self, number: int, position: int, bad: Origin) -> tuple[Origin, Arrays]:
+    def _bits_at(self, positions: Int64s) -> torch.Tensor | None:
+        """uint8 (n, E) of a slice of multi-label data, zeros at pads; else None."""
+        if self._label_bits is None:
+            return None
+        shape = (len(positions), self._label_bits.num_bytes)
+        bits = torch.zeros(shape, dtype=torch.uint8, pin_memory=self._pin_memory)
+        real = positions != PAD
+        places = self._locate(positions[real])
+        bits.numpy()[real] = self._label_bits.of(places.datasets, places.chunks, places.rows)
+        return bits
+
+    def _substitute(self, number: int, position: int, bad: Origin) -> tuple[Place, Origin, Arrays]:
         """The first substitute that decodes, with the augmentation that belongs to the position."""
         assert self._substitutes is not None, "nothing is replaced"
         tried = 1
@@ -166,7 +188,7 @@ class Source:
             wanted = Wanted(position, place.dataset, reader.chunk(place.chunk), place.row, label)
             origin, arrays = self._crew.substitute(number, wanted)
             if not origin.error:
-                return origin, arrays
+                return place, origin, arrays
             tried, last_error = tried + 1, origin.error
         raise DataError(
             f"{bad.error}; and none of the {tried} samples of its block decodes that could stand for it, the "

@@ -1,119 +1,151 @@
 """Work and size of vision transformers by arithmetic. Called by dry runs; no torch.
 
 One multiply-add is two FLOPs; only matrix products count; backward is twice forward, without
-recomputation. Sizes are those of models/vit.py (one class token) and objectives/mae.py.
+recomputation. Sizes are those of models/vit.py and objectives/; pyramids.py has Swin and PVT.
 """
 
-# N tokens, D width, M hidden width of the MLP
+# N tokens, D width, M hidden width of the MLP, K classes
 
 from __future__ import annotations
 
+from pretrain.metrics.blocks import Blocks, Network, linear
+
 BACKWARD_OVER_FORWARD = 2.0
-NUM_PREFIX_TOKENS = 1
 CHANNELS = 3
+SUBSET_FROM_RATE = 0.1  # batch-subset stochastic depth computes all of a block that is dropped more rarely
 
 
-def vit_forward_flops(
+def vit_network(
     *,
     image_size: int,
     patch_size: int,
     embed_dim: int,
     depth: int,
+    num_heads: int = 1,
     mlp_ratio: float = 4.0,
-    num_classes: int | None = None,
-) -> float:
-    """FLOPs of one image through the backbone, and through a linear head if there are classes."""
+    pooling: str = "cls",
+    position_embedding: str = "learned",
+    num_registers: int = 0,
+    mlp: str = "gelu",
+    qk_norm: bool = False,
+    layer_scale: bool = False,
+    computed: float = 1.0,
+    visible: float = 1.0,
+) -> Network:
+    """A vision transformer, as models/vit.py builds it: patches, a class token, registers.
+
+    computed: the share of residual branches that stochastic depth leaves to be computed, see `computed_share`.
+    visible: the share of patches that are encoded, of a masked autoencoder. num_heads counts only with qk_norm
+    and in memory.
+    """
+    D, hidden = embed_dim, round(embed_dim * mlp_ratio)
     num_patches = (image_size // patch_size) ** 2
-    flops = _patch_embed_flops(num_patches, patch_size, embed_dim)
-    flops += depth * _block_flops(num_patches + NUM_PREFIX_TOKENS, embed_dim, mlp_ratio)
-    return flops + 2.0 * embed_dim * (num_classes or 0)
-
-
-def vit_training_flops(
-    *,
-    image_size: int,
-    patch_size: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float = 4.0,
-    num_classes: int | None = None,
-) -> float:
-    """FLOPs of training on one image: forward and backward."""
-    forward = vit_forward_flops(
-        image_size=image_size,
-        patch_size=patch_size,
-        embed_dim=embed_dim,
+    prefix = 1 + num_registers
+    # 10 · (1 - 0.9) is 0.99… in binary, and means 1
+    num_tokens = int(num_patches * visible + 1e-6) + prefix
+    patch_inputs = CHANNELS * patch_size**2
+    other_flops = 2.0 * num_patches * patch_inputs * D
+    other = linear(patch_inputs, D) + prefix * D + 2 * D
+    if position_embedding == "learned":  # registers have no positions, and then the class token has none
+        other += (num_patches + (0 if num_registers else 1)) * D
+    if pooling == "map":
+        pooled = num_tokens - prefix
+        wide = 2 * swiglu_width(hidden) if mlp == "swiglu" else hidden
+        other += (
+            D + linear(D, D) + linear(D, 2 * D) + linear(D, D) + 2 * D + linear(D, wide) + linear(wide, D)
+        )
+        other_flops += 4.0 * pooled * D * D + 4.0 * pooled * D + 4.0 * D * D + 4.0 * D * wide
+    blocks = Blocks(
         depth=depth,
-        mlp_ratio=mlp_ratio,
-        num_classes=num_classes,
+        num_tokens=num_tokens,
+        embed_dim=D,
+        hidden_dim=swiglu_width(hidden) if mlp == "swiglu" else hidden,
+        num_heads=num_heads,
+        gated=mlp == "swiglu",
+        qk_norm=qk_norm,
+        layer_scale=layer_scale,
+        kept=computed,
     )
-    return (1.0 + BACKWARD_OVER_FORWARD) * forward
+    return Network(
+        blocks=[blocks],
+        other_flops=other_flops,
+        other_parameters=other,
+        other_kept_values=2.0 * num_tokens * D + float(num_patches) * patch_inputs,  # the norm; the images
+        out_dim=D,
+        out_tokens=num_patches,
+    )
 
 
-def mae_training_flops(
+def swiglu_width(hidden_dim: int) -> int:
+    """Of the gated MLP with as many weights as a plain one: two thirds, in steps of 8 (DINOv2, arXiv:2304.07193)."""
+    return -(-int(hidden_dim * 2 / 3) // 8) * 8
+
+
+def computed_share(*, drop_path_rate: float, depth: int, mode: str = "per_sample") -> float:
+    """Of residual branches: stochastic depth that rises linearly over `depth` blocks saves work in mode
+    "batch_subset" only, where a block's rate is above SUBSET_FROM_RATE.
+    """
+    if mode != "batch_subset" or depth < 1:
+        return 1.0
+    rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
+    return sum(1.0 - (rate if rate > SUBSET_FROM_RATE else 0.0) for rate in rates) / depth
+
+
+def head_network(*, in_features: int, num_classes: int | None) -> Network:
+    """A linear classifier of one feature; nothing where there are no classes."""
+    K = num_classes or 0
+    return Network(
+        blocks=[],
+        other_flops=2.0 * in_features * K,
+        other_parameters=linear(in_features, K) if K else 0,
+        other_kept_values=4.0 * K,  # logits and their softmax, in float32
+        out_dim=K,
+        out_tokens=1,
+    )
+
+
+def mae_decoder_network(
     *,
     image_size: int,
     patch_size: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float = 4.0,
-    mask_ratio: float = 0.75,
+    encoder_dim: int,
+    num_visible: int,
     decoder_dim: int = 512,
     decoder_depth: int = 8,
-) -> float:
-    """FLOPs of training a masked autoencoder on one image, decoder included."""
-    num_patches = (image_size // patch_size) ** 2
-    num_visible = int(num_patches * (1.0 - mask_ratio) + 1e-6) + NUM_PREFIX_TOKENS
-    num_tokens = num_patches + NUM_PREFIX_TOKENS
-    encoder = _patch_embed_flops(num_patches, patch_size, embed_dim)
-    encoder += depth * _block_flops(num_visible, embed_dim, mlp_ratio)
-    decoder = 2.0 * num_visible * embed_dim * decoder_dim
-    decoder += decoder_depth * _block_flops(num_tokens, decoder_dim, 4.0)
-    decoder += 2.0 * num_tokens * decoder_dim * CHANNELS * patch_size**2
-    return (1.0 + BACKWARD_OVER_FORWARD) * (encoder + decoder)
+    decoder_heads: int = 16,
+) -> Network:
+    """What a masked autoencoder has beside its backbone; num_visible: tokens it gets of it, class token included."""
+    E, num_patches = decoder_dim, (image_size // patch_size) ** 2
+    num_tokens, pixels = num_patches + 1, CHANNELS * patch_size**2
+    blocks = Blocks(
+        depth=decoder_depth, num_tokens=num_tokens, embed_dim=E, hidden_dim=4 * E, num_heads=decoder_heads
+    )
+    return Network(
+        blocks=[blocks],
+        other_flops=2.0 * num_visible * encoder_dim * E + 2.0 * num_tokens * E * pixels,
+        other_parameters=E + linear(encoder_dim, E) + 2 * E + linear(E, pixels),
+        # the norm; the prediction, its error and the target, the latter two in float32
+        other_kept_values=2.0 * num_tokens * E + 5.0 * num_patches * pixels,
+        out_dim=pixels,
+        out_tokens=num_tokens,
+    )
 
 
-def vit_parameters(
-    *,
-    image_size: int,
-    patch_size: int,
-    embed_dim: int,
-    depth: int,
-    mlp_ratio: float = 4.0,
-    position_embedding: str = "learned",
-    num_classes: int | None = None,
-) -> int:
-    """Trained parameters of the backbone, and of a linear head if there are classes."""
-    D = embed_dim
-    total = D + _linear(CHANNELS * patch_size**2, D) + depth * _block_parameters(D, mlp_ratio) + 2 * D
-    if position_embedding == "learned":
-        total += ((image_size // patch_size) ** 2 + NUM_PREFIX_TOKENS) * D
-    return total + (_linear(D, num_classes) if num_classes else 0)
+def simmim_network(*, backbone: Network, mask_dim: int, stride: int) -> Network:
+    """SimMIM's prediction head (arXiv:2111.09886): the last map's tokens to the pixels of stride x stride each, and
+    a mask token of the patch embedding's width.
+    """
+    pixels = CHANNELS * stride**2
+    return Network(
+        blocks=[],
+        other_flops=2.0 * backbone.out_tokens * backbone.out_dim * pixels,
+        other_parameters=mask_dim + linear(backbone.out_dim, pixels),
+        other_kept_values=5.0 * backbone.out_tokens * pixels,
+        out_dim=pixels,
+        out_tokens=backbone.out_tokens,
+    )
 
 
-def mae_decoder_parameters(
-    *, patch_size: int, embed_dim: int, decoder_dim: int = 512, decoder_depth: int = 8
-) -> int:
-    """Trained parameters that a masked autoencoder has beside its backbone."""
-    E = decoder_dim
-    total = E + _linear(embed_dim, E) + decoder_depth * _block_parameters(E, 4.0) + 2 * E
-    return total + _linear(E, CHANNELS * patch_size**2)
-
-
-def _patch_embed_flops(num_patches: int, patch_size: int, embed_dim: int) -> float:
-    return 2.0 * num_patches * CHANNELS * patch_size**2 * embed_dim
-
-
-def _block_flops(num_tokens: int, embed_dim: int, mlp_ratio: float) -> float:
-    N, D, M = num_tokens, embed_dim, round(embed_dim * mlp_ratio)
-    projections = 2.0 * N * D * (4 * D + 2 * M)  # qkv and output, then the MLP's two
-    return projections + 4.0 * N * N * D  # scores, and their product with the values
-
-
-def _block_parameters(embed_dim: int, mlp_ratio: float) -> int:
-    D, M = embed_dim, round(embed_dim * mlp_ratio)
-    return 4 * D + _linear(D, 3 * D) + _linear(D, D) + _linear(D, M) + _linear(M, D)  # 4 D: two norms
-
-
-def _linear(inputs: int, outputs: int) -> int:
-    return inputs * outputs + outputs
+def training_flops(network: Network) -> float:
+    """FLOPs of training on one image: forward and backward."""
+    return (1.0 + BACKWARD_OVER_FORWARD) * network.flops()

@@ -55,6 +55,7 @@ def recipe(tmp_path: Path) -> Path:
         ("optim.lr=null", "give exactly one of optim.lr and optim.base_lr"),
         ("deepspeed.bf16.enabled=true", "deepspeed.bf16 follows from train.precision"),
         ("deepspeed.zero_optimization.stage=4", "must be 0, 1, 2 or 3, got 4"),
+        ("objective.class_reduction=mean", "is of objective.loss=sigmoid"),
         ("deepspeed.zero_optimization=1", "deepspeed.zero_optimization is a mapping"),
         ("checkpoint.mirror=.", "must be apart"),
         ("checkpoint.mirror=s3://key:secret@bucket/run", "checkpoint.mirror has credentials in its URL"),

@@ -16,7 +16,7 @@ from test_pack import by_webdataset
 
 from pretrain.config.load import load_config
 from pretrain.data.index import open_index, open_samples
-from pretrain.derived import num_classes_for
+from pretrain.derived import check_class_agreement, check_validation_labels, num_classes_for
 from pretrain.errors import ConfigError
 
 
@@ -80,10 +80,13 @@ def test_an_objective_that_wants_one_label_refuses_several(images: Path, pretrai
     classify = load_config(recipe, [*here, "objective.name=classification"])
     with pytest.raises(ConfigError, match="multi-label data, which needs a sigmoid objective"):
         num_classes_for(classify, open_index(str(images / "out")))
-    assert (
-        num_classes_for(load_config(recipe, [*here, "objective.name=mae"]), open_index(str(images / "out")))
-        is None
-    )
+    with pytest.raises(ConfigError, match="multi-label data"):  # also as a further dataset of a mixture
+        check_class_agreement(classify, [open_index(str(images / "out"))])
+    with pytest.raises(ConfigError, match="multi-label data"):
+        check_validation_labels(classify, open_index(str(images / "out")), open_index(str(images / "out")), 2)
+    for name, taken in (("name=mae", None), ("loss=sigmoid", 2)):
+        config = load_config(recipe, [*here, f"objective.{name}"])
+        assert num_classes_for(config, open_index(str(images / "out"))) == taken
 
 
 def test_a_parquet_manifest_keeps_types_lists_and_nulls(images: Path, pretrain) -> None:

@@ -1,25 +1,32 @@
-"""FLOPs and parameter counts by formula against published figures, torch's counter and real modules."""
+"""FLOPs, parameters and memory by formula against published figures, torch's counter and real modules."""
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from timm_reference import import_timm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.metrics.flops import (
-    mae_decoder_parameters,
-    mae_training_flops,
-    vit_forward_flops,
-    vit_parameters,
-    vit_training_flops,
+    computed_share,
+    head_network,
+    mae_decoder_network,
+    simmim_network,
+    swiglu_width,
+    training_flops,
+    vit_network,
 )
+from pretrain.metrics.memory import state_bytes
+from pretrain.metrics.pyramids import PVT_SIZES, SWIN_SIZES, pvt_network, swin_network
 from pretrain.models.sizes import VIT_SIZES
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 
-SMALL = {"image_size": 24, "patch_size": 4, "embed_dim": 96, "depth": 6, "mlp_ratio": 3.0}
+SMALL = {"image_size": 24, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 4, "mlp_ratio": 3.0}
+DECODER = {"decoder_dim": 48, "decoder_depth": 3, "decoder_heads": 2}
 
 
 def dimensions(size, patch_size):
@@ -29,8 +36,28 @@ def dimensions(size, patch_size):
         "patch_size": patch_size,
         "embed_dim": chosen.embed_dim,
         "depth": chosen.depth,
+        "num_heads": chosen.num_heads,
         "mlp_ratio": chosen.mlp_ratio,
     }
+
+
+def autoencoder(dims, mask_ratio=0.75, **decoder):
+    """(encoder, decoder) networks of a masked autoencoder."""
+    encoder = vit_network(**dims, visible=1.0 - mask_ratio)
+    sizes = {name: dims[name] for name in ("image_size", "patch_size")}
+    visible = encoder.blocks[0].num_tokens
+    return encoder, mae_decoder_network(
+        **sizes, encoder_dim=dims["embed_dim"], num_visible=visible, **decoder
+    )
+
+
+@pytest.fixture
+def timm():
+    """timm with attention as two products: torch's counter does not know the CPU's fused one."""
+    package = import_timm()
+    package.layers.set_fused_attn(False)
+    yield package
+    package.layers.set_fused_attn(True)
 
 
 def batch_of(count):
@@ -55,34 +82,149 @@ def counted(module, backward):
     [("base", 16, 105.4), ("large", 16, 369.3), ("huge", 14, 1003.8), ("giant", 14, 1602)],
 )
 def test_training_work_of_the_named_sizes_is_the_published_one(size, patch_size, gflop):
-    assert vit_training_flops(**dimensions(size, patch_size)) / 1e9 == pytest.approx(gflop, rel=0.001)
+    assert training_flops(vit_network(**dimensions(size, patch_size))) / 1e9 == pytest.approx(
+        gflop, rel=0.001
+    )
 
 
 @pytest.mark.parametrize(("size", "patch_size", "gflop"), [("large", 16, 124.5), ("huge", 14, 291.4)])
 def test_training_work_of_masked_autoencoders_is_the_published_one(size, patch_size, gflop):
-    assert mae_training_flops(**dimensions(size, patch_size)) / 1e9 == pytest.approx(gflop, rel=0.001)
+    parts = autoencoder(dimensions(size, patch_size))
+    assert sum(map(training_flops, parts)) / 1e9 == pytest.approx(gflop, rel=0.001)
+
+
+# MMACs (twice of which are FLOPs) and parameters as printed: arXiv:2103.14030, table 1; arXiv:2106.13797, table 2
+@pytest.mark.parametrize(
+    ("size", "gmac", "millions"),
+    [("tiny", 4.5, 29), ("small", 8.7, 50), ("base", 15.4, 88), ("large", 34.5, 197)],
+)
+def test_work_and_size_of_swin_are_the_published_ones(size, gmac, millions):
+    chosen = SWIN_SIZES[size]
+    network = swin_network(
+        image_size=224, embed_dim=chosen.embed_dim, depths=chosen.depths, num_heads=chosen.num_heads
+    )
+    assert network.flops() / 2e9 == pytest.approx(gmac, rel=0.02)
+    head = head_network(in_features=network.out_dim, num_classes=1000)
+    assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
+
+
+def pvt_dimensions(size):
+    chosen = PVT_SIZES[size]
+    names = ("embed_dims", "depths", "mlp_ratios", "num_heads", "reductions")
+    return {name: getattr(chosen, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("size", "gmac", "millions"), [("b0", 0.6, 3.7), ("b2", 4.0, 25.4), ("b5", 11.8, 82.0)]
+)
+def test_work_and_size_of_pvt_are_the_published_ones(size, gmac, millions):
+    # b0's size is that of its published weights; the paper has 3.4, which is without a head
+    network = pvt_network(image_size=224, **pvt_dimensions(size))
+    # printed to one digit, and the paper's counter knows no attention scores
+    assert network.flops() / 2e9 == pytest.approx(gmac, rel=0.02, abs=0.06)
+    head = head_network(in_features=network.out_dim, num_classes=1000)
+    assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
+
+
+def check_forward(module, network, side):
+    """Parameters and FLOPs equal those of a module of timm's."""
+    assert network.parameters() == sum(p.numel() for p in module.parameters())
+    with FlopCounterMode(display=False) as counter:
+        module(torch.zeros(1, 3, side, side)).sum()
+    assert network.flops() == counter.get_total_flops()
+
+
+def check_training(module, network, side):
+    """FLOPs within 2 % of those of a module of timm's; the images' gradient too, a large part of so small a network."""
+    images = torch.zeros(1, 3, side, side, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        module(images).sum().backward()
+    assert training_flops(network) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def check_against(module, network, side):
+    check_forward(module, network, side)
+    check_training(module, network, side)
+
+
+@pytest.mark.parametrize(
+    ("side", "window"), [(64, 4), (96, 7), (56, 3)], ids=["whole windows", "padded", "odd maps"]
+)
+def test_the_swin_formulas_equal_torchs_counter_and_timms_modules(timm, side, window):
+    if side == 56:  # its maps are 14, 7, 4, 2: merged with padding
+        window = 7
+    dims = {"embed_dim": 48, "depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+    module = timm.models.swin_transformer.SwinTransformer(
+        img_size=side, window_size=window, num_classes=0, **dims
+    )
+    check_against(module, swin_network(image_size=side, window_size=window, **dims), side)
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_the_pvt_formulas_equal_torchs_counter_and_timms_modules(timm, side):
+    dims = {"embed_dims": (16, 32, 40, 64), "depths": (1, 2, 2, 1), "num_heads": (1, 2, 5, 8)}
+    module = timm.models.pvt_v2.PyramidVisionTransformerV2(
+        num_classes=0, sr_ratios=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4), **dims
+    )
+    network = pvt_network(image_size=side, reductions=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4), **dims)
+    check_forward(module, network, side)
+    # torch's counter takes a depthwise convolution's backward for a full one's: training is compared without them
+    for part in list(module.modules()):
+        if hasattr(part, "dwconv"):
+            part.dwconv = torch.nn.Identity()
+    bare = replace(network, blocks=[replace(blocks, depthwise=False) for blocks in network.blocks])
+    check_training(module, bare, side)
+
+
+@pytest.mark.parametrize(
+    ("ours", "timms"),
+    [
+        ({"pooling": "avg"}, {"global_pool": "avg"}),
+        ({"num_registers": 4}, {"reg_tokens": 4, "no_embed_class": True}),
+        ({"qk_norm": True, "layer_scale": True}, {"qk_norm": True, "init_values": 1e-4}),
+        ({"pooling": "map"}, {"global_pool": "map"}),
+    ],
+    ids=["average", "registers", "norms and scales", "attention pooling"],
+)
+def test_formulas_of_vit_variants_equal_torchs_counter_and_timms_modules(timm, ours, timms):
+    dims = {name: SMALL[name] for name in ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    module = timm.models.vision_transformer.VisionTransformer(img_size=24, num_classes=0, **dims, **timms)
+    if ours.get("pooling") == "map":  # timm's pool looks at prefix tokens, too, unless told otherwise
+        module.pool_include_prefix = False
+    check_against(module, vit_network(**SMALL, **ours), 24)
+
+
+def test_the_formula_of_a_gated_mlp_equals_torchs_counter_and_timms_modules(timm):
+    hidden = swiglu_width(288)
+    assert hidden == 192
+    module = timm.models.vision_transformer.VisionTransformer(
+        img_size=24,
+        num_classes=0,
+        mlp_layer=timm.layers.SwiGLUPacked,
+        **{**{n: SMALL[n] for n in ("patch_size", "embed_dim", "depth", "num_heads")}, "mlp_ratio": 4.0},
+    )  # timm's ratio is of fc1, which holds gate and value
+    check_against(module, vit_network(**SMALL, mlp="swiglu"), 24)
 
 
 def test_the_forward_formula_equals_torchs_counter_exactly():
-    vit = VisionTransformer(**SMALL, num_heads=4)
-    got = vit_forward_flops(**SMALL, num_classes=10)
-    assert got == counted(Classification(vit, num_classes=10), backward=False)
+    module = Classification(VisionTransformer(**SMALL), num_classes=10)
+    head = head_network(in_features=96, num_classes=10)
+    assert vit_network(**SMALL).flops() + head.flops() == counted(module, backward=False)
 
 
 def test_the_training_formula_is_within_two_percent_of_torchs_counter():
     # torch leaves out the gradient of the images, which is never taken
-    vit = VisionTransformer(**SMALL, num_heads=4)
-    wanted = counted(Classification(vit, num_classes=10), backward=True)
-    assert vit_training_flops(**SMALL, num_classes=10) == pytest.approx(wanted, rel=0.02)
+    wanted = counted(Classification(VisionTransformer(**SMALL), num_classes=10), backward=True)
+    got = training_flops(vit_network(**SMALL)) + training_flops(head_network(in_features=96, num_classes=10))
+    assert got == pytest.approx(wanted, rel=0.02)
 
 
 @pytest.mark.parametrize("mask_ratio", [0.75, 0.5])
 def test_the_masked_autoencoders_formula_is_within_two_percent_of_torchs_counter(mask_ratio):
-    vit = VisionTransformer(**SMALL, num_heads=4)
-    module = MAE(vit, seed=0, mask_ratio=mask_ratio, decoder_dim=48, decoder_depth=3, decoder_heads=2)
+    module = MAE(VisionTransformer(**SMALL), seed=0, mask_ratio=mask_ratio, **DECODER)
     wanted = counted(module, backward=True)
-    got = mae_training_flops(**SMALL, mask_ratio=mask_ratio, decoder_dim=48, decoder_depth=3)
-    assert got == pytest.approx(wanted, rel=0.02)
+    parts = autoencoder(SMALL, mask_ratio, **DECODER)
+    assert sum(map(training_flops, parts)) == pytest.approx(wanted, rel=0.02)
 
 
 def real_parameters(module):
@@ -93,26 +235,96 @@ def real_parameters(module):
 @pytest.mark.parametrize("pooling", ["cls", "avg"])
 @pytest.mark.parametrize("size", ["tiny", "huge", "giant"])
 def test_parameter_counts_equal_the_real_modules(size, pooling, position_embedding):
-    kwargs = dimensions(size, 14)
+    kwargs = {**dimensions(size, 14), "pooling": pooling, "position_embedding": position_embedding}
     with torch.device("meta"):
-        vit = VisionTransformer(
-            **kwargs,
-            num_heads=VIT_SIZES[size].num_heads,
-            pooling=pooling,
-            position_embedding=position_embedding,
-        )
+        vit = VisionTransformer(**kwargs)
         classifier = Classification(vit, num_classes=1000)
-        autoencoder = MAE(vit, seed=0)
-    got = vit_parameters(**kwargs, position_embedding=position_embedding)
-    assert got == real_parameters(vit)
-    with_head = vit_parameters(**kwargs, position_embedding=position_embedding, num_classes=1000)
-    assert with_head == real_parameters(classifier)
-    decoder = mae_decoder_parameters(patch_size=14, embed_dim=kwargs["embed_dim"])
-    assert got + decoder == real_parameters(autoencoder)
+        masked = MAE(vit, seed=0)
+    network = vit_network(**kwargs)
+    assert network.parameters() == real_parameters(vit)
+    head = head_network(in_features=kwargs["embed_dim"], num_classes=1000)
+    assert network.parameters() + head.parameters() == real_parameters(classifier)
+    _, decoder = autoencoder(dimensions(size, 14))
+    assert network.parameters() + decoder.parameters() == real_parameters(masked)
+
+
+def test_simmims_head_predicts_the_pixels_of_each_token():
+    swin = swin_network(image_size=192, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    head = simmim_network(backbone=swin, mask_dim=128, stride=32)
+    assert head.parameters() == 128 + 1024 * 3072 + 3072
+    assert head.flops() == 2 * 36 * 1024 * 3072
+
+
+def test_batch_subset_stochastic_depth_saves_what_it_does_not_compute():
+    assert computed_share(drop_path_rate=0.4, depth=5) == 1.0
+    rates = [0.2, 0.3, 0.4]  # of 0, 0.1, 0.2, 0.3, 0.4 those that are worth it
+    wanted = 1 - sum(rates) / 5
+    assert computed_share(drop_path_rate=0.4, depth=5, mode="batch_subset") == pytest.approx(wanted)
+    whole, part = vit_network(**SMALL), vit_network(**SMALL, computed=0.5)
+    assert part.blocks[0].flops() == whole.blocks[0].flops() / 2
+
+
+def saved_bytes(run):
+    """What autograd keeps for the backward, each storage once, without the weights."""
+    kept = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and tensor._base is not None:
+            owner = tensor._base
+        else:
+            owner = tensor
+        if not isinstance(owner, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = run()
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("objective", ["classification", "mae"])
+def test_the_model_of_activations_is_within_ten_percent_of_what_autograd_keeps(objective):
+    dims = {**SMALL, "image_size": 48, "depth": 8}
+    count, vit = 4, VisionTransformer(**dims)
+    if objective == "mae":
+        module, networks = MAE(vit, seed=0, **DECODER), autoencoder(dims, **DECODER)
+    else:
+        module = Classification(vit, num_classes=10)
+        networks = vit_network(**dims), head_network(in_features=96, num_classes=10)
+    images = torch.randn(count, 3, 48, 48)
+    measured = saved_bytes(lambda: module(images, batch_of(count))[0]) / count
+    modelled = sum(one.kept_bytes(value_bytes=4, fused_attention=False) for one in networks)
+    assert modelled == pytest.approx(measured, rel=0.1)
+
+
+def test_computing_blocks_again_keeps_their_inputs_and_one_block():
+    network = vit_network(**SMALL)
+    (blocks,) = network.blocks
+    whole = network.kept_bytes(value_bytes=2)
+    again = network.kept_bytes(value_bytes=2, recompute_blocks=True)
+    inputs = 6 * 37 * 96 * 2
+    assert again == pytest.approx(whole - blocks.kept_bytes(value_bytes=2) * 5 / 6 + inputs)
 
 
 @pytest.mark.parametrize(
-    "module", ["pretrain.metrics.flops", "pretrain.models.sizes", "pretrain.models.spec"]
+    ("settings", "bytes_a_parameter"),
+    [
+        ({"stage": 0, "bf16": False}, 16),
+        ({"stage": 0, "bf16": True}, 16),
+        ({"stage": 1, "bf16": True}, 2 + 2 + 12 / 4),
+        ({"stage": 1, "bf16": True, "accumulates": True}, 2 + 2 + 4 + 12 / 4),
+        ({"stage": 2, "bf16": True}, 2 + 2 / 4 + 12 / 4),
+        ({"stage": 3, "bf16": True, "ema": True}, (2 + 2 + 12 + 4) / 4),
+    ],
+)
+def test_state_is_cut_over_ranks_as_zero_does_it(settings, bytes_a_parameter):
+    state = state_bytes(1000, world_size=4, **settings)
+    assert state.total == pytest.approx(1000 * bytes_a_parameter)
+
+
+@pytest.mark.parametrize(
+    "module", ["pretrain.metrics.flops", "pretrain.cost", "pretrain.models.sizes", "pretrain.models.spec"]
 )
 def test_what_a_dry_run_asks_knows_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

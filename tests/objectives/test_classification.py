@@ -1,14 +1,19 @@
 """The classification objective against torch's own loss and against itself on other cuts of a batch."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from parameter_reads import watch_foreign_reads
 from pieces import cut, gradients
+from timm_reference import import_timm
 
+from pretrain.data.label_bits import pack_label_sets
 from pretrain.errors import DataError
 from pretrain.models.vit import VisionTransformer
-from pretrain.objectives.classification import Classification, check_labels
+from pretrain.objectives.classification import Classification, check_labels, multi_hot, ranking_precision
 
 
 def objective(**changes):
@@ -172,3 +177,135 @@ def test_the_whole_step_compiles_without_graph_breaks():
     images, batch = make_batch()
     compiled = torch.compile(module, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(images, batch)[0], module(images, batch)[0])
+
+
+def with_sets(batch, sets, others=None):
+    """The batch as multi-label data carries it."""
+
+    def bits(of):
+        values = np.array([label for one in of for label in one], dtype=np.int64)
+        return torch.from_numpy(pack_label_sets(np.array([len(one) for one in of]), values, num_classes=5))
+
+    told = {**batch, "labels": torch.full_like(batch["labels"], -1), "label_bits": bits(sets)}
+    if others is not None:
+        told["other_label_bits"] = bits(others)
+    return told
+
+
+SETS = [(0, 3), (), (4,), (0, 1, 2, 3, 4), (2,), (1, 2), (3,), (0,)]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_sigmoid_loss_is_big_visions_sum_and_timms_mean(reduction, smoothing):
+    import_timm()
+    module = objective(loss="sigmoid", class_reduction=reduction, label_smoothing=smoothing)
+    images, batch = make_batch()
+    loss, metrics = module(images, batch)
+    logits = module.head(module.backbone(images))
+    if reduction == "mean":
+        from timm.loss import BinaryCrossEntropy
+
+        wanted = BinaryCrossEntropy(smoothing=smoothing)(logits, batch["labels"])
+    else:  # big_vision's sigmoid_xent, written out
+        target = F.one_hot(batch["labels"], 5) * (1 - smoothing) + smoothing / 5
+        each = target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)
+        wanted = -each.sum(dim=1).mean()
+    torch.testing.assert_close(loss / module.count(batch), wanted, rtol=1e-6, atol=0)
+    assert metrics["top1"].item() == (logits.argmax(1) == batch["labels"]).sum().item()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_sigmoid_loss_of_mixed_images_is_that_of_timms_mixed_targets(smoothing):
+    timm = import_timm()
+    module = objective(loss="sigmoid", class_reduction="mean", label_smoothing=smoothing)
+    images, batch = make_batch()
+    mixed = {**batch, "other_labels": batch["labels"].flip(0), "own_share": torch.full((8,), 0.3)}
+    target = timm.data.mixup.mixup_target(batch["labels"], 5, lam=0.3, smoothing=smoothing)
+    logits = module.head(module.backbone(images))
+    wanted = F.binary_cross_entropy_with_logits(logits, target)
+    torch.testing.assert_close(module(images, mixed)[0] / 8, wanted, rtol=1e-6, atol=0)
+
+
+def test_one_label_as_a_set_has_the_loss_of_one_label():
+    module = objective(loss="sigmoid", label_smoothing=0.1)
+    images, batch = make_batch()
+    share = {"own_share": torch.linspace(0, 1, 8)}
+    plain = {**batch, **share, "other_labels": batch["labels"].flip(0)}
+    sets = [(label,) for label in batch["labels"].tolist()]
+    loss, metrics = module(images, {**with_sets(batch, sets, sets[::-1]), **share})
+    wanted_loss, wanted = module(images, plain)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-6, atol=0)
+    assert metrics["precision_at_1"] == wanted["top1"]
+
+
+def test_the_loss_of_label_sets_is_torchs_own_on_multi_hot_targets():
+    module = objective(loss="sigmoid")
+    images, batch = make_batch()
+    target = torch.tensor([[float(k in one) for k in range(5)] for one in SETS])
+    told = with_sets(batch, SETS)
+    assert torch.equal(multi_hot(told["label_bits"], 5), target)
+    logits = module.head(module.backbone(images))
+    wanted = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
+    torch.testing.assert_close(module(images, told)[0], wanted, rtol=1e-6, atol=0)
+
+
+def ranking_precision_as_defined(scores, own):
+    """scikit-learn's definition of label_ranking_average_precision_score, for one sample, by counting."""
+    precisions = []
+    for label in own:
+        above = [k for k, score in enumerate(scores) if score >= scores[label]]
+        precisions.append(sum(k in own for k in above) / len(above))
+    return sum(precisions) / len(precisions) if own else 1.0
+
+
+def test_metrics_of_label_sets_are_as_defined_and_ranking_is_only_for_validation():
+    module = objective(loss="sigmoid")
+    images, batch = make_batch()
+    told = with_sets(batch, SETS)
+    assert set(module.train()(images, told)[1]) == {"precision_at_1"}
+    logits = module.head(module.backbone(images)).detach()
+    _, metrics = module.eval()(images, told)
+    wanted = sum(ranking_precision_as_defined(*pair) for pair in zip(logits.tolist(), SETS, strict=True))
+    assert metrics["ranking_precision"].item() == pytest.approx(wanted, rel=1e-6)
+    hits = [int(first) in one for first, one in zip(logits.argmax(1), SETS, strict=True)]
+    assert metrics["precision_at_1"].item() == sum(hits)
+
+
+def test_ranking_precision_by_hand():
+    logits = torch.tensor([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0], [0.0, 1.0, 2.0]])
+    target = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(ranking_precision(logits, target), torch.tensor([5 / 6, 1 / 3, 1.0]))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_cuts_pads_and_weights_leave_the_sums_of_mixed_batches_alone(loss):
+    module = objective(loss=loss, label_smoothing=0.1, drop_path_rate=0.5).train()
+    images, batch = make_batch(6, pads=2)
+    told = {**batch, "other_labels": batch["labels"].roll(1), "own_share": torch.linspace(0, 1, 8)}
+    if loss == "sigmoid":
+        told |= with_sets(batch, [*SETS[:6], (), ()], [*SETS[1:6], (0,), (), ()])
+    whole, wanted = gradients(module, (images, told))
+    pieces = [cut(images, told, slice(i, i + 2)) for i in (0, 2, 4, 6)]
+    loss_sum, got = gradients(module, *pieces)
+    torch.testing.assert_close(loss_sum, whole, rtol=1e-6, atol=0)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    images[6:] = float("inf")  # what a pad holds counts for nothing, whatever it is
+    assert torch.equal(module(images, told)[0], whole)
+
+
+def test_the_heads_bias_starts_where_it_is_asked_to():
+    module = objective(loss="sigmoid", head_bias=-10.0)
+    assert (module.head.bias == -10).all()
+    images, batch = make_batch()
+    loss, _ = module(images, with_sets(batch, [()] * 8))
+    assert loss.item() / 8 == pytest.approx(5 * math.log1p(math.exp(-10)), rel=0.1)
+
+
+def test_a_sigmoid_step_compiles_without_graph_breaks():
+    module = objective(loss="sigmoid").train()
+    images, batch = make_batch()
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    for told in (batch, with_sets(batch, SETS)):
+        torch.testing.assert_close(compiled(images, told)[0], module(images, told)[0])

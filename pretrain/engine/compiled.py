@@ -1,0 +1,34 @@
+"""torch.compile of a network's repeated blocks. Called by assemble.py before an engine is built.
+
+Blocks rather than the whole: they are equal, so that one is compiled for all of them, within a minute where a whole
+ViT-Huge takes many; and what stands between them (gathers of visible patches, the loss) stays as it is. They are
+compiled in place: parameters keep their names, so that checkpoints and ZeRO's fragments do not know of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def compile_blocks(objective: nn.Module, *, backend: str = "inductor") -> int:
+    """Compile, at their first use, the blocks of backbone and decoder. Returns how many.
+
+    A block is compiled anew for each shape and each of training and validation. `backend`: torch.compile's.
+    """
+    blocks = list(repeated_blocks(objective))
+    for block in blocks:
+        block.compile(backend=backend)
+    return len(blocks)
+
+
+def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The elements of `module`'s lists that hold no list themselves: of stages of blocks, the blocks."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            for element in child:
+                inner = list(repeated_blocks(element))
+                yield from inner or ([element] if any(True for _ in element.parameters()) else [])
+        else:
+            yield from repeated_blocks(child)
