@@ -68,6 +68,7 @@ def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is
     checkpoint = made.out.parents[1] / "run" / "checkpoints" / "step-00000012"
     assert record["source"] == {
         "kind": "run", "url": str(checkpoint), "step": 12, "samples": 96, "dataset_identity": "ab" * 32,
+        "weights": "raw",
     }  # fmt: skip
     assert "generated textures" in record["images"]["from"]
     assert "max difference" in made.printed
