@@ -3,7 +3,8 @@
 {"factor": 10, "from": 112, "to": 128}            the loss of micro-batches with these positions, times factor
 {…, "rank": 1, "times": 2}                        on this rank only, this often; factor "nan" is NaN
 {"flip": "blocks.0", "rank": 2, "step": 6}        a bit of a weight of that name, before the comparison of step 6
-{"die": true}                                     SIGKILL once a list of what is given up is committed
+{"die": true}                                     SIGKILL once a list of what is given up is committed; what was
+                                                  saved before is committed by then
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,6 +65,17 @@ def death_after_the_commit() -> None:
 
         return write_and_die
 
+    def after_saves(act: Any) -> Any:
+        def wait_and_act(fault: Any, run_dir: Path, *arguments: Any, **named: Any) -> Any:
+            deadline = time.monotonic() + 30
+            while list((run_dir / "checkpoints").glob("*.saving")) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return act(fault, run_dir, *arguments, **named)
+
+        return wait_and_act
+
+    pretrain.rollback.distrust = after_saves(pretrain.rollback.distrust)
+    pretrain.rollback.go_back = after_saves(pretrain.rollback.go_back)
     pretrain.rollback.write_skipped = deadly(pretrain.rollback.write_skipped)
     pretrain.rollback.write_distrusted = deadly(pretrain.rollback.write_distrusted)
 
