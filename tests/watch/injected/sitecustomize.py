@@ -32,9 +32,9 @@ def _patch_engine(module) -> None:
                     WHAT[fault["what"]](fault)
             return _forward(self, *args)
 
-        def counting_step(self, *args, _step=step):
+        def counting_step(self, *args, _step=step, **options):
             global steps_done
-            result = _step(self, *args)
+            result = _step(self, *args, **options)
             steps_done += 1
             return result
 

@@ -150,9 +150,9 @@ def patch_engine(engine_class):
                 loss = fault.strike(loss)
         return loss, metrics
 
-    def new_step(self, lr):
+    def new_step(self, lr, **options):
         number = current(self)
-        norm = step(self, lr)
+        norm = step(self, lr, **options)
         begun[self] = number + 1
         strike_all("stepped", number, self)
         return norm
