@@ -13,6 +13,7 @@ from typing import Any
 
 from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, check_resumable
 from pretrain.checkpoint.courses import given_up, standing
+from pretrain.checkpoint.distrusted import read_distrusted
 from pretrain.checkpoint.lineage import read_lineage
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
@@ -33,7 +34,10 @@ def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
 
     Raises UsageError when the folder is not to be had, or another process has the run's mirror.
     """
-    run = RunDirectory.claim(run_dir, taken=answered_by_store(mirror.attempts) if mirror else ())
+    taken = list(answered_by_store(mirror.attempts)) if mirror else []
+    # A folder that was copied without attempts/ would count from 1 again, and its saves for those that are distrusted.
+    taken += [one.attempt for one in read_distrusted(run_dir)]
+    run = RunDirectory.claim(run_dir, taken=taken)
     stack.callback(run.close)
     if mirror is not None:
         answered_by_store(lambda: mirror.claim(run.attempt))

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +28,14 @@ from pretrain.checkpoint.distrusted import (
 from pretrain.checkpoint.lineage import Lineage, write_lineage
 from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.checkpoint.retention import kept_steps
-from pretrain.checkpoint.run_directory import TURN, RunDirectory
+from pretrain.checkpoint.run_directory import ATTEMPTS, TURN, RunDirectory
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.skipped import Skipped, write_skipped
 from pretrain.data.stream import Segment, Source, Stream
 from pretrain.datasets import newest_manifest
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.judge import Fault
-from pretrain.resume import has_checkpoint
+from pretrain.resume import claim, has_checkpoint
 from pretrain.rollback import distrust, first_position
 
 SHAPES = {"w": [1000], "b": [3]}
@@ -171,6 +172,20 @@ def test_where_every_checkpoint_has_seen_a_spike_s_samples_the_skip_begins_at_th
     assert first(fault(4)) == 4 * B, "checkpoints that may hold wrong weights are no good"
     shutil.rmtree(run_dir / "checkpoints")
     assert first(spike) == 4 * B
+
+
+def test_in_a_folder_that_was_copied_without_its_attempts_new_saves_are_not_taken_for_distrusted(
+    run_dir: Path,
+) -> None:
+    saved(run_dir, 1)
+    write_distrusted(run_dir, [distrusted(B, 3, 5)])
+    shutil.rmtree(run_dir / ATTEMPTS)
+    with ExitStack() as stack:
+        attempt = claim(run_dir, stack)
+        assert attempt == 4
+        saver = stack.enter_context(make_saver(run_dir, HeldState(SHAPES), attempt=attempt))
+        saver.save(facts(2, attempt=attempt), wait=True)
+    assert steps(standing(run_dir)) == [1, 2]
 
 
 def test_a_fork_that_has_lost_what_it_began_with_does_not_begin_from_nothing(run_dir: Path) -> None:
