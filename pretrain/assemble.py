@@ -352,6 +352,12 @@ def build_judge(config: RunConfig) -> Judge:
     )
 
 
+def reach_steps(config: RunConfig) -> int:
+    """How many steps a fault may lead back, to before what may have bent the weights; see judge.py and replicas.py."""
+    spike = config.train.spike
+    return max(spike.skip_steps if spike else 0, config.train.replica_check_steps)
+
+
 def open_mirror(config: RunConfig) -> Mirror | None:
     url = config.checkpoint.mirror
     return Mirror(url, s3=s3_settings(config)) if url else None
@@ -376,6 +382,7 @@ def build_saver(
         reporter=reporter,
         keep_last=checkpoint.keep_last,
         keep_every_steps=checkpoint.keep_every_steps,
+        reach_steps=reach_steps(config),
         max_failures=checkpoint.max_failures,
         max_bytes_per_second=checkpoint.max_bytes_per_second,
         mirror=mirror,

@@ -27,7 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pretrain.checkpoint.courses import given_up
+from pretrain.checkpoint.courses import given_up, standing
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
     MANIFEST_NAME,
@@ -172,13 +172,18 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path
     would be left.
     """
     with held(run_dir):
-        by_step = {step_of(folder): folder for folder in known(run_dir)}
+        # Those that were given up count for nothing: it is the others that the run goes on from.
+        by_step = {step_of(folder): folder for folder in standing(run_dir)}
         kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every)
         if by_step and not kept:
             raise UsageError(
                 f"{run_dir}: --keep-every {keep_every} keeps none of the steps {sorted(by_step)}; add --keep-last 1"
             )
-        doomed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
+        doomed = [
+            folder
+            for folder in known(run_dir)
+            if by_step.get(step_of(folder)) != folder or step_of(folder) not in kept
+        ]
         for folder in doomed:
             remove_checkpoint(folder)
         leftovers = leftovers_of(run_dir)

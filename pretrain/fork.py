@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.checkpoint.compatibility import (
@@ -28,7 +28,8 @@ from pretrain.checkpoint.compatibility import (
     check_resumable,
     config_differences,
 )
-from pretrain.checkpoint.courses import standing
+from pretrain.checkpoint.courses import read_given_up, standing
+from pretrain.checkpoint.distrusted import DISTRUSTED_NAME
 from pretrain.checkpoint.lineage import Lineage, copy_checkpoint, read_lineage, write_lineage
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
@@ -41,7 +42,7 @@ from pretrain.checkpoint.mirrored import bring_files
 from pretrain.checkpoint.retention import step_of
 from pretrain.checkpoint.run_directory import write_whole
 from pretrain.checkpoint.segments import FILES, SEGMENTS_NAME
-from pretrain.checkpoint.skipped import SKIPPED_NAME, edges, is_given_up
+from pretrain.checkpoint.skipped import SKIPPED_NAME
 from pretrain.config.load import as_yaml, overridden, with_defaults
 from pretrain.config.schema import RunConfig
 from pretrain.data.ledger import LEDGER_FOLDER, read_ledger
@@ -74,7 +75,10 @@ def run(args: argparse.Namespace) -> int:
     if new.exists() and (not new.is_dir() or any(new.iterdir())):
         raise UsageError(f"{new}: is there already; a fork begins in a folder of its own, choose another")
     manifest = read_manifest(checkpoint)
-    before = with_defaults(manifest.config)
+    before = with_defaults(
+        manifest.config
+    )  # as a resume does: it trained as a key's default says that came later
+    manifest = replace(manifest, config=before)
     config = forked_config(before, args.overrides, new=new, where=str(checkpoint))
     changed = changed_keys(before, config.model_dump(mode="json"))
     data = _check(config, manifest, run_dir, where=str(checkpoint))
@@ -159,10 +163,10 @@ def _check(config: RunConfig, manifest: Manifest, run_dir: Path, *, where: str) 
         consumed=manifest.samples,
         **first_datasets(config, manifest, look_there=same_source),
     )
-    if is_given_up(manifest, edges(data.skipped)):
+    if read_given_up(run_dir).has(manifest):
         raise CheckpointMismatchError(
-            f"{where} has consumed samples that the run jumps over since ({SKIPPED_NAME}): it is of a course that was "
-            "given up; fork an older checkpoint, or a newer one"
+            f"{where} is of a course that the run has given up: it has consumed samples that are jumped over since "
+            f"({SKIPPED_NAME}), or its weights are not trusted ({DISTRUSTED_NAME}); fork an older one, or a newer one"
         )
     check_resumable(
         manifest,

@@ -13,6 +13,8 @@ from typing import Any
 
 from pretrain.checkpoint.compatibility import changed_keys, check_batch_size, check_resumable
 from pretrain.checkpoint.courses import given_up, standing
+from pretrain.checkpoint.distrusted import read_distrusted
+from pretrain.checkpoint.lineage import read_lineage
 from pretrain.checkpoint.load import CheckpointReader, load_fragments, verify_fragments
 from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
@@ -32,7 +34,10 @@ def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
 
     Raises UsageError when the folder is not to be had, or another process has the run's mirror.
     """
-    run = RunDirectory.claim(run_dir, taken=answered_by_store(mirror.attempts) if mirror else ())
+    taken = list(answered_by_store(mirror.attempts)) if mirror else []
+    # A folder that was copied without attempts/ would count from 1 again, and its saves for those that are distrusted.
+    taken += [one.attempt for one in read_distrusted(run_dir)]
+    run = RunDirectory.claim(run_dir, taken=taken)
     stack.callback(run.close)
     if mirror is not None:
         answered_by_store(lambda: mirror.claim(run.attempt))
@@ -47,8 +52,18 @@ def claim(run_dir: Path, stack: ExitStack, mirror: Mirror | None = None) -> int:
 
 
 def has_checkpoint(run_dir: Path) -> bool:
-    """Is there a checkpoint, sound or not, of the course that the run is on?"""
-    return bool(standing(run_dir))
+    """Is there a checkpoint, sound or not, of the course that the run is on?
+
+    Raises CheckpointError for a fork without any: what it began with is lost, and it must not begin from nothing.
+    """
+    if standing(run_dir):
+        return True
+    if (lineage := read_lineage(run_dir)) is not None:
+        raise CheckpointError(
+            f"{run_dir}: is a fork of {lineage.parent} at step {lineage.step}, and has neither the checkpoint that it "
+            f"began with nor one of its own; fork it again: pretrain fork {lineage.parent}@{lineage.step} NEW …"
+        )
+    return False
 
 
 def remove(folders: Sequence[Path], mirror: Mirror | None) -> None:

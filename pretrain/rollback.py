@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.assemble import Data
-from pretrain.checkpoint.courses import given_up
+from pretrain.checkpoint.courses import given_up, standing
 from pretrain.checkpoint.distrusted import Distrusted, distrusting, read_distrusted, write_distrusted
-from pretrain.checkpoint.manifest import Manifest, known
+from pretrain.checkpoint.manifest import Manifest, known, read_manifest
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.mirrored import answered_by_store
 from pretrain.checkpoint.retention import remove_checkpoint, step_of
@@ -26,15 +26,29 @@ from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.judge import ADVICE, Fault
-from pretrain.resume import remove, resume
+from pretrain.resume import has_checkpoint, remove, resume
 
 T = TypeVar("T")
 
 
-def first_position(fault: Fault, data: Data, *, samples: int, global_batch_size: int) -> int:
-    """Where the steps begin that a fault found at position `samples` came from."""
+def first_position(fault: Fault, run_dir: Path, data: Data, *, samples: int, global_batch_size: int) -> int:
+    """Where the steps begin that a fault found at position `samples` came from. On rank 0.
+
+    Where all of the run's checkpoints have consumed some of these steps it is where the oldest stands: a fork, or a run
+    that goes back again, has none from before, and giving up its last one would lose all that it has learned. Not so
+    when ranks differ: then those checkpoints may hold what is wrong.
+    """
     consumed = int(data.stream.skips.consumed(samples)) - fault.steps * global_batch_size
-    return int(data.stream.skips.position_of(max(0, consumed)))
+    start = int(data.stream.skips.position_of(max(0, consumed)))
+    if fault.kind == "replica":
+        return start
+    held = []
+    for folder in standing(run_dir):
+        try:
+            held.append(read_manifest(folder).samples)
+        except CheckpointError:  # damaged, or removed for newer ones
+            continue
+    return max(start, min(held, default=start))
 
 
 def distrust(
@@ -53,7 +67,10 @@ def distrust(
 
     Before it is asked whether the run may go back once more: nobody who starts it again may begin from them.
     """
-    start = first_position(fault, data, samples=samples, global_batch_size=global_batch_size)
+    start = from_main(
+        world,
+        lambda: first_position(fault, run_dir, data, samples=samples, global_batch_size=global_batch_size),
+    )
 
     def commit() -> None:
         one = Distrusted(
@@ -96,7 +113,10 @@ def go_back(
     removed, and a save of them that is under way is given up: they are of a course that was. Raises PretrainError when
     there is none from before; then the run, started again, begins anew.
     """
-    start = first_position(fault, data, samples=samples, global_batch_size=global_batch_size)
+    start = from_main(
+        world,
+        lambda: first_position(fault, run_dir, data, samples=samples, global_batch_size=global_batch_size),
+    )
 
     def skip() -> tuple[Skipped, ...]:
         one = Skipped(start=start, stop=samples, reason=fault.reason, attempt=attempt, time=time.time())
@@ -118,6 +138,7 @@ def go_back(
         mirror=mirror,
     )
     if manifest is None:
+        from_main(world, lambda: has_checkpoint(run_dir))  # which says what to do with a fork
         raise PretrainError(
             f"{fault.reason}; the run has no checkpoint from before it to go back to: started again it begins anew"
             f"{', without those samples' if fault.skip else ''}; if that does not help, {ADVICE}"

@@ -86,6 +86,11 @@ class CheckpointReader:
             with safe_open(path, framework="pt") as file:
                 values = file.get_tensor(piece.tensor_name)
         except (OSError, SafetensorError) as error:
+            if not self.folder.exists():
+                raise CheckpointError(
+                    f"{self.folder}: is not there any more; the run may have removed this checkpoint for newer ones: "
+                    "take a newer one, or raise its checkpoint.keep_last"
+                ) from None
             raise CheckpointError(f"{path}: cannot be read: {error}; {_ADVICE}") from None
         if values.dtype != torch.float32 or tuple(values.shape) != (piece.count,):
             raise CheckpointError(

@@ -155,11 +155,22 @@ class Mirror:
                 f"{join_url(self.url, save.folder)}: was committed by another process; the run is started twice"
             )
 
-    def retain(self, *, keep_last: int, keep_every_steps: int | None, newest: MirroredSave) -> None:
+    def hand_over(self, folder: Path, manifest: Manifest) -> None:
+        """Commit a checkpoint that was saved without this mirror."""
+        save = MirroredSave.of(manifest.step, manifest.save_id)
+        for name in manifest.files:
+            self._store.put(f"{save.folder}/{name}", folder / name)
+        self.publish(save, manifest)
+
+    def retain(
+        self, *, keep_last: int, keep_every_steps: int | None, newest: MirroredSave, reach_steps: int = 0
+    ) -> None:
         """Remove the saves that need not stay, and what those before `newest` left that never committed."""
         committed, torn = self._folders()
         counting = _newest_by_step(committed)
-        kept = kept_steps(list(counting), keep_last=keep_last, keep_every_steps=keep_every_steps)
+        kept = kept_steps(
+            list(counting), keep_last=keep_last, keep_every_steps=keep_every_steps, reach_steps=reach_steps
+        )
         wanted = {save for step, save in counting.items() if step in kept}
         for save in committed - wanted:
             self._remove(save)

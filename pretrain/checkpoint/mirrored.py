@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pretrain.checkpoint.attempts import ATTEMPTS_JOURNAL, read_attempts
+from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.distrusted import DISTRUSTED_NAME, distrusting, read_distrusted, write_distrusted
 from pretrain.checkpoint.manifest import (
     MANIFEST_NAME,
@@ -26,6 +27,7 @@ from pretrain.checkpoint.retention import remove_checkpoint, step_of
 from pretrain.checkpoint.run_directory import taking_turns, write_whole
 from pretrain.checkpoint.segments import SEGMENTS_NAME, Change, read_changes, write_changes
 from pretrain.checkpoint.skipped import SKIPPED_NAME, adding, read_skipped, write_skipped
+from pretrain.checkpoint.verify import problems_of
 from pretrain.errors import (
     AccessDeniedError,
     CheckpointError,
@@ -62,6 +64,7 @@ def take_back(run_dir: Path, mirror: Mirror, *, push: bool) -> list[str]:
         brought = mirror.pull(run_dir, replace=False) + _merge_lists(run_dir, mirror)
         if push:  # the run's data may have been changed here meanwhile
             mirror.push(run_dir, rank=0)
+            _hand_over(run_dir, mirror)
         return brought + _adopt(run_dir, mirror)
 
 
@@ -114,6 +117,20 @@ def _merge_lists(run_dir: Path, mirror: Mirror) -> list[str]:
         write_changes(run_dir, changes)
         brought.append(SEGMENTS_NAME)
     return brought + _merge_attempts(run_dir, attempts)
+
+
+def _hand_over(run_dir: Path, mirror: Mirror) -> None:
+    """Bring the mirror the newest sound checkpoint, where it has none: of a fork, or of a run that had no mirror so
+    far, all would be lost with a disk that is lost before the next save.
+    """
+    if mirror.saves():
+        return
+    for folder in reversed(standing(run_dir)):
+        if not folder.name.endswith(MIRRORED_SUFFIX) and not problems_of(folder):
+            manifest = read_manifest(folder)
+            if manifest.save_id:  # an older version gave none, and the mirror knows saves by them
+                mirror.hand_over(folder, manifest)
+                return
 
 
 def _goes_on(changes: Sequence[Change], longer: Sequence[Change]) -> bool:

@@ -14,18 +14,33 @@ from pretrain.errors import PretrainError
 _LEFT_FREE_BYTES = 64 << 10  # for the journal and the records of how ranks end
 
 
-def kept_steps(steps: Collection[int], *, keep_last: int, keep_every_steps: int | None) -> set[int]:
-    """The newest `keep_last` of `steps`, and those that `keep_every_steps` divides."""
+def kept_steps(
+    steps: Collection[int], *, keep_last: int, keep_every_steps: int | None, reach_steps: int = 0
+) -> set[int]:
+    """The newest `keep_last` of `steps`, and those that `keep_every_steps` divides.
+
+    reach_steps: how many steps a fault may lead back that is found after the newest of them. The newest from before
+    those stays, too, for several saves may follow each other closely, as those of preemptions do; and the oldest
+    beyond it, which will take its place.
+    """
     kept = set(sorted(steps, reverse=True)[:keep_last])
+    if reach_steps and steps:
+        lowest = max(steps) + 1 - reach_steps
+        kept |= set(sorted(step for step in steps if step <= lowest)[-1:])
+        kept |= set(sorted(step for step in steps if step > lowest)[:1])
     if keep_every_steps is not None:
         kept |= {step for step in steps if step % keep_every_steps == 0}
     return kept
 
 
-def retain(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
+def retain(
+    run_dir: Path, *, keep_last: int, keep_every_steps: int | None, reach_steps: int = 0
+) -> list[Path]:
     """Remove the checkpoints that need not stay. Returns them. Raises PretrainError when one cannot go."""
     by_step = {step_of(folder): folder for folder in known(run_dir)}
-    kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    kept = kept_steps(
+        by_step, keep_last=keep_last, keep_every_steps=keep_every_steps, reach_steps=reach_steps
+    )
     removed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
     for folder in removed:
         remove_checkpoint(folder)

@@ -72,18 +72,23 @@ class Saver:
         reporter: Reporter,
         keep_last: int,
         keep_every_steps: int | None = None,
+        reach_steps: int = 0,
         max_failures: int = 3,
         max_bytes_per_second: float | None = None,
         mirror: Mirror | None = None,
         is_shared: bool = True,
     ) -> None:
-        """`is_shared`: do all ranks see one run_dir? If not, there must be a mirror."""
+        """`is_shared`: do all ranks see one run_dir? If not, there must be a mirror. reach_steps: see `kept_steps`."""
         self._run_dir = Path(run_dir)
         self._engine = engine
         self._world = world
         self._attempt = attempt
         self._reporter = reporter
-        self._keep_last, self._keep_every_steps = keep_last, keep_every_steps
+        self._kept: dict[str, Any] = {
+            "keep_last": keep_last,
+            "keep_every_steps": keep_every_steps,
+            "reach_steps": reach_steps,
+        }
         self._max_failures = max_failures
         self._max_bytes_per_second = max_bytes_per_second
         self._mirror, self._is_shared = mirror, is_shared
@@ -259,8 +264,7 @@ class Saver:
             memory=self._snapshot.descriptor,
             memory_bytes=self._snapshot.size,
             max_bytes_per_second=self._max_bytes_per_second,
-            keep_last=self._keep_last,
-            keep_every_steps=self._keep_every_steps,
+            **self._kept,
             mirror=self._mirror.url if self._mirror else None,
             s3=asdict(self._mirror.s3) if self._mirror else {},
             is_shared=self._is_shared,

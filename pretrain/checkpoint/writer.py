@@ -70,6 +70,7 @@ class Settings:
     max_bytes_per_second: float | None
     keep_last: int
     keep_every_steps: int | None
+    reach_steps: int  # see `kept_steps`
     mirror: str | None  # its URL …
     s3: dict[str, Any]  # … and how to talk to it
     is_shared: bool  # do all ranks see one run_dir?
@@ -305,6 +306,7 @@ class Writer:
         kept = {
             "keep_last": self._settings.keep_last,
             "keep_every_steps": self._settings.keep_every_steps,
+            "reach_steps": self._settings.reach_steps,
         }
         try:
             # An attempt that was overtaken removes nothing: its successor may be reading it.

@@ -33,7 +33,7 @@ from pretrain.engine.fragments import (
     share,
     views,
 )
-from pretrain.errors import UsageError
+from pretrain.errors import AskedToStopError, UsageError
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.lamb import Lamb, Piece
 from pretrain.optim.muon import Muon
@@ -205,11 +205,18 @@ class ZeroEngine:
         assert self._average is not None, "the run keeps an average"
         self._average.swap()
         self.publish_weights()
+        by_all = True
         try:
             yield
+        except BaseException as error:
+            # What all ranks gave up together the run goes on after; another error may be this rank's alone, and its
+            # peers would be waited for.
+            by_all = isinstance(error, AskedToStopError)
+            raise
         finally:
             self._average.swap()
-        self.publish_weights()  # not after an error: it may be this rank's alone, and peers would be waited for
+            if by_all:
+                self.publish_weights()
 
     @property
     def optimizer_steps(self) -> int:

@@ -96,6 +96,13 @@ def test_prune_keeps_the_newest_and_multiples_and_sweeps_leftovers(
     assert len(list((run_dir / "checkpoints").iterdir())) == 3
 
 
+def test_prune_keeps_what_the_run_goes_on_from_and_not_what_it_has_given_up(run_dir: Path) -> None:
+    """It was killed before what it trusts no more was removed."""
+    write_distrusted(run_dir, [Distrusted(beyond=8 * 40, attempt=1, saves=9, reason="", time=0.0)])
+    assert main(["checkpoints", str(run_dir), "--prune", "--keep-last", "1", "--keep-every", "60"]) == 0
+    assert steps(run_dir) == [40]
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import signal
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,18 @@ from pretrain.checkpoint.distrusted import (
     read_distrusted,
     write_distrusted,
 )
+from pretrain.checkpoint.lineage import Lineage, write_lineage
 from pretrain.checkpoint.manifest import committed, read_manifest
-from pretrain.checkpoint.run_directory import TURN, RunDirectory
+from pretrain.checkpoint.retention import kept_steps
+from pretrain.checkpoint.run_directory import ATTEMPTS, TURN, RunDirectory
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.skipped import Skipped, write_skipped
 from pretrain.data.stream import Segment, Source, Stream
 from pretrain.datasets import newest_manifest
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.judge import Fault
-from pretrain.resume import has_checkpoint
-from pretrain.rollback import distrust
+from pretrain.resume import claim, has_checkpoint
+from pretrain.rollback import distrust, first_position
 
 SHAPES = {"w": [1000], "b": [3]}
 B = 8  # positions a step, see `facts`
@@ -150,6 +155,68 @@ def test_a_save_of_the_course_that_is_under_way_is_given_up_and_one_from_before_
         "step-00000001",
         "step-00000002",
     ]
+
+
+def test_where_every_checkpoint_has_seen_a_spike_s_samples_the_skip_begins_at_the_oldest_one(
+    run_dir: Path,
+) -> None:
+    """As in a fork, or after preemptions one upon the other: else nothing would be left to go on from."""
+    saved(run_dir, 5, 6, 7)
+    spike = Fault(kind="spike", reason="the loss is 9", steps=4, skip=True)
+
+    def first(fault: Fault) -> int:
+        return first_position(fault, run_dir, data(), samples=8 * B, global_batch_size=B)
+
+    assert first(spike) == 5 * B
+    assert first(replace(spike, steps=2)) == 6 * B, "the first one is from before"
+    assert first(fault(4)) == 4 * B, "checkpoints that may hold wrong weights are no good"
+    shutil.rmtree(run_dir / "checkpoints")
+    assert first(spike) == 4 * B
+
+
+def test_in_a_folder_that_was_copied_without_its_attempts_new_saves_are_not_taken_for_distrusted(
+    run_dir: Path,
+) -> None:
+    saved(run_dir, 1)
+    write_distrusted(run_dir, [distrusted(B, 3, 5)])
+    shutil.rmtree(run_dir / ATTEMPTS)
+    with ExitStack() as stack:
+        attempt = claim(run_dir, stack)
+        assert attempt == 4
+        saver = stack.enter_context(make_saver(run_dir, HeldState(SHAPES), attempt=attempt))
+        saver.save(facts(2, attempt=attempt), wait=True)
+    assert steps(standing(run_dir)) == [1, 2]
+
+
+def test_a_fork_that_has_lost_what_it_began_with_does_not_begin_from_nothing(run_dir: Path) -> None:
+    saved(run_dir, 5)
+    origin = Lineage(
+        parent="/runs/a", checkpoint="step-00000005", manifest_sha256="", step=5, samples=5 * B, attempt=1,
+        changed={}, ancestors=[], time=1.0,
+    )  # fmt: skip
+    write_lineage(run_dir, origin)
+    assert has_checkpoint(run_dir)
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(CheckpointError, match="fork it again: pretrain fork /runs/a@5 NEW"):
+        has_checkpoint(run_dir)
+
+
+def test_however_closely_saves_follow_one_is_kept_from_before_what_a_fault_may_reach() -> None:
+    held: set[int] = set()
+    for newest in [
+        *range(1000, 5000, 1000),
+        *range(4003, 4400, 7),
+        *range(5000, 9000, 1000),
+        *range(8001, 8500),
+    ]:
+        held = kept_steps(held | {newest}, keep_last=3, keep_every_steps=None, reach_steps=100)
+        found_at = newest + 1
+        from_before = [step for step in held if step <= found_at - 100]
+        assert newest == 1000 or from_before
+        assert newest == 1000 or newest - max(from_before) <= 1000 + 100
+        assert len(held) <= 3 + 2
+    assert newest - max(from_before) <= 2 * 100, "it follows"
+    assert kept_steps({1, 2, 3}, keep_last=1, keep_every_steps=None) == {3}
 
 
 @pytest.mark.parametrize("list_of", ["distrusted", "skipped"])

@@ -470,6 +470,24 @@ def test_how_attempts_ended_on_several_hosts_is_put_together(folder_mirror: Mirr
         assert [line["attempt"] for line in read_attempts(run_dir)] == [1, 2, 3]
 
 
+def test_a_run_that_had_no_mirror_or_is_a_fork_hands_its_newest_checkpoint_over(
+    folder_mirror: Mirror, tmp_path: Path
+) -> None:
+    run_dir, state = tmp_path / "run", HeldState(SHAPES)
+    with make_saver(run_dir, state) as saver:
+        for step in (1, 2, 3):
+            saver.save(facts(step), wait=True)
+            state.fill(step)
+    (committed(run_dir)[-1] / "rank-00000.safetensors").write_bytes(b"damaged")
+    bring_back(run_dir, folder_mirror, world=ALONE)
+    assert [save.step for save in folder_mirror.saves()] == [2]
+    shutil.rmtree(run_dir)  # before the attempt has saved anything
+    bring_back(run_dir, Mirror(folder_mirror.url, s3=QUICK), world=ALONE)
+    assert state.fill(1).is_in(complete(known(run_dir)[-1]))
+    bring_back(run_dir, folder_mirror, world=ALONE)
+    assert [save.step for save in folder_mirror.saves()] == [2]
+
+
 def test_what_one_host_distrusts_another_does_too(folder_mirror: Mirror, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     bring_back(two, folder_mirror, world=ALONE)

@@ -340,6 +340,7 @@ def test_an_attempt_that_was_overtaken_removes_nothing_any_more(run_dir: Path) -
             max_bytes_per_second=None,
             keep_last=1,
             keep_every_steps=None,
+            reach_steps=0,
             mirror=None,
             s3={},
             is_shared=True,

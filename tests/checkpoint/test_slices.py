@@ -132,6 +132,15 @@ def test_a_truncated_file_is_refused(tmp_path: Path, keep: float) -> None:
         load_weights(folder)
 
 
+def test_a_checkpoint_that_a_live_run_removes_while_it_is_read_is_said_to_be_gone_and_not_damaged(
+    tmp_path: Path,
+) -> None:
+    reader = CheckpointReader(save_as_ranks(tmp_path, 1, whole_state()))
+    shutil.rmtree(reader.folder)
+    with pytest.raises(CheckpointError, match="is not there any more; the run may have removed"):
+        list(reader.pieces("backbone.w", "weight", 0, 1))
+
+
 def test_a_missing_file_and_a_missing_manifest_are_refused(tmp_path: Path) -> None:
     folder = save_as_ranks(tmp_path, 2, whole_state())
     (folder / "rank-00001.safetensors").unlink()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ from small_run import RECIPE, losses
 from wrong_things import members_of, write_tar
 
 from pretrain.checkpoint.courses import find_newest
+from pretrain.checkpoint.distrusted import Distrusted, write_distrusted
 from pretrain.checkpoint.lineage import read_lineage
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed, read_manifest
@@ -231,6 +234,35 @@ def test_a_fork_leaves_its_parent_alone_and_a_refused_one_leaves_nothing(root: P
         p.name: p.read_bytes() for p in original.iterdir()
     }
     assert read_manifest(find_newest(root / "same")).attempt == 1
+
+
+def test_a_checkpoint_of_a_version_that_knew_fewer_keys_is_forked_as_it_is_resumed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(root / "a", older)
+    manifest = read_manifest(older / STEP_6)
+    config = {
+        name: dict(value) if isinstance(value, dict) else value for name, value in manifest.config.items()
+    }
+    for section, key in (("model", "qk_norm"), ("objective", "loss"), ("optim", "ema_decay")):
+        del config[section][key]
+    (older / STEP_6 / "manifest.json").write_text(replace(manifest, config=config).to_json())
+    assert main(["fork", f"{older}@6", str(tmp_path / "new"), "optim.ema_decay=0.9"]) == 0
+    told = capsys.readouterr().out
+    assert "optim.ema_decay: None -> 0.9" in told
+    assert "model." not in told
+
+
+def test_a_checkpoint_that_is_trusted_no_more_is_not_forked_under_its_own_name_either(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(root / "a", run)
+    write_distrusted(run, [Distrusted(beyond=80, attempt=9, saves=9, reason="a bit", time=1.0)])
+    assert main(["fork", str(run / STEP_6), str(tmp_path / "new")]) == 4
+    assert "is of a course that the run has given up" in capsys.readouterr().err
+    assert main(["fork", str(run / "checkpoints/step-00000003"), str(tmp_path / "new")]) == 0
 
 
 def test_forking_imports_no_torch(root: Path, tmp_path: Path) -> None:

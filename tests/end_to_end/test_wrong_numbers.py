@@ -70,11 +70,18 @@ def reference(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return root / "run"
 
 
+@pytest.mark.parametrize(
+    "checkpoint",
+    [
+        {"every_steps": 3, "keep_last": 10},
+        {"every_steps": 1, "keep_last": 1},  # which has seen samples that are skipped
+    ],
+)
 def test_a_loss_spike_leads_back_to_before_it_and_on_without_its_samples(
-    tmp_path: Path, shards: Path, reference: Path
+    tmp_path: Path, shards: Path, reference: Path, checkpoint: dict[str, int]
 ) -> None:
     run_dir = tmp_path / "run"
-    recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards, train=TRAIN)
+    recipe = write_recipe(tmp_path / "recipe.yaml", run_dir, shards, train=TRAIN, checkpoint=checkpoint)
     said = alone(recipe, AT_STEP_8)
     assert "deviations above" in said
     (rollback,) = events(run_dir, "rollback")

@@ -12,8 +12,8 @@ import zero_worker as worker
 from accelerate.state import AcceleratorState
 from launching import run_ranks
 
+from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import CheckpointReader, load_fragments
-from pretrain.checkpoint.manifest import find_newest
 from pretrain.engine.debug import AccelerateEngine
 from pretrain.optim.ema import WeightAverage
 
@@ -211,6 +211,7 @@ def test_the_average_of_the_weights_is_that_of_one_process_and_is_swapped_in_and
 ) -> None:
     expected, got = expected_of(case), results[case]
     assert got["put back"]
+    assert got["put back when given up"]
     assert got["loss of average"] != got["loss"]
     assert_near(case, got["ema"], expected["ema"])
     tolerance = 1e-2 if case.startswith("bf16") else 1e-4 if "muon" in case else 1e-5

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, gather_objects, join, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
+from pretrain.errors import AskedToStopError
 from pretrain.models.layer_ids import layer_of
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
@@ -220,9 +222,14 @@ def averaged(engine: ZeroEngine, world, case: dict) -> dict:
     before, of_weights = held(), loss()
     with engine.averaged_weights():
         of_average = loss()
-    put_back = all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
+    put_back = all(torch.equal(a, b) for a, b in zip(before, held(), strict=True)) and loss() == of_weights
+    with suppress(AskedToStopError), engine.averaged_weights():
+        loss()
+        raise AskedToStopError("on all ranks alike")
     return {
-        "put back": put_back and loss() == of_weights,
+        "put back": put_back,
+        "put back when given up": all(torch.equal(a, b) for a, b in zip(before, held(), strict=True))
+        and loss() == of_weights,
         "loss": of_weights,
         "loss of average": of_average,
         "ema": {name: values.tolist() for name, values in gather(engine, "ema").items()},
