@@ -48,10 +48,13 @@ class Prometheus:
         self.wait_until(lambda: bool(self.query(expression)), seconds=seconds)
         return self.query(expression)
 
-    def wait_until(self, condition: Callable[[], bool], *, seconds: float) -> None:
+    def wait_until(
+        self, condition: Callable[[], bool], *, seconds: float, missing: Callable[[], object] = str
+    ) -> None:
+        """`missing` tells what is still waited for when the time is over."""
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, "what the test waits for did not happen in time"
+            assert time.monotonic() < deadline, f"what the test waits for did not happen in time {missing()}"
             time.sleep(0.1)
 
 
