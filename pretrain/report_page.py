@@ -40,7 +40,8 @@ h2 { font-size: 18px; margin: 38px 0 10px; }
 figure { margin: 0; padding: 8px; } figure img { width: 100%; display: block; }
 .card { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 6px 14px; border-bottom: 1px solid var(--line); vertical-align: top; font-variant-numeric: tabular-nums; }
-td { overflow-wrap: anywhere; } tr:last-child td { border-bottom: 0; }
+td:last-child { overflow-wrap: anywhere; } .wide-last td:not(:last-child) { white-space: nowrap; } tr:last-child td { border-bottom: 0; }
+.events td:not(:last-child) { white-space: nowrap; }
 th { color: var(--faint); font-weight: 600; font-size: 13px; } td:first-child { white-space: nowrap; }
 tr.bad td:nth-child(4) { color: var(--bad); font-weight: 600; } tr.good td:nth-child(4) { color: var(--good); font-weight: 600; }
 pre { margin: 0; padding: 14px 18px; overflow-x: auto; font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
@@ -70,9 +71,9 @@ def write_page(
         f'<div class="sub">{_text(_when(records))}</div>',
         '<div class="tiles">' + "".join(_tile(*tile) for tile in tiles(curves, attempts)) + "</div>",
         _section("Curves", '<div class="curves">' + "".join(map(_figure, pictures.items())) + "</div>"),
-        _section("Faults, restarts and rollbacks", _events(faults(records))),
-        _section("Attempts", _table(_ATTEMPT_HEADER, attempt_rows(attempts, records))),
-        _section("In numbers", _table(None, list(table.items()))),
+        _section("Faults, restarts and rollbacks", _events(faults(records, attempts))),
+        _section("Attempts", _table(_ATTEMPT_HEADER, attempt_rows(attempts, records), wide_last=True)),
+        _section("In numbers", _table(None, [row for row in table.items() if not _is_of_an_attempt(row[0])])),
         _section("Data", _table(None, data_rows(manifest, records))),
         _section("Checkpoints", _table(_CHECKPOINT_HEADER, checkpoint_rows(records))),
         _section("Recipe", _recipe(recipe)),
@@ -116,14 +117,28 @@ def tiles(curves: Curves, attempts: Sequence[Mapping[str, Any]]) -> list[tuple[s
     return found
 
 
-def faults(records: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str, str]]:
-    """(line of the journal, what it says, good or bad), in the journal's order."""
+def faults(
+    records: Iterable[Mapping[str, Any]], attempts: Iterable[Mapping[str, Any]]
+) -> list[tuple[Mapping[str, Any], str, str]]:
+    """(line of the journal or the end of an attempt, what it says, good or bad), in the order of time."""
     told = []
+    for line in attempts:
+        if line.get("exit_code") not in (0, 75, 130):  # a crash has no line in the journal
+            code = (
+                "with nobody left to say how"
+                if line.get("exit_code") is None
+                else f"with {line['exit_code']}"
+            )
+            lost = f"; {line['steps_lost']} steps lost" if line.get("steps_lost") else ""
+            ended = {"event": "attempt_ended", "time": line.get("ended"), "attempt": line.get("attempt")}
+            told.append(
+                (ended | {"step": line.get("last_step")}, f"{code}: {line.get('reason')}{lost}", _BAD)
+            )
     for record in records:
         say = _SAID.get(str(record.get("event")))
         if say is not None:
-            told.append((record, say(record), _TONES.get(str(record["event"]), _PLAIN)))
-    return told
+            told.append((dict(record), say(record), _TONES.get(str(record["event"]), _PLAIN)))
+    return sorted(told, key=lambda one: float(one[0].get("time") or 0.0))
 
 
 def _started(record: Mapping[str, Any]) -> str:
@@ -250,6 +265,10 @@ def checkpoint_rows(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, ...
     ]
 
 
+def _is_of_an_attempt(name: str) -> bool:
+    return name.startswith("attempt") and name.endswith("ended")
+
+
 def _classes(dataset: Mapping[str, Any]) -> str:
     names = dataset.get("class_names")
     if not names:
@@ -280,7 +299,7 @@ def _events(told: Sequence[tuple[Mapping[str, Any], str, str]]) -> str:
     header = "".join(f"<th>{cell}</th>" for cell in ("time (UTC)", "attempt", "step", "what", "in words"))
     left_out = len(told) - len(shown)
     note = f'<p class="none">{left_out} earlier ones are in journal.jsonl.</p>' if left_out else ""
-    return f'{note}<div class="card"><table><tr>{header}</tr>{"".join(rows)}</table></div>'
+    return f'{note}<div class="card"><table class="events"><tr>{header}</tr>{"".join(rows)}</table></div>'
 
 
 def _recipe(recipe: str | None) -> str:
@@ -303,12 +322,14 @@ def _figure(picture: tuple[str, bytes]) -> str:
     return f'<figure><img alt="{_text(title)}" src="data:image/svg+xml;base64,{data}"></figure>'
 
 
-def _table(header: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, wide_last: bool = False) -> str:
+    """wide_last: only the last column's cells are broken into lines."""
     if not rows:
         return '<p class="none">None.</p>'
     head = "" if header is None else "<tr>" + "".join(f"<th>{_text(cell)}</th>" for cell in header) + "</tr>"
     body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="card"><table>{head}{body}</table></div>'
+    kind = ' class="wide-last"' if wide_last else ""
+    return f'<div class="card"><table{kind}>{head}{body}</table></div>'
 
 
 def _when(records: Sequence[Mapping[str, Any]]) -> str:

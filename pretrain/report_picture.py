@@ -15,7 +15,7 @@ from pretrain.curves import Curves, half_life_of, is_lower_better, smooth
 from pretrain.errors import UsageError
 
 _OF_A_PANEL = ("validation ", "probe ", "in ")  # what means something in one panel alone
-_PHASES = {"data": "wait for data", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}
+_PHASES = {"data": "waiting for data", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}
 _PHASE_COLORS = ("tab:orange", "tab:blue", "tab:cyan", "tab:green")
 _MOST_STACKED = 1000  # steps; an area is not simplified when it is drawn, as a line is
 
@@ -62,7 +62,10 @@ def draw_panels(curves: Curves) -> dict[str, bytes]:
         _draw_panel(axes, panel, curves, is_bottom=True, is_top=False)
         handles, labels = axes.get_legend_handles_labels()
         if len(labels) > 1:
-            axes.legend(handles, labels, fontsize=11, framealpha=0.85)
+            own = axes.get_legend()
+            if own is not None:  # drawn inside, where a curve may lie
+                own.remove()
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=11, frameon=False)
         file = io.BytesIO()
         with rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):  # text stays text
             figure.savefig(file, format="svg", metadata={"Date": None})
