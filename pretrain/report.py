@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from pretrain.checkpoint.attempts import all_attempts
+from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.curves import Curves, half_life_of, is_lower_better, read_curves, smooth
-from pretrain.datasets import newest_manifest
+from pretrain.errors import CheckpointError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.metrics.progress import format_duration
 from pretrain.report_page import write_page
@@ -60,9 +61,19 @@ def _write_page(curves: Curves, out: Path, table: dict[str, str]) -> None:
         pictures=draw_panels(curves),
         records=records,
         attempts=all_attempts(run_dir, records),
-        manifest=newest_manifest(run_dir),
+        manifest=_newest_manifest(run_dir),
         recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
     )
+
+
+def _newest_manifest(run_dir: Path) -> Manifest | None:
+    """Of the newest checkpoint whose manifest can be read; unlike `datasets.newest_manifest` without torch."""
+    for folder in reversed(committed(run_dir)):
+        try:
+            return read_manifest(folder)
+        except CheckpointError:  # it is the page's business to show a run, not to judge it
+            continue
+    return None
 
 
 def summarize(curves: Curves) -> dict[str, str]:

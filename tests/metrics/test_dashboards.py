@@ -95,6 +95,7 @@ def test_panels_do_not_lie_on_one_another() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_real_run_of_two_ranks_answers_every_query_and_fires_an_alert(tmp_path: Path) -> None:
     """A loss that is not finite is injected; rank 1's is not, and all leave the update out."""
     from end_to_end.small_run import RECIPE, pretrain
@@ -115,18 +116,19 @@ def test_a_real_run_of_two_ranks_answers_every_query_and_fires_an_alert(tmp_path
     ):
         done = pretrain(*step)
         assert done.returncode == 0, done.stderr
-    port, shards, batch = free_port(), tmp_path / "shards", RECIPE["train"]["global_batch_size"]
+    port, shards, batch = free_port(), tmp_path / "shards", 4
     recipe = {
         **RECIPE,
         "run_dir": str(tmp_path / "run"),
         "data": {**RECIPE["data"], "train": str(shards / "train"), "val": str(shards / "val")},
-        "train": {**RECIPE["train"], "steps": 100_000},
-        "checkpoint": {"every_steps": 20},
-        "eval": {"every_steps": 40, "probes": {"every_steps": 40, "few_shot": [5]}},
+        "train": {**RECIPE["train"], "global_batch_size": batch, "steps": 100_000},
+        "checkpoint": {"every_steps": 5},
+        "eval": {"every_steps": 10, "probes": {"every_steps": 10, "few_shot": [5], "max_train_samples": 40}},
         "metrics": {"port": port, "peak_tflops": 0.05},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    wrong = [{"factor": "nan", "from": 50 * batch, "to": 51 * batch, "rank": 0}]
+    # A step may take seconds where others have the processors: what is asked for is there within ten.
+    wrong = [{"factor": "nan", "from": 8 * batch, "to": 9 * batch, "rank": 0}]
     with scraping(tmp_path, [f"127.0.0.1:{port}"], rules=RULES) as prometheus:
         prometheus.wait_for("up", seconds=30)
         ranks = start_ranks(
@@ -147,7 +149,7 @@ def test_a_real_run_of_two_ranks_answers_every_query_and_fires_an_alert(tmp_path
                         del unanswered[name]
                 return not unanswered
 
-            prometheus.wait_until(answered, seconds=200, missing=lambda: list(unanswered.items()))
+            prometheus.wait_until(answered, seconds=300, missing=lambda: list(unanswered.items()))
             firing = 'ALERTS{alertname="PretrainNonFiniteSteps",alertstate="firing",run="run"}'
             prometheus.wait_for(firing, seconds=60)
             alerts = prometheus.get("alerts")["alerts"]
