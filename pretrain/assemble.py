@@ -10,16 +10,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from pretrain.checkpoint.lineage import read_lineage, tracking_id
-from pretrain.checkpoint.manifest import committed, stored_lanes
+from pretrain.checkpoint.manifest import stored_lanes
 from pretrain.checkpoint.mirror import Mirror
-from pretrain.checkpoint.run_directory import ATTEMPTS
 from pretrain.checkpoint.saver import Saver
 from pretrain.checkpoint.skipped import read_skipped
 from pretrain.config.schema import RunConfig
@@ -48,18 +46,13 @@ from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import DataError, UsageError
 from pretrain.judge import Judge, SpikeRule
-from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.reporter import Reporter
-from pretrain.metrics.slow_ranks import SlowRanks
-from pretrain.metrics.trackers import TensorBoard, Tracker, Trackers
-from pretrain.metrics.wandb_tracker import WandbTracker
 from pretrain.models.build import build_backbone
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.simmim import SimMIM
 from pretrain.optimizer import average_builder, optimizer_builder
-from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
 
@@ -273,74 +266,6 @@ def _listing_digest(source: Path) -> str:
         times = f"{status.st_size} {status.st_mtime_ns}" if path.is_file() else ""
         digest.update(os.fsencode(f"{path} {times}\0"))
     return digest.hexdigest()[:12]
-
-
-def build_reporter(config: RunConfig, *, world: World, attempt: int, total_steps: int) -> Reporter:
-    """Rank 0's speaks; one rank a host serves metrics.port. Raises UsageError when the port is taken."""
-    server = None
-    if config.metrics.port and world.local_rank == 0:
-        server = MetricsServer(
-            port=config.metrics.port,
-            host=config.metrics.host,
-            labels={"run": Path(config.run_dir).name, "rank": str(world.rank), "attempt": str(attempt)},
-        )
-    if not world.is_main:
-        return Reporter(
-            journal=None, progress=None, server=server, log_every_steps=1, total_steps=total_steps
-        )
-    reporter = Reporter.for_main(
-        Path(config.run_dir),
-        attempt=attempt,
-        total_steps=total_steps,
-        server=server,
-        trackers=build_trackers(config, attempt=attempt),
-        log_every_steps=config.metrics.log_every_steps,
-        slow_ranks=SlowRanks(
-            ratio=config.watchdog.slow_rank_ratio,
-            window_steps=config.watchdog.slow_rank_steps,
-            seconds=config.watchdog.slow_rank_seconds,
-        ),
-        hosts=world.hosts,
-    )
-    reporter.ended_by_watchdogs(Path(config.run_dir) / ATTEMPTS, attempt=attempt)
-    return reporter
-
-
-def build_watch(config: RunConfig, pulse: Pulse, *, world: World, attempt: int, debug: bool) -> None:
-    """Have this process watched, unless somebody debugs it and may stop it for as long as they like."""
-    pulse.watch(
-        Path(config.run_dir) / ATTEMPTS / str(attempt),
-        rank=world.rank,
-        hosts=world.hosts,
-        step_seconds=None if debug else config.watchdog.step_seconds,
-        start_seconds=config.watchdog.start_seconds,
-    )
-
-
-def build_trackers(config: RunConfig, *, attempt: int) -> Trackers:
-    """TensorBoard and W&B where the recipe asks for them. For rank 0.
-
-    Raises UsageError when a package is missing, or W&B cannot be had and the run has no checkpoint yet.
-    """
-    run_dir, asked = Path(config.run_dir), config.metrics.wandb
-    trackers: list[Tracker] = [TensorBoard(run_dir)] if config.metrics.tensorboard else []
-    notes: dict[str, str] = {}
-    if asked is not None:
-        lineage = read_lineage(run_dir)
-        shown = {**config.model_dump(mode="json"), "lineage": asdict(lineage) if lineage else None}
-        wandb = WandbTracker(
-            run_dir,
-            run_id=tracking_id(run_dir),
-            project=asked.project,
-            entity=asked.entity,
-            name=asked.name,
-            mode=asked.mode,
-            config=shown,
-            strict=not committed(run_dir),
-        )
-        trackers.append(wandb)
-        notes = {wandb.name: wandb.note} if wandb.note else {}
-    return Trackers(trackers, attempt=attempt, notes=notes)
 
 
 def build_judge(config: RunConfig) -> Judge:

@@ -58,7 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug",
         action="store_true",
-        help="one device, no worker processes, anomaly checks, first batch described",
+        help="one device, no worker processes, anomaly checks, first batches described and drawn (RUN/debug)",
+    )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        metavar="N",
+        help="trace N steps of rank 0 with torch.profiler, after the first two (RUN/profile)",
+    )
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="the first batch at every step: its loss must fall. No checkpoints; a run_dir that has some is refused",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 

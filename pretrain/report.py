@@ -1,12 +1,12 @@
 """Draw a run's curves from its journal, and print what they come to.
 
-example: pretrain report runs/first --out first.png
+example: pretrain report runs/first --html first.html
 
 Loss, validation metrics, probes, learning rate, gradient norm, speed and data wait are drawn against steps (samples
 on the upper axis). Dotted vertical lines mark where the run was resumed, dashed ones where it went on with
 other ranks, dash-dotted ones to where it went back when numbers went wrong. The table says what share of the
-time went into steps that count. Needs matplotlib: pip install
-'vit-pretrain[report]'.
+time went into steps that count. --html writes a page instead of the picture, to open or to send: curves, faults and
+restarts, attempts, data, checkpoints and recipe in one file. Needs matplotlib: pip install 'vit-pretrain[report]'.
 """
 
 from __future__ import annotations
@@ -16,24 +16,64 @@ from pathlib import Path
 
 import numpy as np
 
+from pretrain.checkpoint.attempts import all_attempts
+from pretrain.checkpoint.manifest import Manifest, committed, read_manifest
 from pretrain.curves import Curves, half_life_of, is_lower_better, read_curves, smooth
+from pretrain.errors import CheckpointError
+from pretrain.metrics.journal import JOURNAL_NAME, read_journal
 from pretrain.metrics.progress import format_duration
-from pretrain.report_picture import draw
+from pretrain.report_page import write_page
+from pretrain.report_picture import draw, draw_panels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="picture to write (default: RUN/report.png)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="page to write, with everything in one file"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     curves = read_curves(args.run)
-    out = args.out or args.run / "report.png"
-    draw(curves, out)
-    for name, value in summarize(curves).items():
+    table = summarize(curves)
+    if args.html:
+        _write_page(curves, args.html, table)
+    out = args.out or (None if args.html else args.run / "report.png")
+    if out:
+        draw(curves, out)
+    for name, value in table.items():
         print(f"{name:<22} {value}")
-    print(f"{'picture':<22} {out}")
+    for what, file in (("page", args.html), ("picture", out)):
+        if file:
+            print(f"{what:<22} {file}")
     return 0
+
+
+def _write_page(curves: Curves, out: Path, table: dict[str, str]) -> None:
+    run_dir = curves.run_dir
+    records = read_journal(run_dir / JOURNAL_NAME)
+    recipe = run_dir / "config.yaml"
+    write_page(
+        out,
+        curves,
+        table=table,
+        pictures=draw_panels(curves),
+        records=records,
+        attempts=all_attempts(run_dir, records),
+        manifest=_newest_manifest(run_dir),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    )
+
+
+def _newest_manifest(run_dir: Path) -> Manifest | None:
+    """Of the newest checkpoint whose manifest can be read; unlike `datasets.newest_manifest` without torch."""
+    for folder in reversed(committed(run_dir)):
+        try:
+            return read_manifest(folder)
+        except CheckpointError:  # it is the page's business to show a run, not to judge it
+            continue
+    return None
 
 
 def summarize(curves: Curves) -> dict[str, str]:
@@ -87,6 +127,8 @@ def summarize(curves: Curves) -> dict[str, str]:
         if "data_seconds" in values:
             share = np.nansum(values["data_seconds"]) / max(np.nansum(values["step_seconds"]), 1e-12)
             table["waiting for data"] = f"{share:.1%} of step time"
+    if "utilization" in values:
+        table["utilisation"] = f"{np.nanmedian(values['utilization']):.1%} of the named peak (median)"
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,10 @@ import numpy as np
 from pretrain.curves import Curves, half_life_of, is_lower_better, smooth
 from pretrain.errors import UsageError
 
-_OF_A_PANEL = ("validation ", "probe ")  # lines that mean something in one panel alone
+_OF_A_PANEL = ("validation ", "probe ", "in ")  # what means something in one panel alone
+_PHASES = {"data": "waiting for data", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}
+_PHASE_COLORS = ("tab:orange", "tab:blue", "tab:cyan", "tab:green")
+_MOST_STACKED = 1000  # steps; an area is not simplified when it is drawn, as a line is
 
 
 def draw(curves: Curves, out: Path) -> None:
@@ -21,14 +25,7 @@ def draw(curves: Curves, out: Path) -> None:
 
     Raises UsageError without matplotlib, for a suffix it does not know, or a file that cannot be written.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError(
-            "pretrain report: matplotlib is not installed; pip install 'vit-pretrain[report]' brings it"
-        ) from None
-
+    Figure, FigureCanvasAgg = _matplotlib()
     panels = [panel for panel in _panels(curves) if panel.has_data]
     columns = 2 if len(panels) > 1 else 1
     rows = math.ceil(len(panels) / columns)
@@ -51,6 +48,42 @@ def draw(curves: Curves, out: Path) -> None:
         raise UsageError(f"--out {out}: cannot be written: {error.strerror or error}") from None
 
 
+def draw_panels(curves: Curves) -> dict[str, bytes]:
+    """Each panel by itself, as SVG, by its title. Raises UsageError without matplotlib."""
+    Figure, _ = _matplotlib()
+    from matplotlib import rc_context
+
+    drawn = {}
+    for panel in _panels(curves):
+        if not panel.has_data:
+            continue
+        figure = Figure(figsize=(7.0, 3.9), layout="constrained")
+        axes = figure.add_subplot()
+        _draw_panel(axes, panel, curves, is_bottom=True, is_top=False)
+        handles, labels = axes.get_legend_handles_labels()
+        if len(labels) > 1:
+            own = axes.get_legend()
+            if own is not None:  # drawn inside, where a curve may lie
+                own.remove()
+            figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=11, frameon=False)
+        file = io.BytesIO()
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": panel.title}):  # text stays text
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        drawn[panel.title] = file.getvalue()
+    return drawn
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError(
+            "pretrain report: matplotlib is not installed; pip install 'vit-pretrain[report]' brings it"
+        ) from None
+    return Figure, FigureCanvasAgg
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Panel:
     title: str
@@ -60,10 +93,11 @@ class _Panel:
     smoothed: bool = False
     from_zero: bool = False
     kind: str = "validation"  # of the points
+    stack: Mapping[str, np.ndarray] = field(default_factory=dict)  # float64[n] each, areas on one another
 
     @property
     def has_data(self) -> bool:
-        return self.line is not None or bool(self.points)
+        return self.line is not None or bool(self.points) or bool(self.stack)
 
 
 def _panels(curves: Curves) -> list[_Panel]:
@@ -74,6 +108,7 @@ def _panels(curves: Curves) -> list[_Panel]:
     if "data_seconds" in values and "step_seconds" in values:
         with np.errstate(divide="ignore", invalid="ignore"):
             wait = 100.0 * values["data_seconds"] / values["step_seconds"]
+    utilization = values.get("utilization")
     return [
         _Panel(title="Loss", unit="loss", line=values.get("loss"), points=losses, smoothed=True),
         _Panel(title="Validation", unit="metric", points=others),
@@ -99,7 +134,30 @@ def _panels(curves: Curves) -> list[_Panel]:
             smoothed=True,
             from_zero=True,
         ),
+        _Panel(title="Where a step's time goes", unit="% of step time", stack=_split(values)),
+        _Panel(
+            title="Model FLOPs utilisation",
+            unit="% of the peak",
+            line=None if utilization is None else 100.0 * utilization,
+            smoothed=True,
+            from_zero=True,
+        ),
     ]
+
+
+def _split(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Per cent of a step by phase; none where the journal is of a version that did not tell it."""
+    if not {"step_seconds", "forward_seconds"} <= values.keys():
+        return {}
+    half_life = half_life_of(len(values["step_seconds"]))
+    whole = smooth(values["step_seconds"], half_life=half_life)
+    parts = {name: values.get(f"{phase}_seconds") for phase, name in _PHASES.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return {
+            name: np.nan_to_num(100.0 * smooth(part, half_life=half_life) / whole, posinf=0.0)
+            for name, part in parts.items()
+            if part is not None
+        }
 
 
 def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is_top: bool) -> None:
@@ -111,6 +169,15 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
     axes.grid(alpha=0.3)
     if panel.line is not None:
         _draw_line(axes, panel, curves.steps)
+    if panel.stack:
+        thin = slice(None, None, 1 + len(curves.steps) // _MOST_STACKED)
+        axes.stackplot(
+            curves.steps[thin],
+            *(part[thin] for part in panel.stack.values()),
+            labels=[f"in {name}" for name in panel.stack],
+            colors=_PHASE_COLORS,
+            alpha=0.85,
+        )
     colors = ("tab:red", "tab:green", "tab:purple", "tab:brown", "tab:blue", "tab:olive")
     for (name, (steps, values)), color in zip(panel.points.items(), colors * 8, strict=False):
         axes.plot(
@@ -138,7 +205,8 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
         upper.set_xlabel("samples", fontsize=13)
         upper.tick_params(labelsize=12)
         upper.xaxis.set_major_formatter(EngFormatter())  # 700 k instead of 700000
-    own = [line for line in axes.get_lines() if str(line.get_label()).startswith(_OF_A_PANEL)]
+    handles = zip(*axes.get_legend_handles_labels(), strict=True)
+    own = [handle for handle, label in handles if label.startswith(_OF_A_PANEL)]
     if own:
         axes.legend(handles=own, fontsize=12)
 
@@ -180,6 +248,9 @@ def _draw_line(axes: Any, panel: _Panel, steps: np.ndarray) -> None:
 def _set_limits(axes: Any, panel: _Panel, steps: np.ndarray) -> None:
     pad = max(0.5, 0.01 * (steps[-1] - steps[0]))
     axes.set_xlim(steps[0] - pad, steps[-1] + pad)
+    if panel.stack:
+        axes.set_ylim(0.0, 100.0)
+        return
     parts = [values for _, values in panel.points.values()] + ([] if panel.line is None else [panel.line])
     values = np.concatenate(parts)
     values = values[np.isfinite(values)]

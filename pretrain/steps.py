@@ -46,22 +46,25 @@ def take_step(
     global count, known before the first backward. A loss that is not finite makes all gradients so, and the
     engine leaves the update out.
     """
+    compute.begin()
     pulse.at("count")
     local_count = sum(engine.module.count(host_batch) for host_batch in micro_batches)
     count = sum_over_ranks(torch.tensor(local_count, dtype=torch.float64, device=engine.device))
     sums.add(count=local_count)
     for number, host_batch in enumerate(micro_batches):
         pulse.at("forward")
-        with compute.measured(first=number == 0):
+        with compute.measured("forward", first=number == 0):
             images, batch = prepared(host_batch)
             loss_sum, metric_sums = engine.forward(images, batch)
         pulse.at("backward")
-        loss = loss_sum / count.to(loss_sum.dtype)
-        # Not while anomalies are looked for: they are to be found where they arise.
-        engine.backward(loss if torch.is_anomaly_enabled() else loss * one_or_nan(loss))
+        with compute.measured("backward"):
+            loss = loss_sum / count.to(loss_sum.dtype)
+            # Not while anomalies are looked for: they are to be found where they arise.
+            engine.backward(loss if torch.is_anomaly_enabled() else loss * one_or_nan(loss))
         sums.add(loss=loss_sum, images=batch["weights"].sum(), **metric_sums)
     pulse.at("optimizer")
-    return engine.step(lr, freeze_backbone=freeze_backbone)
+    with compute.measured("optimizer"):
+        return engine.step(lr, freeze_backbone=freeze_backbone)
 
 
 def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
@@ -69,11 +72,11 @@ def one_or_nan(loss: torch.Tensor) -> torch.Tensor:
     return loss.detach() * 0.0 + 1.0
 
 
-def describe_batch(images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> str:
-    """Shapes and ranges, for whoever debugs."""
+def describe_batch(which: str, images: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> str:
+    """Shapes and ranges, for whoever debugs; `which` batch it is: "first"."""
     named = {"images (normalised)": images, **batch}
     return "\n".join(
-        f"first batch: {name:<20} {tensor.dtype!s:<14} {tuple(tensor.shape)!s:<20} "
+        f"{which} batch: {name:<20} {tensor.dtype!s:<14} {tuple(tensor.shape)!s:<20} "
         f"from {tensor.float().min():.4g} to {tensor.float().max():.4g}, mean {tensor.float().mean():.4g}"
         for name, tensor in named.items()
     )

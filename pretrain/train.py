@@ -29,24 +29,20 @@ from pretrain.assemble import (
     build_judge,
     build_mixing,
     build_objective,
-    build_reporter,
     build_saver,
     build_train_loader,
-    build_watch,
     open_data,
     open_mirror,
 )
 from pretrain.assemble_evaluations import build_evaluations, open_probe_data
+from pretrain.assemble_reporting import build_reporter, build_watch
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared
-from pretrain.checkpoint.run_directory import (
-    mark_finished,
-    recorded_exit,
-    write_whole,
-)
+from pretrain.checkpoint.run_directory import mark_finished, recorded_exit, write_whole
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.ledger import Ledger, check_budget
+from pretrain.debugging import Asked, Debugging
 from pretrain.derived import build_schedule, dataset_facts, patience_seconds, split_batch, total_steps
 from pretrain.distributed import (
     Sums,
@@ -60,7 +56,7 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.engine.compiled import compile_blocks
-from pretrain.errors import EXIT_FINISHED, UsageError, exit_code_of
+from pretrain.errors import EXIT_FINISHED, exit_code_of
 from pretrain.evaluations import is_due
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
@@ -73,44 +69,43 @@ from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
 from pretrain.rollback import distrust, go_back
 from pretrain.signals import StopSignals, exit_code_for
-from pretrain.steps import describe_batch, preparing, take_step
+from pretrain.steps import preparing, take_step
 
 
 def run(args: argparse.Namespace, config: RunConfig) -> int:
     """`pretrain train`: the exit code of training `config`, the recipe that the arguments named."""
-    pulse = Pulse()
+    pulse, asked = Pulse(), Asked.of(args)
     try:
         with lost_peers_named():
-            code = train(config, debug=args.debug, pulse=pulse)
+            code = train(config, asked=asked, pulse=pulse)
     finally:
         if not is_launched():  # a rank that failed stays watched until it is gone: its end can hang, too
             pulse.close()
     leave()  # only after a good end: a rank that failed must not wait for its peers
     pulse.close()
-    if code == EXIT_FINISHED and os.environ.get("RANK", "0") == "0":
+    if code == EXIT_FINISHED and not asked.overfit and os.environ.get("RANK", "0") == "0":
         export_at_the_end(config)  # after the peers were let go: it may take longer than they would wait
     return code
 
 
-def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
+def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
     """Train `config` to its last step, from its newest checkpoint if it has one; `pulse` tells where it is.
 
     Returns EXIT_FINISHED, or the code of what asked it to stop. Raises PretrainError, on every rank
     when the cause was found before the first step.
     """
-    run_dir = Path(config.run_dir)
-    if debug and is_launched():
-        raise UsageError("--debug is for one process: leave out the launcher, or leave out --debug")
+    run_dir, debug = Path(config.run_dir), asked.debug
+    asked.prepare()
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     world = join()
     if torch.are_deterministic_algorithms_enabled() != config.train.deterministic:
         torch.use_deterministic_algorithms(config.train.deterministic)  # imports a second's worth of torch
-    torch.autograd.set_detect_anomaly(debug)
 
     mirror = open_mirror(config)
     if mirror is not None:  # the run as it was, where this host has lost it
         bring_back(run_dir, mirror, world=world)
+    asked.refuse(run_dir, world=world)
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
@@ -141,7 +136,9 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         stack.enter_context(lost_peers_named())  # inside, so that the record says so
         together(lambda: build_watch(config, pulse, world=world, attempt=attempt, debug=debug))
         reporter = together(
-            lambda: build_reporter(config, world=world, attempt=attempt, total_steps=last_step)
+            lambda: build_reporter(
+                config, world=world, attempt=attempt, total_steps=last_step, num_classes=data.num_classes
+            )
         )
         stack.callback(reporter.close)
         reporter.watch_idleness(lambda: pulse.idle_seconds)
@@ -199,8 +196,9 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         prepared = preparing(engine.device, device_transform, build_mixing(config))
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
-        batches = train_loader.steps(samples)
-        undescribed = debug
+        debugging = Debugging(asked, config, world=world, class_names=data.indexes[0].class_names)
+        stack.callback(debugging.close)
+        batches = debugging.batches(train_loader.steps(samples))
         compute = ComputeTime(engine.device)
         evaluations = build_evaluations(
             config,
@@ -262,7 +260,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 evaluations.go_back(step)
                 batches.close()
                 train_loader.follow(data.stream)
-                batches = train_loader.steps(samples)
+                batches = debugging.batches(train_loader.steps(samples))
                 reporter.rollback(
                     kind=fault.kind,
                     reason=fault.reason,
@@ -285,9 +283,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 for host_batch in micro_batches:
                     if "label_bits" not in host_batch:
                         check_labels(host_batch["labels"], data.num_classes, host_batch["weights"])
-            if undescribed:
-                print(describe_batch(*prepared(micro_batches[0])), file=sys.stderr)
-                undescribed = False
+            debugging.show(micro_batches, prepared)
 
             sums, lr = Sums(engine.device), lr_of(step)
             gained = train_loader.gained()  # by reading what this step trains on
@@ -308,10 +304,10 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             saver.poll()
             flags = {"terminate": terminate, "ctrl_c": ctrl_c, "failed_saves": saver.failed()}
             sums.add(**flags, skipped=float(engine.skipped), **gained)
-            sums.add_own(compute_seconds=compute.seconds)
+            sums.add_own(compute=compute.seconds, data=reporter.throughput.data_seconds, **compute.split)
             totals = sums.over_ranks()
             step, samples = step + 1, data.stream.after(samples, global_batch_size)
-            reporter.compute_times(sums.by_rank["compute_seconds"], step=step, samples=samples)
+            reporter.times_of_ranks(sums.by_rank, step=step, samples=samples)
             reading = {name: totals.pop(name) for name in gained}
             replaced += int(reading["samples_replaced"])
             ledger.write(train_loader.replaced(), step=step)
@@ -331,6 +327,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
                 reading=reading,
                 **{name: total / images_seen for name, total in totals.items()},
             )
+            debugging.step_done(loss)
             if skipped:
                 reporter.step_skipped(step=step, samples=samples)
             is_last = step == last_step
@@ -344,7 +341,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             # Saved first: nothing that comes after may lose what was learned.
             saver.settle(failed_saves)
             due = is_due(step, config.checkpoint.every_steps) and not judge.in_trouble
-            if is_last or exit_code is not None or due:
+            if debugging.saves and (is_last or exit_code is not None or due):
                 ledger.sync()
                 facts = {
                     **identity,
@@ -366,6 +363,9 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
             if not is_last:
                 evaluations.between(step, samples)
 
+        if asked.overfit:
+            reporter.event("overfit", note=debugging.verdict(), step=step, samples=samples)
+            return EXIT_FINISHED
         # After the loop: a run that was killed between its last save and its end still gets here.
         evaluations.at_end(step, samples)
         from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))

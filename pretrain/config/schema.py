@@ -423,6 +423,9 @@ class MetricsConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 0  # 0 = off
     host: str = "127.0.0.1"
     log_every_steps: PositiveInt = 1
+    # A second, of one device: what utilisation is held against. The device's datasheet when left out
+    # (metrics/utilization.py); without either no utilisation is told.
+    peak_tflops: PositiveFloat | None = None
     tensorboard: bool = False  # event files in RUN/tensorboard
     wandb: WandbConfig | None = None
 

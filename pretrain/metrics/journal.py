@@ -3,7 +3,9 @@
 Every line has `event`, `time` (Unix seconds) and `attempt`, and most have `step` and `samples`. The
 events that are drawn:
 
-    step        step, samples, epoch, loss, lr, grad_norm, step_seconds, data_seconds, images_per_second
+    step        step, samples, epoch, loss, lr, grad_norm, step_seconds, data_seconds, images_per_second; means over
+                ranks (on GPUs of the step before): forward_seconds, backward_seconds, optimizer_seconds; utilization,
+                0 to 1, where a peak is known
     validation  step, samples, and one field a metric (loss, top1, …)
     probe       probe (knn, linear, few_shot_5, …, dense), top1, step, samples, by ("train", or "evaluate" with init),
                 and of what: train, train_identity, train_samples, val, val_identity, val_samples, num_classes

@@ -1,13 +1,14 @@
 """The numbers a Prometheus server scrapes from a running rank. Used by train.py.
 
-Names have the prefix `pretrain_`, units are base units (seconds, bytes, 0 to 1). Counters start at
-zero in every process, as Prometheus expects of a restart; `pretrain_step` and `pretrain_samples`
-are where the run as a whole stands.
+One rank a host serves them; what is of all ranks every host shows alike. Names have the prefix `pretrain_`,
+units are base units (seconds, bytes, 0 to 1). Counters start at zero in every process, as Prometheus expects
+of a restart; `pretrain_step` and `pretrain_samples` are where the run as a whole stands.
 """
 
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -18,6 +19,8 @@ from pretrain.errors import UsageError
 STEP_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 WAIT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 CHECKPOINT_BUCKETS = (0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0)
+
+MOST_RANK_SERIES = 256  # with more ranks than these, a host shows its slowest one only
 
 # What the data path counts, over all ranks and their loader workers since this process started.
 READING = {
@@ -94,9 +97,20 @@ class MetricsServer:
             buckets=WAIT_BUCKETS,
             registry=registry,
         )
+        self._phase_seconds = Counter(
+            "pretrain_phase_seconds",
+            "Time of steps by phase (data, forward, backward, optimizer): all ranks' mean, or the slowest's.",
+            ["phase", "ranks"],
+            registry=registry,
+        )
         self._images_per_second = Gauge(
             "pretrain_images_per_second", "Images trained on a second, all ranks.", registry=registry
         )
+        self._attempt = Gauge(
+            "pretrain_attempt", "The run's attempts so far, this one included.", registry=registry
+        )
+        self._world_size = Gauge("pretrain_world_size", "Ranks of this attempt.", registry=registry)
+        self._utilization: Gauge | None = None
         self._validation = Gauge(
             "pretrain_validation", "Result of the last validation, by metric.", ["metric"], registry=registry
         )
@@ -134,6 +148,7 @@ class MetricsServer:
             "Unix time of the newest committed checkpoint.",
             registry=registry,
         )
+        self._newest_commit: float | None = None
         self._checkpoint_bytes = Gauge(
             "pretrain_checkpoint_bytes", "Size of the newest committed checkpoint.", registry=registry
         )
@@ -194,10 +209,13 @@ class MetricsServer:
         data_seconds: float,
         images_per_second: float,
         reading: Mapping[str, float] = MappingProxyType({}),
+        phases: Mapping[str, Sequence[float]] = MappingProxyType({}),
+        utilization: float | None = None,
     ) -> None:
         """One finished optimizer step: `images` in this step, `samples` in the whole run so far.
 
-        reading: what the data path did in this step, by the names of READING; others are left out.
+        reading: what the data path did in this step, by the names of READING; others are left out. phases: seconds of
+        each rank, in rank order, by phase. utilization: smoothed, 0 to 1; None where no peak is known.
         """
         self._steps.inc()
         self._images.inc(images)
@@ -213,6 +231,50 @@ class MetricsServer:
         for name, gained in reading.items():
             if name in self._reading:
                 self._reading[name].inc(max(0.0, gained))
+        for name, seconds in phases.items():
+            self._phase_seconds.labels(phase=name, ranks="mean").inc(sum(seconds) / len(seconds))
+            self._phase_seconds.labels(phase=name, ranks="slowest").inc(max(seconds))
+        if self._utilization is not None and utilization is not None:
+            self._utilization.set(utilization)
+
+    def set_run(self, *, attempt: int, world_size: int) -> None:
+        self._attempt.set(attempt)
+        self._world_size.set(world_size)
+
+    def set_model_flops(self, image_flops: float, *, peak_flops: float | None, peak_name: str) -> None:
+        """Of one image, forward and backward; and what one rank's device could do a second, if that is known."""
+        of_image = "Model FLOPs of training on one image, forward and backward."
+        Gauge("pretrain_image_flops", of_image, registry=self.registry).set(image_flops)
+        if peak_flops is None:
+            return
+        peak = Gauge(
+            "pretrain_peak_flops",
+            "FLOPs a second of one rank's device that utilisation is held against, and whose they are.",
+            ["peak"],
+            registry=self.registry,
+        )
+        peak.labels(peak=peak_name).set(peak_flops)
+        self._utilization = Gauge(
+            "pretrain_model_flops_utilization",
+            "Model FLOPs over what all ranks' devices could do at the named peak, 0 to 1, over the last 50 steps.",
+            registry=self.registry,
+        )
+
+    def watch_commits(self, newest: float | None) -> None:
+        """Show how old the newest commit is. newest: Unix time of the one that the run goes on from; None for none.
+
+        For the rank that hears of commits: an age that others would show grows for ever.
+        """
+        self._newest_commit = newest
+        if newest is not None:
+            self._checkpoint_last_commit.set(newest)
+        began = time.time()
+        age = Gauge(
+            "pretrain_checkpoint_age_seconds",
+            "Time since the newest commit of the run; where there is none, since this process began.",
+            registry=self.registry,
+        )
+        age.set_function(lambda: max(0.0, time.time() - (self._newest_commit or began)))
 
     def watch_cache(self, cached_bytes: Callable[[], float]) -> None:
         """Have the cache's size asked for at each scrape; other processes and runs change it, too."""
@@ -224,8 +286,14 @@ class MetricsServer:
 
     def set_compute_seconds(self, seconds: Sequence[float], *, hosts: Sequence[str], num_slow: int) -> None:
         """`seconds` and `hosts` in rank order; num_slow: how many ranks are called slow."""
-        for rank, (host, value) in enumerate(zip(hosts, seconds, strict=True)):
-            self._rank_compute_seconds.labels(rank=str(rank), host=host).set(value)
+        shown = {(str(rank), host): seconds[rank] for rank, host in enumerate(hosts)}
+        if len(seconds) > MOST_RANK_SERIES:
+            by_host: dict[tuple[str, str], float] = {}
+            for (_, host), value in shown.items():
+                by_host["slowest", host] = max(value, by_host.get(("slowest", host), 0.0))
+            shown = by_host
+        for (rank_name, host), value in shown.items():
+            self._rank_compute_seconds.labels(rank=rank_name, host=host).set(value)
         self._slowest_rank.set(max(range(len(seconds)), key=seconds.__getitem__))
         self._slow_ranks.set(num_slow)
 
@@ -240,6 +308,7 @@ class MetricsServer:
         self._checkpoint_stall_seconds.observe(stall_seconds)
         self._checkpoint_bytes.set(size_bytes)
         self._checkpoint_last_commit.set(committed_at)
+        self._newest_commit = committed_at
 
     def count_rejected_checkpoint(self) -> None:
         self._checkpoints_rejected.inc()

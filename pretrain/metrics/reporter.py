@@ -24,6 +24,7 @@ from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.metrics.throughput import StepTimes, Throughput
 from pretrain.metrics.trackers import Trackers
+from pretrain.metrics.utilization import Utilization
 from pretrain.watchdog import read_records
 
 FEW_LANES = 64
@@ -46,7 +47,10 @@ class Reporter:
         trackers: Trackers | None = None,
         slow_ranks: SlowRanks | None = None,
         hosts: Sequence[str] = (),
+        utilization: Utilization | None = None,
     ) -> None:
+        self._utilization = utilization
+        self._phases: Mapping[str, Sequence[float]] = {}  # of the step under way, seconds of each rank
         self._trackers = trackers
         self._finished = False
         self._total_steps = total_steps
@@ -72,6 +76,7 @@ class Reporter:
         trackers: Trackers | None = None,
         slow_ranks: SlowRanks | None = None,
         hosts: Sequence[str] = (),
+        utilization: Utilization | None = None,
     ) -> Reporter:
         """`hosts`: of all ranks, in their order."""
         return cls(
@@ -83,6 +88,7 @@ class Reporter:
             total_steps=total_steps,
             slow_ranks=slow_ranks,
             hosts=hosts,
+            utilization=utilization,
         )
 
     def event(self, event: str, *, note: str | None = None, **fields: Any) -> None:
@@ -219,8 +225,14 @@ class Reporter:
         if self._server:
             self._server.watch_idleness(idle_seconds)
 
-    def compute_times(self, seconds: Sequence[float], *, step: int, samples: int) -> None:
-        """What each rank took in a step to compute before it first waited for others, in rank order."""
+    def times_of_ranks(self, by_rank: Mapping[str, Sequence[float]], *, step: int, samples: int) -> None:
+        """Before `step`: what a step took each rank, in rank order; "compute": to compute before it first waited for
+        others; the rest by phase. On GPUs all but "data" is of the step before.
+        """
+        self._phases = {name: seconds for name, seconds in by_rank.items() if name != "compute"}
+        self._compare_ranks(by_rank["compute"], step=step, samples=samples)
+
+    def _compare_ranks(self, seconds: Sequence[float], *, step: int, samples: int) -> None:
         if self._slow_ranks is None or len(seconds) < 2:
             return
         found = self._slow_ranks.add(seconds)
@@ -273,6 +285,12 @@ class Reporter:
         # The last step, and one that ends the run, are wanted whatever the interval.
         due = step % self._log_every_steps == 0 or step == self._total_steps
         if self._journal and (due or not math.isfinite(loss + grad_norm)):
+            split = {
+                f"{name}_seconds": sum(seconds) / len(seconds)
+                for name, seconds in self._phases.items()
+                if name != "data"
+            }
+            mfu = self._utilization.of(times.images_per_second) if self._utilization else None
             fields = {
                 "samples": samples,
                 "epoch": epoch,
@@ -282,6 +300,8 @@ class Reporter:
                 "step_seconds": times.step_seconds,
                 "data_seconds": times.data_seconds,
                 "images_per_second": times.images_per_second,
+                **split,
+                **({} if mfu is None else {"utilization": mfu}),
                 "replaced": replaced,
                 **metrics,
             }
@@ -301,6 +321,10 @@ class Reporter:
                 data_seconds=times.data_seconds,
                 images_per_second=times.images_per_second,
                 reading=reading,
+                phases=self._phases,
+                utilization=self._utilization.of(self.throughput.images_per_second)
+                if self._utilization
+                else None,
             )
         if self._progress and replaced >= self._next_told_replaced:  # the first, the tenth, …
             self._progress.note(

@@ -42,12 +42,18 @@ class Throughput:
         assert self._started is not None, "data_arrived() comes after start()"
         self._data_arrived = self._clock()
 
+    @property
+    def data_seconds(self) -> float:
+        """That the step under way waited for data; 0 before they have arrived."""
+        if self._started is None or self._data_arrived is None:
+            return 0.0
+        return self._data_arrived - self._started
+
     def finish(self, images: int) -> StepTimes:
         """End the step that trained on `images` images, counted over all ranks."""
         assert self._started is not None, "finish() comes after start()"
-        data_seconds = 0.0 if self._data_arrived is None else self._data_arrived - self._started
         times = StepTimes(
-            step_seconds=self._clock() - self._started, data_seconds=data_seconds, images=images
+            step_seconds=self._clock() - self._started, data_seconds=self.data_seconds, images=images
         )
         self._window.append(times)
         self._started = None

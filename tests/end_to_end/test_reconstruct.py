@@ -5,9 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 from PIL import Image
 from small_run import pretrain
+
+from pretrain.debugging import Asked
+from pretrain.distributed import join
+from pretrain.errors import UsageError
 
 
 def test_the_picture_keeps_visible_patches_and_fills_the_others(
@@ -21,6 +26,9 @@ def test_the_picture_keeps_visible_patches_and_fills_the_others(
     trained = pretrain("train", str(recipe), "--debug")
     assert trained.returncode == 0, trained.stderr
     assert "first batch: images (normalised)" in trained.stderr
+    assert Image.open(tmp_path / "run" / "debug" / "first_batch.png").width > 128
+    with pytest.raises(UsageError, match="holds a run's checkpoints"):
+        Asked(overfit=True).refuse(tmp_path / "run", world=join())
     out = tmp_path / "sheet.png"
     drawn = pretrain("reconstruct", str(tmp_path / "run"), str(shards), str(out), "--images", "2")
     assert drawn.returncode == 0, drawn.stderr

@@ -1,36 +1,17 @@
 """The endpoint is what Prometheus takes: checked by promtool and by a real server's scrape."""
 
-import json
-import os
-import shutil
-import socket
 import subprocess
 import time
-import urllib.parse
 import urllib.request
 
 import pytest
+from launching import free_port
 from prometheus_client.parser import text_string_to_metric_families
+from services.prometheus import need, scraping
 
 from pretrain.errors import UsageError
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.storage import ChunkCache
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def need(program: str) -> str:
-    path = shutil.which(program)
-    if path is None:
-        reason = f"{program} is not installed (apt-get install prometheus)"
-        if os.environ.get("PRETRAIN_REQUIRE_SERVICES") == "1":
-            pytest.fail(reason)
-        pytest.skip(reason)
-    return path
 
 
 @pytest.fixture
@@ -42,6 +23,9 @@ def server():
 
 
 def observe_everything(server) -> None:
+    server.set_run(attempt=3, world_size=2)
+    server.set_model_flops(105e9, peak_flops=989.5e12, peak_name="H100, bf16 dense, datasheet")
+    server.watch_commits(None)
     for step in (1, 2, 3):
         server.observe_step(
             step=100 + step,
@@ -59,6 +43,8 @@ def observe_everything(server) -> None:
                 "cache_hits": 5.0,
                 "unheard_of": 1.0,
             },
+            phases={"data": [0.004, 0.012], "forward": [0.05, 0.07]},
+            utilization=0.4,
         )
     server.observe_checkpoint(seconds=3.0, stall_seconds=0.3, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
@@ -100,6 +86,14 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_step_seconds_bucket[0.25]": 3,
         "pretrain_data_wait_seconds_sum": pytest.approx(0.012),
         "pretrain_images_per_second": 320,
+        "pretrain_phase_seconds_total[data][mean]": pytest.approx(0.024),
+        "pretrain_phase_seconds_total[data][slowest]": pytest.approx(0.036),
+        "pretrain_phase_seconds_total[forward][mean]": pytest.approx(0.18),
+        "pretrain_attempt": 3,
+        "pretrain_world_size": 2,
+        "pretrain_image_flops": 105e9,
+        "pretrain_peak_flops[H100, bf16 dense, datasheet]": 989.5e12,
+        "pretrain_model_flops_utilization": 0.4,
         "pretrain_validation[loss]": 1.5,
         "pretrain_validation[top1]": 0.25,
         "pretrain_checkpoint_seconds_count": 1,
@@ -128,6 +122,36 @@ def test_a_caches_size_is_what_it_is_when_it_is_scraped(server, tmp_path):
         data = bytes(100 if number == 0 else 5000)
         cache.get(str(number), len(data), lambda data=data: data).close()
         assert samples_of(scrape(server))["pretrain_cache_bytes"] == cache.used_bytes() == held * 4096
+
+
+def test_the_age_of_the_newest_commit_goes_on_over_a_restart_and_starts_with_a_run_that_has_none(server):
+    now = time.time()
+    server.watch_commits(now - 500)
+    assert samples_of(scrape(server))["pretrain_checkpoint_age_seconds"] == pytest.approx(500, abs=5)
+    server.observe_checkpoint(seconds=3.0, stall_seconds=0.3, size_bytes=10**9, committed_at=now - 20)
+    assert samples_of(scrape(server))["pretrain_checkpoint_age_seconds"] == pytest.approx(20, abs=5)
+    fresh = MetricsServer(port=0)
+    assert (
+        fresh.registry.get_sample_value("pretrain_checkpoint_age_seconds") is None
+    )  # no other host's to tell
+    fresh.watch_commits(None)
+    assert fresh.registry.get_sample_value("pretrain_checkpoint_age_seconds") == pytest.approx(0, abs=5)
+
+
+def test_without_a_known_peak_no_utilisation_is_told(server):
+    server.set_model_flops(105e9, peak_flops=None, peak_name="")
+    samples = samples_of(scrape(server))
+    assert samples["pretrain_image_flops"] == 105e9
+    assert not [name for name in samples if "utilization" in name or "peak" in name]
+
+
+def test_of_more_ranks_than_can_be_shown_each_host_shows_its_slowest(server):
+    hosts = [f"h{rank // 8}" for rank in range(512)]
+    seconds = [0.1 + rank / 1000 for rank in range(512)]
+    server.set_compute_seconds(seconds, hosts=hosts, num_slow=0)
+    shown = {n: v for n, v in samples_of(scrape(server)).items() if "rank_compute" in n}
+    assert len(shown) == 64
+    assert shown["pretrain_rank_compute_seconds[h3][slowest]"] == seconds[31]
 
 
 def test_a_loss_that_is_not_a_number_does_not_break_the_endpoint(server):
@@ -202,46 +226,11 @@ def test_promtool_has_nothing_to_say_against_the_metrics(server):
 
 
 def test_a_real_prometheus_scrapes_the_endpoint_and_answers_queries(server, tmp_path):
-    prometheus = need("prometheus")
     observe_everything(server)
-    config = tmp_path / "prometheus.yml"
-    config.write_text(
-        "global: {scrape_interval: 200ms, scrape_timeout: 200ms}\n"
-        "scrape_configs:\n"
-        "  - job_name: pretrain\n"
-        f"    static_configs: [{{targets: ['127.0.0.1:{server.port}']}}]\n"
-    )
-    port = free_port()
-
-    def query(expression: str) -> list[dict]:
-        url = f"http://127.0.0.1:{port}/api/v1/query?" + urllib.parse.urlencode({"query": expression})
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                return json.load(answer)["data"]["result"]
-        except OSError:  # not listening yet
-            return []
-
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(
-            [
-                prometheus,
-                f"--config.file={config}",
-                f"--storage.tsdb.path={tmp_path / 'data'}",
-                f"--web.listen-address=127.0.0.1:{port}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        deadline = time.monotonic() + 30
-        while not (up := query("pretrain_steps_total")) and time.monotonic() < deadline:
-            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
-            time.sleep(0.1)
-        assert up[0]["value"][1] == "3"
-        assert query("up{job='pretrain'}")[0]["value"][1] == "1"
-        assert query("pretrain_info")[0]["metric"]["model"] == "vit-large"
-        [wait] = query("pretrain_data_wait_seconds_sum / pretrain_step_seconds_sum")
+    with scraping(tmp_path, [f"127.0.0.1:{server.port}"]) as prometheus:
+        [steps] = prometheus.wait_for("pretrain_steps_total")
+        assert steps["value"][1] == "3"
+        assert prometheus.query("up{job='pretrain'}")[0]["value"][1] == "1"
+        assert prometheus.query("pretrain_info")[0]["metric"]["model"] == "vit-large"
+        [wait] = prometheus.query("pretrain_data_wait_seconds_sum / pretrain_step_seconds_sum")
         assert float(wait["value"][1]) == pytest.approx(0.02)
-    finally:
-        process.terminate()
-        process.wait(timeout=30)

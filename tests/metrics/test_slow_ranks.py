@@ -114,7 +114,8 @@ def test_a_slow_rank_and_its_recovery_are_told_once_each(tmp_path, capsys):
         hosts=["a", "b", "b"],
     )
     for step in range(1, 60):
-        reporter.compute_times([0.2, 0.2, 0.4 if step < 30 else 0.2], step=step, samples=16 * step)
+        compute = [0.2, 0.2, 0.4 if step < 30 else 0.2]
+        reporter.times_of_ranks({"compute": compute}, step=step, samples=16 * step)
     reporter.close()
     told = [
         line for line in read_journal(tmp_path / "journal.jsonl") if line["event"].startswith("slow_rank")
@@ -130,6 +131,6 @@ def test_a_slow_rank_and_its_recovery_are_told_once_each(tmp_path, capsys):
 def test_compute_time_is_that_of_the_first_micro_batch():
     compute = ComputeTime(torch.device("cpu"))
     for number, seconds in enumerate([0.05, 0.15, 0.15]):
-        with compute.measured(first=number == 0):
+        with compute.measured("forward", first=number == 0):
             time.sleep(seconds)
     assert 0.05 <= compute.seconds < 0.15

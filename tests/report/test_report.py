@@ -1,8 +1,11 @@
 """The report tells what the journal says: of attempts that count, with gaps where numbers are missing."""
 
+import base64
 import math
+import re
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -15,7 +18,7 @@ from pretrain.errors import UsageError
 from pretrain.metrics.effective import counted_seconds, effective_time
 from pretrain.metrics.journal import Journal
 from pretrain.report import summarize
-from pretrain.report_picture import draw
+from pretrain.report_picture import draw, draw_panels
 
 BLUE, RED, ORANGE = (
     (31, 119, 180),
@@ -225,3 +228,71 @@ def test_where_the_run_went_back_is_told_and_drawn(tmp_path, capsys):
     assert table["rollbacks"] == "spike at step 17, back to 8"
     tab_red = (214, 39, 40)
     assert colors_of(tmp_path / "picture.png")[tab_red] > 200
+
+
+def test_the_page_holds_curves_faults_attempts_data_and_recipe_and_needs_no_other_file(tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    write_attempt(run, 1, range(1, 31))
+    append_attempt(
+        run,
+        {
+            "attempt": 1,
+            "started": 100.0,
+            "ended": 160.0,
+            "exit_code": 1,
+            "reason": "rank 1 on <host>: SIGKILL",
+            "last_step": 30,
+            "first_step": 1,
+            "steps_lost": 5,
+            "restart": True,
+        },
+    )
+    write_attempt(run, 2, range(26, 41))
+    journal = Journal(run / "journal.jsonl", attempt=2)
+    journal.append("step", step=41, samples=41 * 32, loss=0.2, step_seconds=1.0, forward_seconds=0.2,
+                   backward_seconds=0.5, optimizer_seconds=0.1, data_seconds=0.1, utilization=0.25)  # fmt: skip
+    journal.append("rollback", kind="spike", reason="a loss of 9", from_step=41, from_samples=41 * 32, step=40,
+                   samples=40 * 32, skipped=[])  # fmt: skip
+    journal.append("data", segments=[{"start": 0, "datasets": [{"identity": "abc123"}]}])
+    (run / "config.yaml").write_text("seed: 3  # <b>\n")
+    assert main(["report", str(run), "--html", str(tmp_path / "out.html")]) == 0
+    assert f"page                   {tmp_path / 'out.html'}" in capsys.readouterr().out
+    assert not (run / "report.png").exists()
+    page = (tmp_path / "out.html").read_text()
+    for part in (
+        "rank 1 on &lt;host&gt;: SIGKILL; 5 steps lost",
+        "a loss of 9; from step 41 back to 40",
+        "abc123",
+        "seed: 3  # &lt;b&gt;",
+        "attempts, 1 of them crashed",
+    ):
+        assert part in page, part
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    assert sources
+    assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
+    assert "<script" not in page
+    drawn = [base64.b64decode(source.partition(",")[2]) for source in sources]
+    titles = re.findall(r'<img alt="([^"]*)"', page)
+    assert {"Loss", "Validation", "Speed"} <= set(titles)
+    assert b">validation loss<" in drawn[titles.index("Loss")], "text stays text"
+    for svg in drawn:
+        ElementTree.fromstring(svg)
+
+
+def test_a_steps_time_is_drawn_by_phase(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl", attempt=1)
+    for step in range(1, 41):
+        journal.append("step", step=step, samples=step * 32, loss=1.0, step_seconds=1.0, data_seconds=0.1,
+                       forward_seconds=0.2, backward_seconds=0.5, optimizer_seconds=0.1, utilization=0.25)  # fmt: skip
+    curves = read_curves(tmp_path)
+    panels = draw_panels(curves)
+    assert {"Where a step's time goes", "Model FLOPs utilisation"} <= panels.keys()
+    assert b">in backward<" in panels["Where a step's time goes"]
+    assert summarize(curves)["utilisation"] == "25.0% of the named peak (median)"
+
+
+def test_a_page_that_cannot_be_written_is_refused_with_2(tmp_path, capsys):
+    write_attempt(tmp_path, 1, range(1, 3))
+    assert main(["report", str(tmp_path), "--html", str(tmp_path / "nowhere" / "out.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
