@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.keyed_random import DROP_PATH, keyed_uniform
-
-# DINOv2's: below it, picking the samples costs what it saves
-SUBSET_FROM_RATE = 0.1
-
-
-def drop_rates(rate: float, depth: int) -> list[float]:
-    """The rate of each block: linear from 0 to `rate` at the last."""
-    return [rate * block / max(depth - 1, 1) for block in range(depth)]
+from pretrain.models.drop_rates import SUBSET_FROM_RATE, drop_rates
 
 
 def branch_scales(sample_keys_B: Tensor | None, *, rate: float, depth: int, dtype: torch.dtype) -> Tensor:
