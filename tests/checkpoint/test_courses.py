@@ -31,7 +31,7 @@ from pretrain.datasets import newest_manifest
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.judge import Fault
 from pretrain.resume import has_checkpoint
-from pretrain.rollback import distrust
+from pretrain.rollback import Rollback
 
 SHAPES = {"w": [1000], "b": [3]}
 B = 8  # positions a step, see `facts`
@@ -53,10 +53,21 @@ def fault(steps: int) -> Fault:
 
 def find_fault(run_dir: Path, saver: Saver, *, step: int, steps: int) -> None:
     """After `step` steps it is found that the last `steps` are not to be trusted."""
-    distrust(
-        fault(steps), run_dir, data=data(), samples=B * step, world=ALONE, attempt=1, global_batch_size=B,
-        mirror=None, saver=saver,
-    )  # fmt: skip
+    rollback = Rollback(
+        run_dir=run_dir,
+        engine=HeldState(SHAPES),
+        world=ALONE,
+        attempt=1,
+        global_batch_size=B,
+        mirror=None,
+        saver=saver,
+        on_rejected=no_rejection,
+    )
+    rollback.distrust(fault(steps), data(), samples=B * step)
+
+
+def no_rejection(path: Path, reason: Exception) -> None:
+    raise AssertionError(f"{path} was passed over: {reason}")
 
 
 def steps(folders: list[Path]) -> list[int]:
