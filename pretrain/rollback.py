@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pretrain.assemble import Data
+from pretrain.assemble_data import Data
 from pretrain.checkpoint.courses import given_up
 from pretrain.checkpoint.distrusted import Distrusted, distrusting, read_distrusted, write_distrusted
 from pretrain.checkpoint.manifest import Manifest, known

@@ -24,18 +24,15 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
-    build_device_transform,
     build_engine,
     build_judge,
-    build_mixing,
     build_objective,
     build_reporter,
     build_saver,
-    build_train_loader,
     build_watch,
-    open_data,
     open_mirror,
 )
+from pretrain.assemble_data import build_device_transform, build_mixing, build_train_loader, open_data
 from pretrain.assemble_evaluations import build_evaluations, open_probe_data
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared

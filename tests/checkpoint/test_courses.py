@@ -13,7 +13,7 @@ import pytest
 from held_state import ALONE, HeldState, facts, make_saver
 
 import pretrain.rollback
-from pretrain.assemble import Data
+from pretrain.assemble_data import Data
 from pretrain.checkpoint.courses import find_newest, given_up, standing
 from pretrain.checkpoint.distrusted import (
     DISTRUSTED_NAME,
