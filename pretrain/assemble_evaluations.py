@@ -1,4 +1,4 @@
-"""From a recipe to what a run measures beside its training. Called by train.py, above assemble.py's parts."""
+"""From a recipe to what a run measures beside its training. Called by train.py, above assemble_data.py's parts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pretrain.assemble import Data, build_reader, num_label_bits
+from pretrain.assemble_data import Data, build_reader, num_label_bits
 from pretrain.config.schema import ProbesConfig, RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform
 from pretrain.data.decode import resolve_decoder

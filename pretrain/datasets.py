@@ -1,6 +1,6 @@
 """Open what a run consumes: the datasets of its recipe and of the changes since, and the stream over them.
 
-Called by assemble.py for training, and by the commands that look at a run without torch: `--dry-run`,
+Called by assemble_data.py for training, and by the commands that look at a run without torch: `--dry-run`,
 `pretrain order` and `pretrain data-change`.
 """
 

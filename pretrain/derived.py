@@ -1,6 +1,6 @@
-"""What follows from a recipe without training: batch split, steps, samples, cost. No torch.
+"""What follows from a recipe without training: batch split, steps, schedule, classes. No torch.
 
-Called by train.py before anything is built, and printed by `--dry-run`.
+Called by train.py before anything is built, and printed by `--dry-run`; cost.py has what it costs.
 """
 
 from __future__ import annotations

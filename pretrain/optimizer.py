@@ -10,7 +10,7 @@ from torch import nn
 
 from pretrain.config.schema import RunConfig
 from pretrain.derived import backbone_spec, peak_lr
-from pretrain.models.layer_ids import layer_of
+from pretrain.models.layer_ids import layer_of, num_layers
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.lamb import Lamb
 from pretrain.optim.muon import Muon
@@ -60,13 +60,12 @@ def _layer_scale(config: RunConfig) -> Callable[[str], float]:
     if config.optim.layer_decay is None:
         return lambda _: 1.0
     spec = backbone_spec(config)
-    depths = tuple(getattr(spec, "depths", None) or (spec.depth,))  # of each stage; a ViT is one
-    name = config.model.name
+    depths = spec.depths or (spec.depth,)  # of each stage; a ViT is one
 
     def layer(parameter: str) -> int:
-        return layer_of(name, parameter, depths)
+        return layer_of(spec.name, parameter, depths)
 
-    return layer_scales(layer, num_layers=sum(depths), decay=config.optim.layer_decay)
+    return layer_scales(layer, num_layers=num_layers(depths), decay=config.optim.layer_decay)
 
 
 def average_builder(config: RunConfig) -> Callable[[list[torch.Tensor]], WeightAverage] | None:

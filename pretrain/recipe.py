@@ -32,6 +32,7 @@ from pretrain.derived import (
 )
 from pretrain.errors import ConfigError, PretrainError
 from pretrain.formats.limits import why_not
+from pretrain.metrics.notes import FEW_LANES
 from pretrain.storage import is_remote
 
 
@@ -140,7 +141,11 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     yield "images a rank a step", f"{split.slice_size}" + (f" ({pads} pads over all ranks)" if pads else "")
     yield "micro-batches a step", f"{split.accumulation_steps} of {split.micro_batch_size}"
 
-    few = "" if lanes >= 64 else "; few lanes mix a batch from few places: a multiple of 64 is better"
+    few = (
+        ""
+        if lanes >= FEW_LANES
+        else f"; few lanes mix a batch from few places: a multiple of {FEW_LANES} is better"
+    )
     yield "order", f"{lanes} lanes{few}"
     amplification = 1 + (world_size - 1) / lanes if world_size <= lanes else float(world_size) / lanes + 1
     yield "read amplification", f"at most {amplification:.3f} x the chunks' bytes an epoch over all ranks"

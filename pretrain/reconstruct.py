@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from pretrain.assemble import build_device_transform, build_objective, build_reader
+from pretrain.assemble import build_objective
+from pretrain.assemble_data import build_device_transform, build_reader
 from pretrain.checkpoint.load import find_newest, load_weights, read_manifest
 from pretrain.config.load import parse_config
 from pretrain.data.augment import EvalTransform

@@ -22,13 +22,8 @@ from typing import Any
 
 import torch
 
-from pretrain.assemble import (
-    Data,
-    build_device_transform,
-    build_mixing,
-    build_objective,
-    build_train_loader,
-)
+from pretrain.assemble import build_objective
+from pretrain.assemble_data import Data, build_device_transform, build_mixing, build_train_loader
 from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest

@@ -24,16 +24,13 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
-    build_device_transform,
     build_engine,
     build_judge,
-    build_mixing,
     build_objective,
     build_saver,
-    build_train_loader,
-    open_data,
     open_mirror,
 )
+from pretrain.assemble_data import build_device_transform, build_mixing, build_train_loader, open_data
 from pretrain.assemble_evaluations import build_evaluations, open_probe_data
 from pretrain.assemble_reporting import build_reporter, build_watch
 from pretrain.checkpoint.manifest import Manifest
@@ -57,7 +54,6 @@ from pretrain.distributed import (
 )
 from pretrain.engine.compiled import compile_blocks
 from pretrain.errors import EXIT_FINISHED, exit_code_of
-from pretrain.evaluations import is_due
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
@@ -67,7 +63,7 @@ from pretrain.objectives.classification import check_labels
 from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
-from pretrain.rollback import distrust, go_back
+from pretrain.rollback import Rollback
 from pretrain.signals import StopSignals, exit_code_for
 from pretrain.steps import preparing, take_step
 
@@ -163,7 +159,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         )
         # Only now: a recipe that was refused must not stand where the run's own did.
         from_main(world, lambda: write_whole(run_dir / "config.yaml", as_yaml(config).encode()))
-        step, samples, replaced = standing(manifest)
+        step, samples, replaced = place_of(manifest)
         pulse.at("start", step)
         together(lambda: data.require_from(samples))
         from_main(world, lambda: data.keep_order(run_dir))
@@ -224,6 +220,16 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
                 is_shared=shared,
             )
         )
+        rollback = Rollback(
+            run_dir=run_dir,
+            engine=engine,
+            world=world,
+            attempt=attempt,
+            global_batch_size=global_batch_size,
+            mirror=mirror,
+            saver=saver,
+            on_rejected=reporter.checkpoint_rejected,
+        )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
         evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
@@ -232,29 +238,13 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.
             if fault is not None:
                 pulse.at("start", step)
-                where: dict[str, Any] = {
-                    "data": data,
-                    "samples": samples,
-                    "world": world,
-                    "attempt": attempt,
-                    "mirror": mirror,
-                    "saver": saver,
-                    "global_batch_size": global_batch_size,
-                }
                 if not fault.skip:  # what is skipped stands in a list of its own
-                    distrust(fault, run_dir, **where)
+                    rollback.distrust(fault, data, samples=samples)
                 judge.went_back(fault, step=step)
-                came_to = {"from_step": step, "from_samples": samples}
-                manifest, data = go_back(
-                    fault,
-                    run_dir,
-                    engine,
-                    identity=identity,
-                    on_rejected=reporter.checkpoint_rejected,
-                    **where,
-                )
+                came_from = {"from_step": step, "from_samples": samples}
+                manifest, data = rollback.go_back(fault, data, samples=samples, identity=identity)
                 identity["skipped"] = data.skipped
-                step, samples, replaced = standing(manifest)
+                step, samples, replaced = place_of(manifest)
                 judge.load_state_dict(manifest.judged)
                 replicas.begin(step)
                 evaluations.go_back(step)
@@ -264,7 +254,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
                 reporter.rollback(
                     kind=fault.kind,
                     reason=fault.reason,
-                    **came_to,
+                    **came_from,
                     step=step,
                     samples=samples,
                     global_batch_size=global_batch_size,
@@ -340,7 +330,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
 
             # Saved first: nothing that comes after may lose what was learned.
             saver.settle(failed_saves)
-            due = is_due(step, config.checkpoint.every_steps) and not judge.in_trouble
+            due = step % config.checkpoint.every_steps == 0 and not judge.in_trouble
             if debugging.saves and (is_last or exit_code is not None or due):
                 ledger.sync()
                 facts = {
@@ -373,7 +363,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         return EXIT_FINISHED
 
 
-def standing(manifest: Manifest | None) -> tuple[int, int, int]:
+def place_of(manifest: Manifest | None) -> tuple[int, int, int]:
     """(step, position, samples replaced so far) that a run goes on from."""
     return (manifest.step, manifest.samples, manifest.replaced) if manifest else (0, 0, 0)
 

@@ -241,6 +241,17 @@ def read_records(folder: Path) -> dict[int, dict[str, Any]]:
     return records
 
 
+def ended_ranks(attempts: Path, *, before: int) -> list[tuple[int, dict[str, Any]]]:
+    """(attempt, record) of each rank that a watchdog ended before the attempt `before`. attempts: the run's folder of
+    them."""
+    found = []
+    for folder in attempts.iterdir():
+        if folder.name.isdigit() and int(folder.name) < before:
+            records = read_records(folder).values()
+            found += [(int(folder.name), record) for record in records if record.get("expired")]
+    return found
+
+
 def _where(sight: Sight) -> str:
     return f"phase {sight.phase} after step {sight.step}"
 

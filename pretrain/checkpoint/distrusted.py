@@ -9,17 +9,15 @@ steps has a later number, and counts. Imports no torch and no numpy: writers rea
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.run_directory import write_whole
-from pretrain.errors import CheckpointError
+from pretrain.checkpoint.run_lists import read_list, write_list
 
 DISTRUSTED_NAME = "distrusted.json"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,32 +40,25 @@ class Distrusted:
 
 def read_distrusted(run_dir: Path) -> tuple[Distrusted, ...]:
     """None for a run that trusts all of its saves. Raises CheckpointError when damaged."""
-    path = Path(run_dir) / DISTRUSTED_NAME
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
-                "use the version of this project that wrote it"
-            )
-        found = tuple(Distrusted(**record) for record in body["courses"])
+
+    def parse(records: list[dict[str, Any]]) -> tuple[Distrusted, ...]:
+        found = tuple(Distrusted(**record) for record in records)
         if not all(isinstance(n, int) for one in found for n in (one.beyond, one.attempt, one.saves)):
             raise ValueError("beyond, attempt and saves are whole numbers")
         return found
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__} {error}; it says which checkpoints may hold wrong "
-            "weights: bring it back from a copy; without one remove it, and all checkpoints newer than the last "
-            "`rollback` in journal.jsonl leads to"
-        ) from None
+
+    return read_list(
+        Path(run_dir) / DISTRUSTED_NAME,
+        "courses",
+        parse,
+        if_damaged="it says which checkpoints may hold wrong weights: bring it back from a copy; without one remove "
+        "it, and all checkpoints newer than the last `rollback` in journal.jsonl leads to",
+    )
 
 
 def write_distrusted(run_dir: Path, distrusted: Sequence[Distrusted]) -> None:
     """Whole or not at all. Raises PretrainError."""
-    body = {"format_version": FORMAT_VERSION, "courses": [asdict(one) for one in distrusted]}
-    write_whole(Path(run_dir) / DISTRUSTED_NAME, json.dumps(body, indent=1).encode() + b"\n")
+    write_list(Path(run_dir) / DISTRUSTED_NAME, "courses", map(asdict, distrusted))
 
 
 def distrusting(distrusted: Sequence[Distrusted], more: Iterable[Distrusted]) -> tuple[Distrusted, ...]:

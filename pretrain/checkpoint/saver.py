@@ -1,20 +1,15 @@
 """Save checkpoints beside training: copy the state, and leave the rest to a process of its own. Used by train.py.
 
-Every rank has a `Saver`, and it a writer process (writer.py). A save stops training for the copy alone. What a
-writer could not do is known at the next step: ranks sum `failed()` with the step's other numbers, and
-`settle` gives the save up everywhere. A save of which one rank's part is missing is never committed.
+Every rank has a `Saver`, and it a process that writes (writer_process.py, writer.py). A save stops training for the
+copy alone. What a writer could not do is known at the next step: ranks sum `failed()` with the step's other numbers,
+and `settle` gives the save up everywhere. A save of which one rank's part is missing is never committed.
 
 Journal: `checkpoint` (committed), `checkpoint_failed` (step, reasons, in_a_row).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import select
-import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -29,14 +24,13 @@ from pretrain.checkpoint.manifest import CHECKPOINTS, mirrored_folder, read_mani
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.snapshot import Snapshot
 from pretrain.checkpoint.staging import staging_folder
-from pretrain.checkpoint.writer import Settings
+from pretrain.checkpoint.writer_process import WriterProcess
 from pretrain.distributed import World, gather_objects, sum_over_ranks
 from pretrain.engine.base import Engine, parameter_shapes
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.metrics.reporter import Reporter
 
 _LAST_SECONDS = 5.0  # for a save that is under way when the process has to end
-_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP}
 
 
 @dataclass(kw_only=True)
@@ -255,8 +249,8 @@ class Saver:
     def _failed_anywhere(self) -> float:
         return float(sum_over_ranks(torch.tensor(self.failed(), device=self._engine.device)))
 
-    def _start(self) -> _Writer:
-        return _Writer(
+    def _start(self) -> WriterProcess:
+        return WriterProcess(
             run_dir=str(self._run_dir.absolute()),
             rank=self._world.rank,
             world_size=self._world.world_size,
@@ -343,67 +337,3 @@ class Saver:
         save.written = True
         self._committed(save, size_bytes=size_bytes, at=time.time())
         return True
-
-
-class _Writer:
-    """The writer's process, as the trainer holds it."""
-
-    def __init__(self, *, memory: int, **settings: Any) -> None:
-        ours, theirs = socket.socketpair()
-        self._connection = ours
-        self._buffer = b""
-        self.alive = True
-        self.served = False  # has it ever answered?
-        arguments = Settings(control=theirs.fileno(), memory=memory, parent=os.getpid(), **settings)
-        # Held back until it ignores them: one that comes while it starts must not end it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pretrain.checkpoint.writer", arguments.to_json()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), memory),
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()
-
-    def send(self, order: dict[str, Any]) -> bool:
-        if self.alive:
-            try:
-                self._connection.sendall(json.dumps(order).encode() + b"\n")
-            except OSError:
-                self.alive = False
-        return self.alive
-
-    def receive(self, seconds: float) -> list[dict[str, Any]]:
-        """What it reports, waiting so long at most for the first word of it."""
-        if not self.alive or not select.select([self._connection], [], [], seconds)[0]:
-            return []
-        try:
-            received = self._connection.recv(1 << 16)
-        except OSError:
-            received = b""
-        if not received:
-            self.alive = False
-            return []
-        *lines, self._buffer = (self._buffer + received).split(b"\n")
-        self.served = self.served or bool(lines)
-        return [json.loads(line) for line in lines]
-
-    def how_it_ended(self) -> str:
-        self._connection.close()
-        try:
-            code = self._process.wait(2)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return "closed its connection"
-        if code >= 0:
-            return f"ended with exit code {code}"
-        hint = "; out of memory? see `dmesg`" if -code == signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-code).name}{hint}"
-
-    def end(self) -> None:
-        self._connection.close()
-        self._process.kill()
-        self._process.wait()

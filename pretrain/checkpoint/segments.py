@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +26,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.checkpoint.run_directory import write_whole
+from pretrain.checkpoint.run_lists import read_list, write_list
 from pretrain.errors import CheckpointError, PretrainError
 
 SEGMENTS_NAME = "segments.json"
 FILES = "segments"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,28 +66,18 @@ class Change:
 
 def read_changes(run_dir: Path) -> tuple[Change, ...]:
     """Oldest first; none for a run whose data was never changed. Raises CheckpointError when damaged."""
-    path = Path(run_dir) / SEGMENTS_NAME
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
-                "use the version of this project that wrote it"
-            )
-        return tuple(_change(record) for record in body["changes"])
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__} {error}; bring it back from a copy, the newest "
-            "checkpoint's manifest.json lists under `segments` what it must say"
-        ) from None
+    return read_list(
+        Path(run_dir) / SEGMENTS_NAME,
+        "changes",
+        lambda records: tuple(_change(record) for record in records),
+        if_damaged="bring it back from a copy, the newest checkpoint's manifest.json lists under `segments` what it "
+        "must say",
+    )
 
 
 def write_changes(run_dir: Path, changes: Sequence[Change]) -> None:
     """Whole or not at all. Raises PretrainError."""
-    body = {"format_version": FORMAT_VERSION, "changes": [asdict(change) for change in changes]}
-    write_whole(Path(run_dir) / SEGMENTS_NAME, json.dumps(body, indent=1).encode() + b"\n")
+    write_list(Path(run_dir) / SEGMENTS_NAME, "changes", map(asdict, changes))
 
 
 def write_keys(run_dir: Path, name: str, keys: Sequence[bytes]) -> ListFile:

@@ -8,18 +8,15 @@ the list and what follows from it changes nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.manifest import Manifest
-from pretrain.checkpoint.run_directory import write_whole
-from pretrain.errors import CheckpointError
+from pretrain.checkpoint.run_lists import read_list, write_list
 
 SKIPPED_NAME = "skipped.json"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +36,28 @@ class Skipped:
 
 def read_skipped(run_dir: Path) -> tuple[Skipped, ...]:
     """By position; none for a run that never skipped any. Raises CheckpointError when damaged."""
-    path = Path(run_dir) / SKIPPED_NAME
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path}: is of format {body['format_version']}, this version reads {FORMAT_VERSION}; "
-                "use the version of this project that wrote it"
-            )
-        found = sorted((Skipped(**record) for record in body["intervals"]), key=lambda one: one.start)
+
+    def parse(records: list[dict[str, Any]]) -> tuple[Skipped, ...]:
+        found = sorted((Skipped(**record) for record in records), key=lambda one: one.start)
         if not all(isinstance(edge, int) and edge >= 0 for one in found for edge in (one.start, one.stop)):
             raise ValueError("an interval's edges are not positions")
         from pretrain.data.skips import Skips  # numpy, which writers do without while nothing is skipped
 
         Skips((one.start, one.stop) for one in found)
         return tuple(found)
-    except (FileNotFoundError, NotADirectoryError):
-        return ()
-    except (OSError, ValueError, KeyError, TypeError, AssertionError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read: {type(error).__name__} {error}; bring it back from a copy, the newest "
-            "checkpoint's manifest.json lists under `skipped` what it must say"
-        ) from None
+
+    return read_list(
+        Path(run_dir) / SKIPPED_NAME,
+        "intervals",
+        parse,
+        if_damaged="bring it back from a copy, the newest checkpoint's manifest.json lists under `skipped` what it "
+        "must say",
+    )
 
 
 def write_skipped(run_dir: Path, skipped: Sequence[Skipped]) -> None:
     """Whole or not at all. Raises PretrainError."""
-    body = {"format_version": FORMAT_VERSION, "intervals": [asdict(one) for one in skipped]}
-    write_whole(Path(run_dir) / SKIPPED_NAME, json.dumps(body, indent=1).encode() + b"\n")
+    write_list(Path(run_dir) / SKIPPED_NAME, "intervals", map(asdict, skipped))
 
 
 def adding(skipped: Sequence[Skipped], one: Skipped) -> tuple[Skipped, ...]:

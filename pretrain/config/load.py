@@ -201,11 +201,7 @@ def _nearest(key: str) -> str:
         last = key.rsplit(".", 1)[-1]
         by_name = {candidate.rsplit(".", 1)[-1]: candidate for candidate in candidates}
         near = [by_name[name] for name in get_close_matches(last, by_name, n=1, cutoff=0.75)]
-    return (
-        f"; did you mean {near[0]}?"
-        if near
-        else "; configs/ and pretrain/config/schema.py show the known ones"
-    )
+    return f"; did you mean {near[0]}?" if near else "; configs/ and pretrain/config/ show the known ones"
 
 
 def _readable(error: ValidationError) -> str:

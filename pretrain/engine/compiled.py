@@ -1,4 +1,4 @@
-"""torch.compile of a network's repeated blocks. Called by assemble.py before an engine is built.
+"""torch.compile of a network's repeated blocks. Called by train.py before an engine is built.
 
 Blocks rather than the whole: they are equal, so that one is compiled for all of them, within a minute where a whole
 ViT-Huge takes many; and what stands between them (gathers of visible patches, the loss) stays as it is. They are

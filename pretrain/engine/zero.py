@@ -73,10 +73,8 @@ def deepspeed_config(
         "gradient_accumulation_steps": accumulation_steps,
         "train_batch_size": micro_batch_size * accumulation_steps * world_size,
         "gradient_clipping": clip_grad_norm or 0.0,
-        "bf16": {
-            "enabled": precision == "bf16",
-            "check_grad_overflow": True,
-        },  # else stages 1, 2 update with NaN
+        # without the check, stages 1 and 2 update with NaN
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": True},
     }
     if precision == "bf16" and accumulation_steps > 1:
         if zero["stage"] == 0:
@@ -166,9 +164,8 @@ class ZeroEngine:
     def step(self, lr: float, *, freeze_backbone: bool = False) -> torch.Tensor:
         set_learning_rates(self._shards.optimizer.param_groups, lr, freeze_backbone=freeze_backbone)
         norm = self._shards.gradient_norm()
-        if (
-            norm is None
-        ):  # DeepSpeed measures it on the way, and leaves out an update with one that is not finite
+        if norm is None:
+            # DeepSpeed measures it on the way, and leaves out an update with one that is not finite
             self._engine.step()
             self.skipped = bool(self._wrapped.overflow)
             norm = float("inf") if self.skipped else self._engine.get_global_grad_norm()

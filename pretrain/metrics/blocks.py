@@ -19,10 +19,10 @@ LAYER_NORM_STATISTICS_BYTES = 8  # a token: mean and deviation, float32
 class Blocks:
     """`depth` equal blocks on one image's tokens.
 
-    gated: SwiGLU, whose first layer is 2 · hidden_dim wide. kept: the share of residual branches that is computed
-    (batch-subset stochastic depth). window_side: attention within windows, with a table of relative positions;
-    num_queries: tokens with the padding to whole windows. reduction: keys and values of tokens that a strided
-    convolution has reduced by it on each side. depthwise: a 3 x 3 convolution inside the MLP.
+    gated: SwiGLU, whose first layer is 2 · hidden_dim wide. computed: the share of residual branches that is
+    computed (batch-subset stochastic depth). window_side: attention within windows, with a table of relative positions;
+    num_queries: tokens with the padding to whole windows. sr_ratio: keys and values of tokens that a strided
+    convolution has shrunk by it on each side. depthwise: a 3 x 3 convolution inside the MLP.
     """
 
     depth: int
@@ -33,12 +33,12 @@ class Blocks:
     gated: bool = False
     qk_norm: bool = False
     layer_scale: bool = False
-    kept: float = 1.0
+    computed: float = 1.0
     num_queries: int | None = None  # num_tokens
     num_key_tokens: int | None = None  # num_queries
     keys_a_query: int | None = None  # num_key_tokens
     window_side: int | None = None
-    reduction: int = 1
+    sr_ratio: int = 1
     depthwise: bool = False
 
     @property
@@ -58,10 +58,10 @@ class Blocks:
         N, Q, T, D, M = self.num_tokens, self._queries, self._key_tokens, self.embed_dim, self.hidden_dim
         attention = 4.0 * Q * D * D + 4.0 * T * D * D  # query and output, key and value
         attention += 4.0 * Q * self._keys * D  # scores, and their product with the values
-        if self.reduction > 1:
-            attention += 2.0 * T * D * D * self.reduction**2
+        if self.sr_ratio > 1:
+            attention += 2.0 * T * D * D * self.sr_ratio**2
         mlp = 2.0 * N * D * M * (3 if self.gated else 2) + (18.0 * N * M if self.depthwise else 0.0)
-        return self.depth * self.kept * (attention + mlp)
+        return self.depth * self.computed * (attention + mlp)
 
     def parameters(self) -> int:
         D, M, H = self.embed_dim, self.hidden_dim, self.num_heads
@@ -73,8 +73,8 @@ class Blocks:
             total += 2 * D
         if self.window_side is not None:
             total += (2 * self.window_side - 1) ** 2 * H
-        if self.reduction > 1:
-            total += linear(D * self.reduction**2, D) + 2 * D
+        if self.sr_ratio > 1:
+            total += linear(D * self.sr_ratio**2, D) + 2 * D
         if self.depthwise:
             total += 10 * M
         return self.depth * total
@@ -91,7 +91,7 @@ class Blocks:
             values += Q * D + T * D
         if self.layer_scale:
             values += 2 * N * D
-        if self.reduction > 1:
+        if self.sr_ratio > 1:
             values += 2 * T * D
         return values + N * M * (4 if self.gated else 3 if self.depthwise else 2)
 
@@ -105,7 +105,7 @@ class Blocks:
         statistics = 2 * LAYER_NORM_STATISTICS_BYTES * self.num_tokens
         if fused_attention:
             statistics += 4 * self._queries * self.num_heads  # the softmax's normaliser
-        return self.depth * self.kept * (values + statistics)
+        return self.depth * self.computed * (values + statistics)
 
     def input_bytes(self, *, value_bytes: int) -> float:
         """What is kept of one image when blocks are computed again in the backward: each one's input."""

@@ -1,10 +1,10 @@
-"""Work and size of vision transformers by arithmetic. Called by dry runs; no torch.
+"""Work and size of vision transformers by arithmetic. Called by dry runs, through cost.py; no torch.
 
 One multiply-add is two FLOPs; only matrix products count; backward is twice forward, without
-recomputation. Sizes are those of models/vit.py and objectives/; pyramids.py has Swin and PVT.
+recomputation. The networks are those of models/vit.py and objectives/; pyramids.py has Swin and PVT.
 """
 
-# N tokens, D width, M hidden width of the MLP, K classes
+# N tokens, D width, M width of the MLP's first layer, K classes, E width of a decoder
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from pretrain.metrics.blocks import Blocks, Network, linear
 
 BACKWARD_OVER_FORWARD = 2.0
 CHANNELS = 3
-SUBSET_FROM_RATE = 0.1  # batch-subset stochastic depth computes all of a block that is dropped more rarely
 
 
 def vit_network(
@@ -21,12 +20,12 @@ def vit_network(
     patch_size: int,
     embed_dim: int,
     depth: int,
-    num_heads: int = 1,
-    mlp_ratio: float = 4.0,
+    num_heads: int,
+    hidden_dim: int,
+    gated: bool = False,
     pooling: str = "cls",
     position_embedding: str = "learned",
     num_registers: int = 0,
-    mlp: str = "gelu",
     qk_norm: bool = False,
     layer_scale: bool = False,
     computed: float = 1.0,
@@ -34,11 +33,11 @@ def vit_network(
 ) -> Network:
     """A vision transformer, as models/vit.py builds it: patches, a class token, registers.
 
-    computed: the share of residual branches that stochastic depth leaves to be computed, see `computed_share`.
-    visible: the share of patches that are encoded, of a masked autoencoder. num_heads counts only with qk_norm
-    and in memory.
+    hidden_dim, gated: of the MLP, as in `Blocks`. computed: the share of residual branches that stochastic depth
+    leaves to be computed. visible: the share of patches that are encoded, of a masked autoencoder. num_heads counts
+    only with qk_norm and in memory.
     """
-    D, hidden = embed_dim, round(embed_dim * mlp_ratio)
+    D, M = embed_dim, 2 * hidden_dim if gated else hidden_dim
     num_patches = (image_size // patch_size) ** 2
     prefix = 1 + num_registers
     # 10 · (1 - 0.9) is 0.99… in binary, and means 1
@@ -50,21 +49,18 @@ def vit_network(
         other += (num_patches + (0 if num_registers else 1)) * D
     if pooling == "map":
         pooled = num_tokens - prefix
-        wide = 2 * swiglu_width(hidden) if mlp == "swiglu" else hidden
-        other += (
-            D + linear(D, D) + linear(D, 2 * D) + linear(D, D) + 2 * D + linear(D, wide) + linear(wide, D)
-        )
-        other_flops += 4.0 * pooled * D * D + 4.0 * pooled * D + 4.0 * D * D + 4.0 * D * wide
+        other += D + linear(D, D) + linear(D, 2 * D) + linear(D, D) + 2 * D + linear(D, M) + linear(M, D)
+        other_flops += 4.0 * pooled * D * D + 4.0 * pooled * D + 4.0 * D * D + 4.0 * D * M
     blocks = Blocks(
         depth=depth,
         num_tokens=num_tokens,
         embed_dim=D,
-        hidden_dim=swiglu_width(hidden) if mlp == "swiglu" else hidden,
+        hidden_dim=hidden_dim,
         num_heads=num_heads,
-        gated=mlp == "swiglu",
+        gated=gated,
         qk_norm=qk_norm,
         layer_scale=layer_scale,
-        kept=computed,
+        computed=computed,
     )
     return Network(
         blocks=[blocks],
@@ -74,21 +70,6 @@ def vit_network(
         out_dim=D,
         out_tokens=num_patches,
     )
-
-
-def swiglu_width(hidden_dim: int) -> int:
-    """Of the gated MLP with as many weights as a plain one: two thirds, in steps of 8 (DINOv2, arXiv:2304.07193)."""
-    return -(-int(hidden_dim * 2 / 3) // 8) * 8
-
-
-def computed_share(*, drop_path_rate: float, depth: int, mode: str = "per_sample") -> float:
-    """Of residual branches: stochastic depth that rises linearly over `depth` blocks saves work in mode
-    "batch_subset" only, where a block's rate is above SUBSET_FROM_RATE.
-    """
-    if mode != "batch_subset" or depth < 1:
-        return 1.0
-    rates = [drop_path_rate * block / max(depth - 1, 1) for block in range(depth)]
-    return sum(1.0 - (rate if rate > SUBSET_FROM_RATE else 0.0) for rate in rates) / depth
 
 
 def head_network(*, in_features: int, num_classes: int | None) -> Network:

@@ -9,11 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FLOAT32_BYTES = 4
-MOMENTS = {
-    "adamw": 2,
-    "lamb": 2,
-    "muon": 2,
-}  # of Muon: one of matrices, two of what is no matrix; the upper bound
+# Muon has one of matrices, and two of what is no matrix: the upper bound
+MOMENTS = {"adamw": 2, "lamb": 2, "muon": 2}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,15 +19,15 @@ from types import MappingProxyType
 from typing import Any
 
 from pretrain.metrics.journal import Journal
+from pretrain.metrics.notes import changed_note, slow_rank_note, start_note
 from pretrain.metrics.progress import Progress
 from pretrain.metrics.prometheus import MetricsServer
 from pretrain.metrics.slow_ranks import SlowRanks
 from pretrain.metrics.throughput import StepTimes, Throughput
 from pretrain.metrics.trackers import Trackers
 from pretrain.metrics.utilization import Utilization
-from pretrain.watchdog import read_records
+from pretrain.watchdog import ended_ranks
 
-FEW_LANES = 64
 _MEDIANS_EVERY_STEPS = 10
 _OF_A_WATCHDOG = ("rank", "host", "step", "phase", "kind", "at_fault", "said")
 _COUNTED_FAULTS = {"spike": "loss_spikes", "replica": "replica_mismatches"}
@@ -116,16 +116,16 @@ class Reporter:
     ) -> None:
         """`previous`: attempt, world_size and zero_stage of the checkpoint that is gone on from; `changed`: the
         keys of its config that are others now, as {key: {"before": …, "now": …}}."""
-        ranks = _ranks(world_size, zero_stage)
-        steps = f"step {step} of {self._total_steps}" if resumed else f"{self._total_steps} steps"
-        note = f"going on at {steps} on {ranks}" if resumed else f"{steps} on {ranks}"
-        if lanes < FEW_LANES:
-            note += f"; the order has {lanes} lanes, {FEW_LANES} or more mix a batch better"
-        if init_ignored:
-            note += "; init_from is ignored, the run has a checkpoint of its own"
-        was = {name: previous[name] for name in ("world_size", "zero_stage") if name in previous}
-        if was and was != {"world_size": world_size, "zero_stage": zero_stage}:
-            note += f"; the checkpoint is of {_ranks(**was)}"
+        note = start_note(
+            step=step,
+            total_steps=self._total_steps,
+            world_size=world_size,
+            zero_stage=zero_stage,
+            lanes=lanes,
+            resumed=resumed,
+            init_ignored=init_ignored,
+            previous=previous,
+        )
         self.event(
             "start",
             note=note,
@@ -139,9 +139,9 @@ class Reporter:
             **{f"previous_{name}": value for name, value in previous.items()},
         )
         if changed:
-            said = "\n".join(f"  {key}: {of['before']!r} -> {of['now']!r}" for key, of in changed.items())
-            note = f"changed since the checkpoint:\n{said}"
-            self.event("config_changed", note=note, step=step, samples=samples, changed=changed)
+            self.event(
+                "config_changed", note=changed_note(changed), step=step, samples=samples, changed=changed
+            )
         if self._trackers:
             self._trackers.begin(step)
             self._tell_failed(self._trackers.notes)
@@ -202,23 +202,16 @@ class Reporter:
         """Tell what watchdogs did in the attempts before `attempt`, from the records in the folder `attempts`."""
         if not self._journal:
             return
-        ended = 0
-        for folder in attempts.iterdir():
-            if not folder.name.isdigit() or int(folder.name) >= attempt:
+        ended = ended_ranks(attempts, before=attempt)
+        for of_attempt, record in ended:
+            if of_attempt != attempt - 1:  # the attempt after it has told of it
                 continue
-            records = [record for record in read_records(folder).values() if record.get("expired")]
-            ended += len(records)
-            if int(folder.name) != attempt - 1:  # the attempt after it has told of it
-                continue
-            for record in records:
-                told = {name: record.get(name) for name in _OF_A_WATCHDOG}
-                guilty = record["rank"] in record.get("at_fault", [])
-                note = (
-                    f"attempt {folder.name} was ended by a watchdog: {record.get('said')}" if guilty else None
-                )
-                self.event("watchdog", note=note, of_attempt=int(folder.name), **told)
+            told = {name: record.get(name) for name in _OF_A_WATCHDOG}
+            guilty = record["rank"] in record.get("at_fault", [])
+            note = f"attempt {of_attempt} was ended by a watchdog: {record.get('said')}" if guilty else None
+            self.event("watchdog", note=note, of_attempt=of_attempt, **told)
         if self._server:
-            self._server.set_watchdog_ended_ranks(ended)
+            self._server.set_watchdog_ended_ranks(len(ended))
 
     def watch_idleness(self, idle_seconds: Callable[[], float]) -> None:
         """`idle_seconds`: since this process last moved (`Pulse.idle_seconds`); asked for from any thread."""
@@ -238,11 +231,9 @@ class Reporter:
         found = self._slow_ranks.add(seconds)
         for rank, is_slow, median, others in found:
             host = self._hosts[rank]
-            what = "is slow: it computes for" if is_slow else "is slow no more: it computes for"
             self.event(
                 "slow_rank" if is_slow else "slow_rank_over",
-                note=f"step {step}: rank {rank} on host {host} {what} {median:.3f} s a step before it exchanges "
-                f"gradients, the middle rank for {others:.3f} s",
+                note=slow_rank_note(step, rank, host, is_slow=is_slow, seconds=median, others_seconds=others),
                 step=step,
                 samples=samples,
                 rank=rank,
@@ -433,7 +424,3 @@ class Reporter:
         for part in (self._progress, self._journal, self._server):
             if part is not None:
                 part.close()
-
-
-def _ranks(world_size: int, zero_stage: int) -> str:
-    return f"{world_size} rank{'s' if world_size > 1 else ''}, ZeRO {zero_stage}"

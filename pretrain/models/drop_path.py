@@ -10,18 +10,13 @@ and not the same for another micro-batch size or number of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pretrain.keyed_random import DROP_PATH, keyed_uniform
-
-# DINOv2's: below it, picking the samples costs what it saves
-SUBSET_FROM_RATE = 0.1
-
-
-def drop_rates(rate: float, depth: int) -> list[float]:
-    """The rate of each block: linear from 0 to `rate` at the last."""
-    return [rate * block / max(depth - 1, 1) for block in range(depth)]
+from pretrain.models.drop_rates import SUBSET_FROM_RATE, drop_rates
 
 
 def branch_scales(sample_keys_B: Tensor | None, *, rate: float, depth: int, dtype: torch.dtype) -> Tensor:
@@ -32,6 +27,23 @@ def branch_scales(sample_keys_B: Tensor | None, *, rate: float, depth: int, dtyp
     keep = 1.0 - rate * block / max(depth - 1, 1)
     scale = torch.where(draw < keep, 1.0 / keep, 0.0)
     return scale.unflatten(1, (depth, 2)).to(dtype)
+
+
+def scales_by_stage(
+    sample_keys_B: Tensor | None, *, rate: float, depths: Sequence[int], dtype: torch.dtype
+) -> list[Tensor | None]:
+    """`branch_scales` of all blocks, (B, L, 2) for the L of each stage; None for each where nothing is dropped."""
+    if rate == 0.0:
+        return [None] * len(depths)
+    scales = branch_scales(sample_keys_B, rate=rate, depth=sum(depths), dtype=dtype)
+    return list(scales.split(list(depths), dim=1))
+
+
+def scaled(branch: Tensor, branch_scale_B2: Tensor | None, which: int) -> Tensor:
+    """A block's residual branch (B, …), 0 for attention and 1 for the MLP, times its scale; None keeps it as it is."""
+    if branch_scale_B2 is None:
+        return branch
+    return branch * branch_scale_B2[:, which].view(-1, *[1] * (branch.ndim - 1))
 
 
 def kept_subsets(sample_keys_B: Tensor | None, *, rate: float, depth: int) -> list[Tensor | None]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pretrain.models.drop_path import scaled
 from pretrain.models.rotary import rotate
 from pretrain.models.sizes import mlp_width, swiglu_width
 
@@ -222,14 +223,8 @@ class Block(nn.Module):
             some_rope = rope[:, attended] if rope is not None and rope.ndim == 4 else rope
             x_BND = _add_to(x_BND, attended, self._attend(x_BND[attended], some_rope))
             return _add_to(x_BND, fed, self._feed(x_BND[fed]))
-        branch_BND = self._attend(x_BND, rope)
-        if branch_scale_B2 is not None:
-            branch_BND = branch_BND * branch_scale_B2[:, 0, None, None]
-        x_BND = x_BND + branch_BND
-        branch_BND = self._feed(x_BND)
-        if branch_scale_B2 is not None:
-            branch_BND = branch_BND * branch_scale_B2[:, 1, None, None]
-        return x_BND + branch_BND
+        x_BND = x_BND + scaled(self._attend(x_BND, rope), branch_scale_B2, 0)
+        return x_BND + scaled(self._feed(x_BND), branch_scale_B2, 1)
 
     def _attend(self, x_BND: Tensor, rope: Tensor | None) -> Tensor:
         return self.ls1(self.attn(self.norm1(x_BND), rope))

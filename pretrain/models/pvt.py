@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.drop_path import branch_scales
+from pretrain.models.drop_path import scaled, scales_by_stage
 from pretrain.models.layers import (
     PatchProjection,
     attention,
@@ -145,16 +145,11 @@ class PyramidVisionTransformer(nn.Module):
         if mask_BN is not None:
             x_BNC = replace_masked(x_BCHW.flatten(2).transpose(1, 2), mask_BN, mask_token)
             x_BCHW = x_BNC.transpose(1, 2).unflatten(2, (H, W))
-        scales_BL2: Tensor | None = None
-        if self.training and self.drop_path_rate > 0.0:
-            scales_BL2 = branch_scales(
-                sample_keys_B, rate=self.drop_path_rate, depth=self.depth, dtype=x_BCHW.dtype
-            )
+        rate = self.drop_path_rate if self.training else 0.0
+        scales = scales_by_stage(sample_keys_B, rate=rate, depths=self.depths, dtype=x_BCHW.dtype)
         maps = []
-        first = 0
-        for stage, depth in zip(self.stages, self.depths, strict=True):
-            x_BCHW = stage(x_BCHW, None if scales_BL2 is None else scales_BL2[:, first : first + depth])
-            first += depth
+        for stage, scale_BL2 in zip(self.stages, scales, strict=True):
+            x_BCHW = stage(x_BCHW, scale_BL2)
             maps.append(x_BCHW)
         return x_BCHW.mean(dim=(2, 3)) if pool else maps
 
@@ -231,14 +226,8 @@ class Block(nn.Module):
         self.mlp = ConvolutionMlp(embed_dim=embed_dim, hidden_dim=mlp_width(embed_dim, mlp_ratio))
 
     def forward(self, x_BNC: Tensor, grid: Grid, branch_scale_B2: Tensor | None = None) -> Tensor:
-        branch_BNC = self.attn(self.norm1(x_BNC), grid)
-        if branch_scale_B2 is not None:
-            branch_BNC = branch_BNC * branch_scale_B2[:, 0, None, None]
-        x_BNC = x_BNC + branch_BNC
-        branch_BNC = self.mlp(self.norm2(x_BNC), grid)
-        if branch_scale_B2 is not None:
-            branch_BNC = branch_BNC * branch_scale_B2[:, 1, None, None]
-        return x_BNC + branch_BNC
+        x_BNC = x_BNC + scaled(self.attn(self.norm1(x_BNC), grid), branch_scale_B2, 0)
+        return x_BNC + scaled(self.mlp(self.norm2(x_BNC), grid), branch_scale_B2, 1)
 
 
 class ReducedAttention(nn.Module):

@@ -176,6 +176,11 @@ class BackboneSpec:
         return self.image_size // self.patch_size
 
     @property
+    def stride(self) -> int:
+        """Pixels a side of what one token of the last map stands for."""
+        return self.patch_size if self.depths is None else self.patch_size << (len(self.depths) - 1)
+
+    @property
     def num_position_prefix(self) -> int:
         """Entries of a ViT's positions before the patches': the class token's, unless there are registers."""
         return 1 if self.num_registers == 0 else 0

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
-from pretrain.models.drop_path import branch_scales
+from pretrain.models.drop_path import scaled, scales_by_stage
 from pretrain.models.layers import (
     Mlp,
     PatchProjection,
@@ -136,16 +136,11 @@ class SwinTransformer(nn.Module):
         x_BHWC = self.patch_embed(images_BCHW)
         grid = x_BHWC.shape[1:3]
         x_BHWC = replace_masked(x_BHWC.flatten(1, 2), mask_BN, mask_token).unflatten(1, grid)
-        scales_BL2: Tensor | None = None
-        if self.training and self.drop_path_rate > 0.0:
-            scales_BL2 = branch_scales(
-                sample_keys_B, rate=self.drop_path_rate, depth=self.depth, dtype=x_BHWC.dtype
-            )
+        rate = self.drop_path_rate if self.training else 0.0
+        scales = scales_by_stage(sample_keys_B, rate=rate, depths=self.depths, dtype=x_BHWC.dtype)
         maps = []
-        first = 0
-        for stage, depth in zip(self.layers, self.depths, strict=True):
-            x_BHWC = stage(x_BHWC, None if scales_BL2 is None else scales_BL2[:, first : first + depth])
-            first += depth
+        for stage, scale_BL2 in zip(self.layers, scales, strict=True):
+            x_BHWC = stage(x_BHWC, scale_BL2)
             maps.append(x_BHWC)
         if not pool:
             return [map_.permute(0, 3, 1, 2) for map_ in maps]
@@ -250,14 +245,8 @@ class Block(nn.Module):
         mask_WTT: Tensor | None = None,
     ) -> Tensor:
         """The tokens after the block. branch_scale: as layers.Block takes it. mask: of shifted_mask."""
-        branch_BHWC = self._attend(self.norm1(x_BHWC), shift, mask_WTT)
-        if branch_scale_B2 is not None:
-            branch_BHWC = branch_BHWC * branch_scale_B2[:, 0, None, None, None]
-        x_BHWC = x_BHWC + branch_BHWC
-        branch_BHWC = self.mlp(self.norm2(x_BHWC))
-        if branch_scale_B2 is not None:
-            branch_BHWC = branch_BHWC * branch_scale_B2[:, 1, None, None, None]
-        return x_BHWC + branch_BHWC
+        x_BHWC = x_BHWC + scaled(self._attend(self.norm1(x_BHWC), shift, mask_WTT), branch_scale_B2, 0)
+        return x_BHWC + scaled(self.mlp(self.norm2(x_BHWC)), branch_scale_B2, 1)
 
     def _attend(self, x_BHWC: Tensor, shift: Window, mask_WTT: Tensor | None) -> Tensor:
         _, H, W, _ = x_BHWC.shape

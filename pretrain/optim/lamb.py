@@ -1,6 +1,6 @@
 """LAMB, arXiv:1904.00962, on whole parameters or on a rank's flat shards of them (ZeRO stages 1 and 2).
 
-Built by assemble.py. On shards, engine/zero.py tells which piece of which parameter lies where (`bind`).
+Built by pretrain/optimizer.py. On shards, engine/zero.py tells which piece of which parameter lies where (`bind`).
 """
 
 # P parameters

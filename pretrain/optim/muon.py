@@ -1,6 +1,7 @@
-"""Muon for hidden matrices with AdamW for the rest, on whole parameters, by torch's own two. Built by assemble.py.
+"""Muon for hidden matrices with AdamW for the rest, on whole parameters, by torch's own two.
 
-On ZeRO's flat shards engine/zero.py puts DeepSpeed's Muon in its place, from the same groups.
+Built by pretrain/optimizer.py. On ZeRO's flat shards engine/zero.py puts DeepSpeed's Muon in its place, from the same
+groups.
 """
 
 from __future__ import annotations

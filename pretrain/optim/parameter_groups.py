@@ -34,14 +34,14 @@ def is_hidden_matrix(name: str, num_dims: int) -> bool:
 def layer_scales(layer_of: Callable[[str], int], *, num_layers: int, decay: float) -> Callable[[str], float]:
     """Layer-wise learning-rate decay (BEiT, arXiv:2106.08254; MAE): name of a parameter -> its share of the rate.
 
-    decay ** (num_layers + 1 - layer): `layer_of` tells the layer of a backbone's parameter, 0 for the embeddings, i + 1
-    for block i, num_layers + 1 for what comes after the blocks. What is not of the backbone learns at the full rate.
+    decay ** (num_layers - 1 - layer): `layer_of` tells the layer of a backbone's parameter, 0 for the embeddings, i + 1
+    for block i, num_layers - 1 for what comes after the blocks. What is not of the backbone learns at the full rate.
     """
 
     def scale(name: str) -> float:
         if not name.startswith(BACKBONE):
             return 1.0
-        return decay ** (num_layers + 1 - layer_of(name.removeprefix(BACKBONE)))
+        return decay ** (num_layers - 1 - layer_of(name.removeprefix(BACKBONE)))
 
     return scale
 

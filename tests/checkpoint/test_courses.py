@@ -16,7 +16,7 @@ import pytest
 from held_state import ALONE, HeldState, facts, make_saver
 
 import pretrain.rollback
-from pretrain.assemble import Data
+from pretrain.assemble_data import Data
 from pretrain.checkpoint.courses import find_newest, given_up, standing
 from pretrain.checkpoint.distrusted import (
     DISTRUSTED_NAME,
@@ -36,7 +36,7 @@ from pretrain.datasets import newest_manifest
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.judge import Fault
 from pretrain.resume import claim, has_checkpoint
-from pretrain.rollback import distrust, first_position
+from pretrain.rollback import Rollback
 
 SHAPES = {"w": [1000], "b": [3]}
 B = 8  # positions a step, see `facts`
@@ -56,12 +56,26 @@ def fault(steps: int) -> Fault:
     return Fault(kind="replica", reason="rank 1 holds other weights", steps=steps, skip=False)
 
 
+def rollback_of(run_dir: Path, saver: Saver) -> Rollback:
+    return Rollback(
+        run_dir=run_dir,
+        engine=HeldState(SHAPES),
+        world=ALONE,
+        attempt=1,
+        global_batch_size=B,
+        mirror=None,
+        saver=saver,
+        on_rejected=no_rejection,
+    )
+
+
 def find_fault(run_dir: Path, saver: Saver, *, step: int, steps: int) -> None:
     """After `step` steps it is found that the last `steps` are not to be trusted."""
-    distrust(
-        fault(steps), run_dir, data=data(), samples=B * step, world=ALONE, attempt=1, global_batch_size=B,
-        mirror=None, saver=saver,
-    )  # fmt: skip
+    rollback_of(run_dir, saver).distrust(fault(steps), data(), samples=B * step)
+
+
+def no_rejection(path: Path, reason: Exception) -> None:
+    raise AssertionError(f"{path} was passed over: {reason}")
 
 
 def steps(folders: list[Path]) -> list[int]:
@@ -164,14 +178,16 @@ def test_where_every_checkpoint_has_seen_a_spike_s_samples_the_skip_begins_at_th
     saved(run_dir, 5, 6, 7)
     spike = Fault(kind="spike", reason="the loss is 9", steps=4, skip=True)
 
-    def first(fault: Fault) -> int:
-        return first_position(fault, run_dir, data(), samples=8 * B, global_batch_size=B)
+    with make_saver(run_dir, HeldState(SHAPES)) as saver:
 
-    assert first(spike) == 5 * B
-    assert first(replace(spike, steps=2)) == 6 * B, "the first one is from before"
-    assert first(fault(4)) == 4 * B, "checkpoints that may hold wrong weights are no good"
-    shutil.rmtree(run_dir / "checkpoints")
-    assert first(spike) == 4 * B
+        def first(fault: Fault) -> int:
+            return rollback_of(run_dir, saver).first_position(fault, data(), samples=8 * B)
+
+        assert first(spike) == 5 * B
+        assert first(replace(spike, steps=2)) == 6 * B, "the first one is from before"
+        assert first(fault(4)) == 4 * B, "checkpoints that may hold wrong weights are no good"
+        shutil.rmtree(run_dir / "checkpoints")
+        assert first(spike) == 4 * B
 
 
 def test_in_a_folder_that_was_copied_without_its_attempts_new_saves_are_not_taken_for_distrusted(

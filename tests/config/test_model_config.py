@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from pretrain.config.load import as_yaml, overridden, parse_config, with_defaults
-from pretrain.config.schema import MODEL_SIZES, RunConfig
+from pretrain.config.model import MODEL_SIZES
+from pretrain.config.schema import RunConfig
 from pretrain.derived import backbone_spec, check_exports
 from pretrain.errors import ConfigError
 from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, VIT_SIZES

@@ -31,9 +31,8 @@ def test_a_recipes_cost_is_that_of_the_model(path: Path) -> None:
         return
     config = load_config(path)
     gflop = cost_of(config, config.objective.num_classes or 1000).training_flops / 1e9
-    if (
-        config.objective.num_classes is None and gflop < 1
-    ):  # a small network's head counts, and is not known here
+    if config.objective.num_classes is None and gflop < 1:
+        # a small network's head counts, and is not known here
         gflop = cost_of(config, None).training_flops / 1e9
         assert number(said[1]) == pytest.approx(gflop, rel=0.1)
     else:

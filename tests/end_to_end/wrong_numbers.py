@@ -14,7 +14,6 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,16 +65,17 @@ def death_after_the_commit() -> None:
         return write_and_die
 
     def after_saves(act: Any) -> Any:
-        def wait_and_act(fault: Any, run_dir: Path, *arguments: Any, **named: Any) -> Any:
+        def wait_and_act(self: Any, *arguments: Any, **named: Any) -> Any:
             deadline = time.monotonic() + 30
-            while list((run_dir / "checkpoints").glob("*.saving")) and time.monotonic() < deadline:
+            while list((self.run_dir / "checkpoints").glob("*.saving")) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            return act(fault, run_dir, *arguments, **named)
+            return act(self, *arguments, **named)
 
         return wait_and_act
 
-    pretrain.rollback.distrust = after_saves(pretrain.rollback.distrust)
-    pretrain.rollback.go_back = after_saves(pretrain.rollback.go_back)
+    rollback: Any = pretrain.rollback.Rollback
+    rollback.distrust = after_saves(rollback.distrust)
+    rollback.go_back = after_saves(rollback.go_back)
     pretrain.rollback.write_skipped = deadly(pretrain.rollback.write_skipped)
     pretrain.rollback.write_distrusted = deadly(pretrain.rollback.write_distrusted)
 

@@ -59,7 +59,7 @@ def make_optimizer(
         asked = {"muon_lr_scale": MUON_LR_SCALE, "muon_weight_decay": WEIGHT_DECAY}
     if rules:
         scale = layer_scales(
-            lambda name: layer_of("vit", name, (DEPTH,)), num_layers=DEPTH, decay=LAYER_DECAY
+            lambda name: layer_of("vit", name, (DEPTH,)), num_layers=DEPTH + 2, decay=LAYER_DECAY
         )
         asked |= {"head_weight_decay": HEAD_DECAY, "head_lr_scale": HEAD_LR_SCALE}
         asked |= {"layer_scale": scale, "apart": True}

@@ -10,17 +10,16 @@ from timm_reference import import_timm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.metrics.flops import (
-    computed_share,
     head_network,
     mae_decoder_network,
     simmim_network,
-    swiglu_width,
     training_flops,
     vit_network,
 )
 from pretrain.metrics.memory import state_bytes
-from pretrain.metrics.pyramids import PVT_SIZES, SWIN_SIZES, pvt_network, swin_network
-from pretrain.models.sizes import VIT_SIZES
+from pretrain.metrics.pyramids import pvt_network, swin_network
+from pretrain.models.drop_rates import computed_share
+from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, VIT_SIZES, mlp_width, swiglu_width
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
@@ -41,9 +40,14 @@ def dimensions(size, patch_size):
     }
 
 
+def vit(*, mlp_ratio, **dims):
+    """The network of a ViT of such dimensions, which are its module's, too."""
+    return vit_network(hidden_dim=mlp_width(dims["embed_dim"], mlp_ratio), **dims)
+
+
 def autoencoder(dims, mask_ratio=0.75, **decoder):
     """(encoder, decoder) networks of a masked autoencoder."""
-    encoder = vit_network(**dims, visible=1.0 - mask_ratio)
+    encoder = vit(**dims, visible=1.0 - mask_ratio)
     sizes = {name: dims[name] for name in ("image_size", "patch_size")}
     visible = encoder.blocks[0].num_tokens
     return encoder, mae_decoder_network(
@@ -82,9 +86,7 @@ def counted(module, backward):
     [("base", 16, 105.4), ("large", 16, 369.3), ("huge", 14, 1003.8), ("giant", 14, 1602)],
 )
 def test_training_work_of_the_named_sizes_is_the_published_one(size, patch_size, gflop):
-    assert training_flops(vit_network(**dimensions(size, patch_size))) / 1e9 == pytest.approx(
-        gflop, rel=0.001
-    )
+    assert training_flops(vit(**dimensions(size, patch_size))) / 1e9 == pytest.approx(gflop, rel=0.001)
 
 
 @pytest.mark.parametrize(("size", "patch_size", "gflop"), [("large", 16, 124.5), ("huge", 14, 291.4)])
@@ -93,25 +95,27 @@ def test_training_work_of_masked_autoencoders_is_the_published_one(size, patch_s
     assert sum(map(training_flops, parts)) / 1e9 == pytest.approx(gflop, rel=0.001)
 
 
+def of_stages(size):
+    """The values a stage that a network of several takes."""
+    ratios = zip(size.embed_dims, size.mlp_ratios, strict=True)
+    return {
+        "embed_dims": size.embed_dims,
+        "depths": size.depths,
+        "num_heads": size.num_heads,
+        "hidden_dims": [mlp_width(*of_one) for of_one in ratios],
+    }
+
+
 # MMACs (twice of which are FLOPs) and parameters as printed: arXiv:2103.14030, table 1; arXiv:2106.13797, table 2
 @pytest.mark.parametrize(
     ("size", "gmac", "millions"),
     [("tiny", 4.5, 29), ("small", 8.7, 50), ("base", 15.4, 88), ("large", 34.5, 197)],
 )
 def test_work_and_size_of_swin_are_the_published_ones(size, gmac, millions):
-    chosen = SWIN_SIZES[size]
-    network = swin_network(
-        image_size=224, embed_dim=chosen.embed_dim, depths=chosen.depths, num_heads=chosen.num_heads
-    )
+    network = swin_network(image_size=224, patch_size=4, window_size=7, **of_stages(SWIN_SIZES[size]))
     assert network.flops() / 2e9 == pytest.approx(gmac, rel=0.02)
     head = head_network(in_features=network.out_dim, num_classes=1000)
     assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
-
-
-def pvt_dimensions(size):
-    chosen = PVT_SIZES[size]
-    names = ("embed_dims", "depths", "mlp_ratios", "num_heads", "reductions")
-    return {name: getattr(chosen, name) for name in names}
 
 
 @pytest.mark.parametrize(
@@ -119,7 +123,8 @@ def pvt_dimensions(size):
 )
 def test_work_and_size_of_pvt_are_the_published_ones(size, gmac, millions):
     # b0's size is that of its published weights; the paper has 3.4, which is without a head
-    network = pvt_network(image_size=224, **pvt_dimensions(size))
+    chosen = PVT_SIZES[size]
+    network = pvt_network(image_size=224, sr_ratios=chosen.sr_ratios, **of_stages(chosen))
     # printed to one digit, and the paper's counter knows no attention scores
     assert network.flops() / 2e9 == pytest.approx(gmac, rel=0.02, abs=0.06)
     head = head_network(in_features=network.out_dim, num_classes=1000)
@@ -153,20 +158,21 @@ def check_against(module, network, side):
 def test_the_swin_formulas_equal_torchs_counter_and_timms_modules(timm, side, window):
     if side == 56:  # its maps are 14, 7, 4, 2: merged with padding
         window = 7
-    dims = {"embed_dim": 48, "depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+    dims = {"depths": (2, 2, 2), "num_heads": (2, 4, 8)}
     module = timm.models.swin_transformer.SwinTransformer(
-        img_size=side, window_size=window, num_classes=0, **dims
+        img_size=side, window_size=window, num_classes=0, embed_dim=48, **dims
     )
-    check_against(module, swin_network(image_size=side, window_size=window, **dims), side)
+    widths = {"embed_dims": (48, 96, 192), "hidden_dims": (192, 384, 768)}
+    network = swin_network(image_size=side, patch_size=4, window_size=window, **widths, **dims)
+    check_against(module, network, side)
 
 
 @pytest.mark.parametrize("side", [64, 96])
 def test_the_pvt_formulas_equal_torchs_counter_and_timms_modules(timm, side):
     dims = {"embed_dims": (16, 32, 40, 64), "depths": (1, 2, 2, 1), "num_heads": (1, 2, 5, 8)}
-    module = timm.models.pvt_v2.PyramidVisionTransformerV2(
-        num_classes=0, sr_ratios=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4), **dims
-    )
-    network = pvt_network(image_size=side, reductions=(8, 4, 2, 1), mlp_ratios=(8, 8, 4, 4), **dims)
+    dims["sr_ratios"] = (8, 4, 2, 1)
+    module = timm.models.pvt_v2.PyramidVisionTransformerV2(num_classes=0, mlp_ratios=(8, 8, 4, 4), **dims)
+    network = pvt_network(image_size=side, hidden_dims=(128, 256, 160, 256), **dims)
     check_forward(module, network, side)
     # torch's counter takes a depthwise convolution's backward for a full one's: training is compared without them
     for part in list(module.modules()):
@@ -191,7 +197,7 @@ def test_formulas_of_vit_variants_equal_torchs_counter_and_timms_modules(timm, o
     module = timm.models.vision_transformer.VisionTransformer(img_size=24, num_classes=0, **dims, **timms)
     if ours.get("pooling") == "map":  # timm's pool looks at prefix tokens, too, unless told otherwise
         module.pool_include_prefix = False
-    check_against(module, vit_network(**SMALL, **ours), 24)
+    check_against(module, vit(**SMALL, **ours), 24)
 
 
 def test_the_formula_of_a_gated_mlp_equals_torchs_counter_and_timms_modules(timm):
@@ -203,19 +209,20 @@ def test_the_formula_of_a_gated_mlp_equals_torchs_counter_and_timms_modules(timm
         mlp_layer=timm.layers.SwiGLUPacked,
         **{**{n: SMALL[n] for n in ("patch_size", "embed_dim", "depth", "num_heads")}, "mlp_ratio": 4.0},
     )  # timm's ratio is of fc1, which holds gate and value
-    check_against(module, vit_network(**SMALL, mlp="swiglu"), 24)
+    dims = {name: value for name, value in SMALL.items() if name != "mlp_ratio"}
+    check_against(module, vit_network(**dims, hidden_dim=hidden, gated=True), 24)
 
 
 def test_the_forward_formula_equals_torchs_counter_exactly():
     module = Classification(VisionTransformer(**SMALL), num_classes=10)
     head = head_network(in_features=96, num_classes=10)
-    assert vit_network(**SMALL).flops() + head.flops() == counted(module, backward=False)
+    assert vit(**SMALL).flops() + head.flops() == counted(module, backward=False)
 
 
 def test_the_training_formula_is_within_two_percent_of_torchs_counter():
     # torch leaves out the gradient of the images, which is never taken
     wanted = counted(Classification(VisionTransformer(**SMALL), num_classes=10), backward=True)
-    got = training_flops(vit_network(**SMALL)) + training_flops(head_network(in_features=96, num_classes=10))
+    got = training_flops(vit(**SMALL)) + training_flops(head_network(in_features=96, num_classes=10))
     assert got == pytest.approx(wanted, rel=0.02)
 
 
@@ -237,11 +244,11 @@ def real_parameters(module):
 def test_parameter_counts_equal_the_real_modules(size, pooling, position_embedding):
     kwargs = {**dimensions(size, 14), "pooling": pooling, "position_embedding": position_embedding}
     with torch.device("meta"):
-        vit = VisionTransformer(**kwargs)
-        classifier = Classification(vit, num_classes=1000)
-        masked = MAE(vit, seed=0)
-    network = vit_network(**kwargs)
-    assert network.parameters() == real_parameters(vit)
+        backbone = VisionTransformer(**kwargs)
+        classifier = Classification(backbone, num_classes=1000)
+        masked = MAE(backbone, seed=0)
+    network = vit(**kwargs)
+    assert network.parameters() == real_parameters(backbone)
     head = head_network(in_features=kwargs["embed_dim"], num_classes=1000)
     assert network.parameters() + head.parameters() == real_parameters(classifier)
     _, decoder = autoencoder(dimensions(size, 14))
@@ -249,18 +256,18 @@ def test_parameter_counts_equal_the_real_modules(size, pooling, position_embeddi
 
 
 def test_simmims_head_predicts_the_pixels_of_each_token():
-    swin = swin_network(image_size=192, embed_dim=128, depths=(2, 2, 18, 2), num_heads=(4, 8, 16, 32))
+    swin = swin_network(image_size=192, patch_size=4, window_size=6, **of_stages(SWIN_SIZES["base"]))
     head = simmim_network(backbone=swin, mask_dim=128, stride=32)
     assert head.parameters() == 128 + 1024 * 3072 + 3072
     assert head.flops() == 2 * 36 * 1024 * 3072
 
 
 def test_batch_subset_stochastic_depth_saves_what_it_does_not_compute():
-    assert computed_share(drop_path_rate=0.4, depth=5) == 1.0
+    assert computed_share(rate=0.4, depth=5, mode="per_sample") == 1.0
     rates = [0.2, 0.3, 0.4]  # of 0, 0.1, 0.2, 0.3, 0.4 those that are worth it
     wanted = 1 - sum(rates) / 5
-    assert computed_share(drop_path_rate=0.4, depth=5, mode="batch_subset") == pytest.approx(wanted)
-    whole, part = vit_network(**SMALL), vit_network(**SMALL, computed=0.5)
+    assert computed_share(rate=0.4, depth=5, mode="batch_subset") == pytest.approx(wanted)
+    whole, part = vit(**SMALL), vit(**SMALL, computed=0.5)
     assert part.blocks[0].flops() == whole.blocks[0].flops() / 2
 
 
@@ -286,12 +293,12 @@ def saved_bytes(run):
 @pytest.mark.parametrize("objective", ["classification", "mae"])
 def test_the_model_of_activations_is_within_ten_percent_of_what_autograd_keeps(objective):
     dims = {**SMALL, "image_size": 48, "depth": 8}
-    count, vit = 4, VisionTransformer(**dims)
+    count, backbone = 4, VisionTransformer(**dims)
     if objective == "mae":
-        module, networks = MAE(vit, seed=0, **DECODER), autoencoder(dims, **DECODER)
+        module, networks = MAE(backbone, seed=0, **DECODER), autoencoder(dims, **DECODER)
     else:
-        module = Classification(vit, num_classes=10)
-        networks = vit_network(**dims), head_network(in_features=96, num_classes=10)
+        module = Classification(backbone, num_classes=10)
+        networks = vit(**dims), head_network(in_features=96, num_classes=10)
     images = torch.randn(count, 3, 48, 48)
     measured = saved_bytes(lambda: module(images, batch_of(count))[0]) / count
     modelled = sum(one.kept_bytes(value_bytes=4, fused_attention=False) for one in networks)
@@ -299,7 +306,7 @@ def test_the_model_of_activations_is_within_ten_percent_of_what_autograd_keeps(o
 
 
 def test_computing_blocks_again_keeps_their_inputs_and_one_block():
-    network = vit_network(**SMALL)
+    network = vit(**SMALL)
     (blocks,) = network.blocks
     whole = network.kept_bytes(value_bytes=2)
     again = network.kept_bytes(value_bytes=2, recompute_blocks=True)

@@ -96,7 +96,7 @@ def test_layer_wise_scales_and_decays_equal_timms_param_groups_layer_decay():
     ours = Classification(
         backbone(image_size=32, patch_size=16, embed_dim=24, depth=3, num_heads=2), num_classes=5
     )
-    scale = layer_scales(lambda name: layer_of("vit", name, (3,)), num_layers=3, decay=0.65)
+    scale = layer_scales(lambda name: layer_of("vit", name, (3,)), num_layers=3 + 2, decay=0.65)
     groups = parameter_groups(ours, weight_decay=0.05, layer_scale=scale)
     got = {
         name.removeprefix("backbone."): (group["lr_scale"], group["weight_decay"])
