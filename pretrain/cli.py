@@ -72,6 +72,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch plan": Command("launch.plan", "how long a recipe would take on a cluster, by a model"),
+    "launch preflight": Command(
         "launch.preflight", "look at all hosts before a run: versions, memory, folders"
     ),
     "launch local": Command("launch.local", "start a run on this machine's devices"),

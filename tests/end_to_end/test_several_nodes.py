@@ -16,7 +16,7 @@ import pytest
 import yaml
 from launching import ROOT, clean_environment, free_port
 from services.required import skip_or_fail
-from services.ssh_hosts import Hosts, unavailable
+from services.ssh_hosts import Hosts
 from small_run import RECIPE
 
 from launch.processes import children_of
@@ -164,16 +164,6 @@ def test_pods_train_together_go_on_when_one_was_lost_and_save_when_one_is_told_t
     last = read_attempts(run_dir)[-1]
     assert (last["attempt"], last["exit_code"], last["restart"], last["steps_lost"]) == (2, 75, False, 0)
     assert {record["code"] for record in exit_records(run_dir, 2).values()} == {75}
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    if reason := unavailable():
-        skip_or_fail(reason)
-    folder = tmp_path / "hosts"
-    folder.mkdir()
-    with Hosts(folder, 3) as made:
-        yield made
 
 
 class Launched:
