@@ -133,6 +133,7 @@ class Sessions:
         self._sessions: dict[int, Session] = {}
         self._again_at: dict[int, float] = {}
         self._started: set[int] = set()  # hosts that were reached once
+        self._said: dict[int, str] = {}  # of a host that does not come; it is tried for days
 
     def name(self, number: int) -> str:
         return self._commands[number][0]
@@ -161,7 +162,9 @@ class Sessions:
         host = self.name(number)
         what = how_it_failed(code)
         if number in self._started:
-            say(f"{host}: {what}; trying again in {_RETRY_SECONDS:g} s")
+            if self._said.get(number) != what:
+                say(f"{host}: {what}; trying again")
+                self._said[number] = what
             self._again_at[number] = time.monotonic() + _RETRY_SECONDS
             return None
         # At the start that is a wrong name, a missing key, or a host without the project: nothing that waiting mends.

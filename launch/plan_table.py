@@ -27,7 +27,7 @@ def describe(name: str, data: str, plans: Sequence[dict[str, Any]]) -> str:
         ("global batch", lambda p: f"{p['global_batch_size']:,}"),
         ("images a GPU a step", lambda p: f"{p['micro_batches']} x {p['micro_batch_size']}"),
         (f"memory a rank, GB of {first['gpu_memory_bytes'] / 1e9:.0f}", lambda p: ""),
-        *((f"  ZeRO stage {stage}", lambda p, stage=stage: _fits(p, stage)) for stage in STAGES),  # type: ignore[misc]
+        *((f"  ZeRO stage {stage}", lambda p, stage=stage: _fits(p, stage)) for stage in STAGES),
         ("    of it activations", lambda p: f"{p['memory']['stage 1']['activations_bytes'] / 1e9:.1f}"),
         ("step, ms", lambda p: f"{p['step_seconds'] * 1e3:,.1f}"),
         ("  computing", lambda p: f"{p['step_compute_seconds'] * 1e3:,.1f}"),
