@@ -22,6 +22,7 @@ from pretrain.errors import EXIT_CRASHED, UsageError
 
 _TICK_SECONDS = 1.0
 _FAREWELL_SECONDS = 5.0
+_CALL_SECONDS = 30.0  # between calls of nodes that a run goes on without
 _NOTHING_LEFT = After(
     attempt=None, records={}, first_step=None, last_step=None, checkpoint_step=None, finished=False
 )
@@ -144,8 +145,12 @@ class Coordinator:
         ctrl_c = terminated = False
         lost: str | None = None
         end_at = NEVER
+        call_at = time.monotonic() + _CALL_SECONDS
         while running := [node for node in members if node.outcome is None and self._has(node)]:
             self._look(min(_TICK_SECONDS, max(0.0, end_at - time.monotonic())))
+            if time.monotonic() >= call_at and end_at == NEVER:  # so that the next attempt has them again
+                self._places.call([n for n in self._not_awaited if n not in self._nodes], self)
+                call_at = time.monotonic() + _CALL_SECONDS
             if time.monotonic() >= end_at:
                 for node in running:
                     self._drop(node.channel, f"did not end its ranks within {self._terms.end_seconds:g} s")

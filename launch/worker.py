@@ -33,8 +33,8 @@ from launch.channel import Channel, Listener
 from launch.coordinator import Coordinator, Terms
 from launch.family import Patience, say
 from launch.inbox import ENDING_SIGNALS, Inbox
-from launch.local import choose_processes, cuda_devices, train_command
-from launch.processes import die_with_parent
+from launch.local import choose_processes, cuda_devices, describe, rank_environments, train_command
+from launch.processes import count_cores, die_with_parent
 from launch.restarts import Decision, stopped_code
 from pretrain.config.load import as_yaml, load_config
 from pretrain.errors import EXIT_CRASHED, UsageError
@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_terms(parser)
     restarts.add_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what would be started, and the place")
     parser.add_argument(
         "--stdio", action="store_true", help=argparse.SUPPRESS
     )  # hosts.py is at the other end
@@ -127,6 +128,9 @@ def run(args: argparse.Namespace) -> int:
         return _serve_stdio(args)
     nodes, node, address, port = place(args, os.environ, socket.getfqdn())
     terms = terms_of(args, nodes)
+    if args.dry_run:
+        print(describe_node(args, nodes=nodes, node=node, address=address, port=port))
+        return 0
     with Inbox() as inbox:  # first: SIGTERM has no default action in PID 1
         make = agents(args, inbox, node=node)  # what is wrong is refused before anybody waits for us
         coordinator = start_coordinator(terms, address, port) if node == 0 else None
@@ -135,6 +139,29 @@ def run(args: argparse.Namespace) -> int:
         finally:
             if coordinator is not None:
                 _end(coordinator)
+
+
+def describe_node(args: argparse.Namespace, *, nodes: int, node: int, address: str, port: int) -> str:
+    """What this node would start. Raises UsageError for a wrong recipe or number of processes."""
+    load_config(args.config, args.overrides)
+    processes = choose_processes(args.processes, cuda_devices())
+    # How many ranks the others have is known when they meet: here they are taken to be alike.
+    environments = rank_environments(
+        {},
+        processes=processes,
+        port=0,
+        cores=count_cores(),
+        address=address,
+        first_rank=node * processes,
+        world_size=nodes * processes,
+        node=node,
+        nodes=nodes,
+    )
+    meets = "listens for the others" if node == 0 else "meets node 0"
+    return (
+        f"# node {node} of {nodes}: {meets} at {address}:{port}; the ranks' own port is chosen then\n"
+        f"{describe(train_command(args.config, args.overrides), environments)}"
+    )
 
 
 def place(
@@ -239,7 +266,7 @@ def _serve(
 ) -> int:
     deadline = time.monotonic() + terms.rendezvous_seconds
     while True:
-        met = _meet(inbox, "127.0.0.1" if node == 0 else address, port, deadline)
+        met = meet(inbox, "127.0.0.1" if node == 0 else address, port, deadline)
         if isinstance(met, int):
             return met
         inbox.add(met)
@@ -258,7 +285,7 @@ def _serve(
         deadline = time.monotonic() + terms.rendezvous_seconds
 
 
-def _meet(inbox: Inbox, address: str, port: int, deadline: float) -> Channel | int:
+def meet(inbox: Inbox, address: str, port: int, deadline: float) -> Channel | int:
     """A channel to the coordinator; the exit code when there is none in time, or somebody asked to stop."""
     why = "nobody tried"
     while time.monotonic() < deadline:

@@ -71,13 +71,17 @@ COMMANDS: dict[str, Command] = {
         "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
     ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
+    "launch plan": Command("launch.plan", "how long a recipe would take on a cluster, by a model"),
+    "launch preflight": Command(
+        "launch.preflight", "look at all hosts before a run: versions, memory, folders"
+    ),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
     "launch hosts": Command("launch.hosts", "start a run on the hosts of a hostfile, over ssh"),
     "launch worker": Command("launch.worker", "a node's part of a run, in a container or under a scheduler"),
 }
 GROUPS = {
     "data": "make, index, check and look at shards",
-    "launch": "start a run's processes",
+    "launch": "plan a run, look at its hosts, start its processes",
     "benchmark": "measure the parts here, next to what else there is",
 }
 

@@ -117,7 +117,7 @@ def _resumed(config: RunConfig) -> Iterator[tuple[str, str]]:
 def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
     yield from _resumed(config)
     lanes = stored_lanes(Path(config.run_dir)) or run_lanes(config)
-    data, missing = _reachable_data(config, lanes)
+    data, missing = reachable_data(config, lanes)
     split = split_batch(config, world_size)
     num_classes = config.objective.num_classes
     if data is not None:
@@ -233,7 +233,8 @@ def _memory(config: RunConfig, cost: Cost, *, stage: int, split: Split) -> Itera
     )
 
 
-def _reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]:
+def reachable_data(config: RunConfig, lanes: int) -> tuple[RunData | None, str]:
+    """What the run consumes; None, and why, where it cannot be known now. Raises ConfigError for a wrong recipe."""
     for source in config.data.sources:
         if is_image_source(source.url):
             return (

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from services.required import skip_or_fail
+from services.ssh_hosts import Hosts, unavailable
 from small_run import RECIPE, pretrain
 
 
@@ -27,3 +30,14 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
     data = {**RECIPE["data"], "train": str(shards)}
     path.write_text(yaml.safe_dump({**RECIPE, "run_dir": str(tmp_path / "run"), "data": data}))
     return path
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    """Three of them, h0 to h2, with sshd and a file system that they share."""
+    if reason := unavailable():
+        skip_or_fail(reason)
+    folder = tmp_path / "hosts"
+    folder.mkdir()
+    with Hosts(folder, 3) as made:
+        yield made

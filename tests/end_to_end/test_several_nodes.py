@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -14,17 +13,16 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launched_hosts import PATIENCE_SECONDS, Launched, no_process_left, steps_of_attempt, until
 from launching import ROOT, clean_environment, free_port
 from services.required import skip_or_fail
-from services.ssh_hosts import Hosts, unavailable
+from services.ssh_hosts import Hosts
 from small_run import RECIPE
 
 from launch.processes import children_of
 from pretrain.checkpoint.attempts import exit_records, read_attempts
 from pretrain.checkpoint.manifest import committed
 from pretrain.metrics.journal import read_journal
-
-PATIENCE_SECONDS = 120
 
 
 @pytest.fixture
@@ -40,24 +38,6 @@ def recipe(tmp_path: Path, shards: Path) -> Path:
     }
     path.write_text(yaml.safe_dump(sections))
     return path
-
-
-def until(
-    condition: Callable[[], object], what: str, logs: list[Path], *, alive: subprocess.Popen | None = None
-) -> None:
-    """Fails when `alive` ends before."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        said = "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in logs)
-        assert time.monotonic() < deadline, f"{what} did not happen in time\n{said}"
-        assert alive is None or alive.poll() is None, f"it ended before {what}\n{said}"
-        time.sleep(0.05)
-
-
-def steps_of_attempt(run_dir: Path, attempt: int) -> list[int]:
-    path = run_dir / "journal.jsonl"
-    records = read_journal(path) if path.exists() else []
-    return [r["step"] for r in records if r["event"] == "step" and r["attempt"] == attempt]
 
 
 class Pod:
@@ -164,53 +144,6 @@ def test_pods_train_together_go_on_when_one_was_lost_and_save_when_one_is_told_t
     last = read_attempts(run_dir)[-1]
     assert (last["attempt"], last["exit_code"], last["restart"], last["steps_lost"]) == (2, 75, False, 0)
     assert {record["code"] for record in exit_records(run_dir, 2).values()} == {75}
-
-
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[Hosts]:
-    if reason := unavailable():
-        skip_or_fail(reason)
-    folder = tmp_path / "hosts"
-    folder.mkdir()
-    with Hosts(folder, 3) as made:
-        yield made
-
-
-class Launched:
-    """`pretrain launch hosts`, typed outside of them."""
-
-    def __init__(self, hosts: Hosts, recipe: Path, log: Path, *options: str) -> None:
-        hostfile = hosts.folder / "hostfile"
-        hostfile.write_text("".join(f"{name} slots=1\n" for name in hosts.names))
-        command = [
-            sys.executable,
-            "-m",
-            "pretrain.cli",
-            "launch",
-            "hosts",
-            str(recipe),
-            "--hostfile",
-            str(hostfile),
-        ]
-        self.log = log
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                hosts.outside([*command, "--ssh", hosts.ssh, *options]),
-                env=clean_environment(AWS_SECRET_ACCESS_KEY="geheim-4711", GLOO_SOCKET_IFNAME="eth0"),
-                stdout=output,
-                stderr=output,
-                cwd=ROOT,
-            )
-
-
-def no_process_left(hosts: Hosts) -> bool:
-    """But what belongs to the sshd of each."""
-    commands = []
-    for name in hosts.names:
-        for pid in hosts.pids(name):
-            with contextlib.suppress(OSError):
-                commands.append(Path(f"/proc/{pid}/cmdline").read_bytes())
-    return all(b"sshd" in command for command in commands)
 
 
 @pytest.mark.slow

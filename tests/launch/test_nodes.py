@@ -18,8 +18,9 @@ import pytest
 
 from launch.coordinator import Terms
 from launch.hostfile import read_hostfile
-from launch.hosts import forwarded, remote_command
+from launch.hosts import remote_command
 from launch.processes import free_port
+from launch.sessions import forwarded
 from launch.worker import DEFAULT_PORT, place, start_coordinator
 from pretrain.checkpoint.attempts import read_attempts
 from pretrain.errors import UsageError
@@ -32,14 +33,14 @@ from launch.channel import Channel
 from launch.coordinator import Terms
 from launch.family import Patience
 from launch.inbox import Inbox
-from launch.worker import _end, _meet, start_coordinator
+from launch.worker import _end, meet, start_coordinator
 
 options = json.loads(sys.argv[1])
 node, port, terms = options["node"], options["port"], Terms(**options["terms"])
 import time
 with Inbox() as inbox:
     coordinator = start_coordinator(terms, "127.0.0.1", port) if node == 0 else None
-    channel = _meet(inbox, "127.0.0.1", port, time.monotonic() + 20)
+    channel = meet(inbox, "127.0.0.1", port, time.monotonic() + 20)
     inbox.add(channel)
     agent = Agent(
         channel, inbox, node=node, processes=options["processes"], recipe=options["recipe"],

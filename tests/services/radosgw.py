@@ -318,6 +318,7 @@ def main() -> int:
     )
     parser.add_argument("--serve", metavar="DIR", type=Path, required=True, help="a new folder for its files")
     parser.add_argument("--bucket", action="append", default=[], help="a bucket to make; may be repeated")
+    parser.add_argument("--host", default="127.0.0.1", help="the address that it listens on")
     arguments = parser.parse_args()
     missing = missing_binaries()
     if missing:
@@ -328,7 +329,7 @@ def main() -> int:
         return 2
     # SIGTERM as Ctrl-C, so that `timeout` and service managers stop the daemons too.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    server = Radosgw(folder=arguments.serve.absolute())
+    server = Radosgw(folder=arguments.serve.absolute(), host=arguments.host)
     try:
         server.start()
         for bucket in arguments.bucket:

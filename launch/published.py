@@ -1,0 +1,112 @@
+"""What others have published, and what cluster_model.py says of the same: how far the model can be trusted. Used by
+`pretrain launch plan --published`, and by its tests.
+"""
+
+# F FLOPs of training on one image, N parameters
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from launch.cluster_model import GPUS, UTILISATION, Cluster, step_seconds
+from pretrain.metrics.blocks import Network
+from pretrain.metrics.flops import training_flops, vit_network
+
+IMAGES = 128  # a GPU a step, where the source does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """percent: the quantity is an efficiency, and the error in points of it; else relative. fitted: the model has a
+    constant from it, so that its agreement proves nothing.
+    """
+
+    what: str
+    published: float
+    model: float
+    unit: str
+    source: str
+    fitted: bool = False
+
+    @property
+    def error(self) -> float:
+        """In points where the unit is %, else in % of what is published."""
+        if self.unit == "%":
+            return self.model - self.published
+        return 100 * (self.model / self.published - 1)
+
+
+def points() -> Iterator[Point]:
+    vit_g = vit_network(
+        image_size=224, patch_size=14, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=6144 / 1408
+    )
+    nemo = "NeMo, ViT-g/14 on H100"
+    nemo_utilisation = 0.29 * 989e12 / GPUS["h100"].matrix_flops
+    at_8 = images_per_gpu(Cluster(gpu=GPUS["h100"], gpus=8, utilisation=nemo_utilisation), vit_g)
+    at_128 = images_per_gpu(Cluster(gpu=GPUS["h100"], gpus=128, utilisation=nemo_utilisation), vit_g)
+    yield Point(
+        what="8 GPUs, at its 29 % of 989 TFLOP/s", published=178.5, model=at_8, unit="images/s a GPU",
+        source=nemo, fitted=True,
+    )  # fmt: skip
+    yield Point(
+        what=f"8 GPUs, at this command's {UTILISATION:.0%}", published=178.5,
+        model=images_per_gpu(Cluster(gpu=GPUS["h100"], gpus=8), vit_g), unit="images/s a GPU", source=nemo,
+    )  # fmt: skip
+    yield Point(
+        what="efficiency, 1 to 16 nodes", published=94.4, model=100 * at_128 / at_8, unit="%", source=nemo,
+        fitted=True,
+    )  # fmt: skip
+    vit_l = vit_network(image_size=224, patch_size=14, embed_dim=1024, depth=24, num_heads=16)
+    # Its text tower, 12 blocks of 768 on 77 tokens, is about a twentieth of the work, and is left out.
+    openclip = [
+        images_per_gpu(Cluster(gpu=GPUS["a100-40gb"], gpus=gpus, gpus_per_node=4), vit_l)
+        for gpus in (768, 1024)
+    ]
+    yield Point(
+        what="efficiency, 768 to 1,024 GPUs", published=98.4, model=100 * openclip[1] / openclip[0], unit="%",
+        source="OpenCLIP, ViT-L/14 on A100, 4 a node",
+    )  # fmt: skip
+    llama = [sequences_per_gpu(gpus) for gpus in (8, 128)]
+    yield Point(
+        what="efficiency, 8 to 128 GPUs", published=97.7, model=100 * llama[1] / llama[0], unit="%",
+        source="torchtitan, Llama 3.1 8B on H100, FSDP",
+    )  # fmt: skip
+    vit_s = vit_network(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    small = images_per_gpu(Cluster(gpu=GPUS["h100"], gpus=1), vit_s)
+    for kind, published in (("eager", 1608.0), ("compiled", 5560.0), ("tuned", 8003.0)):
+        yield Point(
+            what=f"1 GPU, {kind}, at this command's {UTILISATION:.0%}", published=published, model=small,
+            unit="images/s a GPU", source="nvSubquadratic, ViT-S on H100",
+        )  # fmt: skip
+
+
+def images_per_gpu(cluster: Cluster, network: Network) -> float:
+    """A second, at ZeRO stage 1 in bf16."""
+    step = step_seconds(
+        cluster, images=IMAGES, flops=training_flops(network), parameters=network.parameters()
+    )
+    return IMAGES / step.total
+
+
+def sequences_per_gpu(gpus: int) -> float:
+    """Llama 3.1 8B: 8,192 tokens a sequence, two a step on each GPU, at torchtitan's 39 % of 989 TFLOP/s."""
+    parameters, tokens, depth, width = 8.03e9, 8192, 32, 4096
+    flops = 6 * parameters * tokens + 12 * depth * width * tokens**2  # products with weights, and attention
+    cluster = Cluster(gpu=GPUS["h100"], gpus=gpus, utilisation=0.39 * 989e12 / GPUS["h100"].matrix_flops)
+    return 2 / step_seconds(cluster, images=2, flops=flops, parameters=parameters, stage=3).total
+
+
+def describe_points() -> str:
+    lines = [
+        "what                                                      published      model    error   source"
+    ]
+    for point in points():
+        error = f"{point.error:+.1f} {'points' if point.unit == '%' else '%'}"
+        unit = "%" if point.unit == "%" else "/s"
+        fitted = ", fitted" if point.fitted else ""
+        lines.append(
+            f"{point.what:<54}{point.published:>10,.1f} {unit:<2}{point.model:>10,.1f}  {error:>13}  "
+            f"{point.source}{fitted}"
+        )
+    return "\n".join(lines)

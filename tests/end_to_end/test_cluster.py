@@ -1,0 +1,149 @@
+"""Three hosts that train from a bucket in their own network: one is cut off, and comes back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+from launched_hosts import Launched, no_process_left, steps_of_attempt, until
+from launching import ROOT, clean_environment
+from services.radosgw import missing_binaries
+from services.required import skip_or_fail
+from services.ssh_hosts import NETWORK, Hosts
+from small_run import RECIPE
+
+from launch.plan import checkpoint_bytes
+from pretrain.checkpoint.attempts import read_attempts
+from pretrain.checkpoint.manifest import committed
+from pretrain.config.load import load_config
+from pretrain.cost import cost_of
+from pretrain.metrics.journal import read_journal
+
+BUCKET = "mine"
+SERVER = ROOT / "tests" / "services" / "radosgw.py"
+
+
+@contextmanager
+def bucket_in(hosts: Hosts, folder: Path) -> Iterator[dict[str, str]]:
+    """Ceph's radosgw at the hosts' switch; the variables by which they find it."""
+    if missing := missing_binaries():
+        skip_or_fail(f"the S3 server is not installed: {', '.join(missing)}")
+    words = [str(SERVER), "--serve", str(folder), "--bucket", BUCKET, "--host", f"{NETWORK}.254"]
+    with (folder.parent / "radosgw.log").open("w") as log:
+        server = subprocess.Popen(
+            hosts.outside([sys.executable, *words]),
+            env=clean_environment(),
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    try:
+        variables = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+        assert server.stdout is not None
+        for line in server.stdout:
+            if not line.startswith("export "):
+                break
+            name, _, value = line.removeprefix("export ").strip().partition("=")
+            variables[name] = value
+        assert "AWS_ENDPOINT_URL" in variables, (folder.parent / "radosgw.log").read_text()
+        yield variables
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def losses_of_attempt(run_dir: Path, attempt: int) -> dict[int, float]:
+    records = read_journal(run_dir / "journal.jsonl")
+    return {r["step"]: r["loss"] for r in records if r["event"] == "step" and r["attempt"] == attempt}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_host_that_is_cut_off_is_done_without_and_taken_in_again_on_the_same_samples(
+    hosts: Hosts, shards: Path, tmp_path: Path
+) -> None:
+    run_dir, log, recipe = tmp_path / "run", tmp_path / "log", tmp_path / "recipe.yaml"
+    sections = {
+        **RECIPE,
+        "run_dir": str(run_dir),
+        "data": {
+            **RECIPE["data"],
+            "train": f"s3://{BUCKET}/shards",
+            "workers": 0,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "train": {**RECIPE["train"], "steps": 1_000_000},
+        "checkpoint": {"every_steps": 20, "keep_last": 2},
+    }
+    recipe.write_text(yaml.safe_dump(sections))
+    options = ["--least-nodes", "2", "--rendezvous-seconds", "15", "--silence-seconds", "8"]
+    with bucket_in(hosts, tmp_path / "ceph") as variables:
+        sync = [sys.executable, "-m", "pretrain.cli", "data", "sync", str(shards), f"s3://{BUCKET}/shards"]
+        subprocess.run(hosts.outside(sync), env=clean_environment(**variables), cwd=ROOT, check=True)
+        run = Launched(hosts, recipe, log, *options, slots=(2, 1, 1), **variables)
+        try:
+            until(
+                lambda: committed(run_dir) and max(steps_of_attempt(run_dir, 1)) % 20 in (5, 6, 7, 8),
+                "steps beyond a checkpoint",
+                [log],
+                alive=run.process,
+            )
+            hosts.cut("h2")
+            until(lambda: read_attempts(run_dir), "the end of the first attempt", [log], alive=run.process)
+            [line] = read_attempts(run_dir)
+            assert "h2 was lost" in line["reason"]
+            until(
+                lambda: max(steps_of_attempt(run_dir, 2), default=0) > line["last_step"],
+                "steps of the second attempt, beyond the first's",
+                [log],
+                alive=run.process,
+            )
+            before, again = losses_of_attempt(run_dir, 1), losses_of_attempt(run_dir, 2)
+            repeated = sorted(before.keys() & again.keys())
+            assert repeated[:1] == [line["checkpoint_step"] + 1]
+            for step in repeated[:10]:  # 4 ranks and 3, on the same samples
+                assert again[step] == pytest.approx(before[step], rel=1e-5)
+
+            hosts.mend("h2")
+            until(
+                lambda: any(
+                    b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in hosts.pids("h2")
+                ),
+                "h2 to be called again",
+                [log],
+                alive=run.process,
+            )
+            time.sleep(10.0)  # for its worker to be ready
+            ranks = [
+                pid for pid in hosts.pids("h1") if b"RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes()
+            ]
+            os.kill(min(ranks), signal.SIGKILL)
+            until(
+                lambda: len(steps_of_attempt(run_dir, 3)) >= 2,
+                "steps of the third attempt",
+                [log],
+                alive=run.process,
+            )
+            starts = [r for r in read_journal(run_dir / "journal.jsonl") if r["event"] == "start"]
+            assert [start["world_size"] for start in starts] == [4, 3, 4]
+            run.process.terminate()
+            assert run.process.wait(120) == 75
+            assert variables["AWS_SECRET_ACCESS_KEY"] not in log.read_text()
+            until(lambda: no_process_left(hosts), "the end of all processes", [log])
+        finally:
+            run.process.kill()
+            run.process.wait()
+
+    # What a checkpoint takes is what `pretrain launch plan` says, but for the files' own headers.
+    config = load_config(recipe)
+    files = committed(run_dir)[-1].glob("rank-*.safetensors")
+    said = checkpoint_bytes(config, cost_of(config, 6))
+    assert sum(file.stat().st_size for file in files) == pytest.approx(said, rel=0.25)

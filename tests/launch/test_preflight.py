@@ -1,0 +1,210 @@
+"""Preflights on this machine: what is wrong is named, and what hosts say of themselves is compared."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from launching import ROOT, clean_environment, free_port
+
+from launch.checks import OK, UNKNOWN, Check, Place, bounded, code_digest, look, needed_bytes, versions
+from launch.findings import (
+    Finding,
+    compare_clocks,
+    compare_recipes,
+    compare_versions,
+    judge_folder,
+    judge_space,
+    odd_ones,
+    table,
+)
+from pretrain.checkpoint.run_directory import held
+from pretrain.cli import main
+from pretrain.config.load import load_config, parse_config
+
+PLACE = Place(node=0, processes=1, world_size=1, full=True)
+
+
+def recipe_of(folder: Path, **sections: Any) -> dict[str, Any]:
+    return {
+        "run_dir": str(folder / "run"),
+        "model": {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "image_size": 32},
+        "objective": {"num_classes": 3},
+        "data": {"train": str(folder / "shards")},
+        "train": {"global_batch_size": 16, "steps": 12, "precision": "float32"},
+        **sections,
+    }
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "index.safetensors").write_bytes(b"an index")  # is looked for, not read
+    (shards / "000.tar").write_bytes(bytes(100_000))
+    path.write_text(yaml.safe_dump(recipe_of(tmp_path)))
+    return path
+
+
+def found(checks: list[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    return {check["name"]: (check["status"], check["said"]) for check in checks}
+
+
+def test_one_machine_is_looked_at_without_a_hostfile_and_left_as_it_was(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["launch", "preflight", str(recipe), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"]
+    assert said["hosts"] == [socket.gethostname()]
+    by_check = {one["check"]: one for one in said["findings"]}
+    assert {"host", "recipe", "packages", "clock", "devices", "run folder", "data"} <= by_check.keys()
+    assert by_check["all-reduce"]["status"] == UNKNOWN
+    assert "it needs two hosts" in by_check["all-reduce"]["said"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_wrong_with_one_machine_ends_it_with_2(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shards" / "index.safetensors").unlink()
+    with socket.create_server(("127.0.0.1", 0)) as holder, held(tmp_path / "run", make=True):
+        port = holder.getsockname()[1]
+        assert main(["launch", "preflight", str(recipe), f"metrics.port={port}"]) == 2
+    failed = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines() if "FAILED" in line]
+    assert failed == ["run folder", "ports", "data"]
+
+
+def test_nodes_that_were_started_each_by_themselves_meet_and_end_alike(recipe: Path, tmp_path: Path) -> None:
+    port, nodes = free_port(), []
+    for node in (1, 0):
+        words = ["launch", "preflight", str(recipe), "--quick", "--nodes", "2", "--node-rank", str(node)]
+        address = ["--master-addr", "127.0.0.1", "--master-port", str(port), "--seconds", "100"]
+        nodes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "pretrain.cli", *words, *address, f"seed={node}"],
+                env=clean_environment(),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [node.communicate(timeout=120) for node in nodes]
+    assert [node.returncode for node in nodes] == [2, 2], said
+    [row] = [line for line in said[1][0].splitlines() if "FAILED" in line]
+    assert row.split()[:3] == ["recipe", "node", "1"]
+
+
+def test_somebody_may_stop_it(recipe: Path) -> None:
+    silent = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    code = (
+        "import json, sys; from launch.examination import Hosts, examine; "
+        "from pretrain.config.load import load_config; "
+        f"hosts = Hosts(names=['mute'], commands=[{silent!r}], address='mute'); print('up', flush=True); "
+        f"print(examine(hosts, load_config({str(recipe)!r}), variables={{}}, full=True, seconds=50).stopped)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=clean_environment(), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=40)
+    assert int(out) == signal.SIGTERM
+
+
+def test_a_check_that_gives_no_answer_is_not_waited_for() -> None:
+    started = time.monotonic()
+    check = bounded("slow", lambda: (time.sleep(5), Check("slow", OK, ""))[1], seconds=0.2)
+    assert time.monotonic() - started < 3
+    assert (check.status, check.said) == ("failed", "gave no answer within 0.2 s")
+
+
+def test_a_model_that_does_not_fit_is_refused_by_the_memory_that_is_there(tmp_path: Path) -> None:
+    model = {"size": "giant", "patch_size": 14}
+    train = {"global_batch_size": 8192, "steps": 12, "precision": "float32"}
+    config = parse_config(recipe_of(tmp_path, model=model, train=train), source="test")
+    assert needed_bytes(config, 1) > 1e12
+    status, said = found(look(config, PLACE))["devices"]
+    assert status == "failed"
+    assert "micro_batch_size" in said
+
+
+def test_a_mirror_is_written_once_and_left_empty(recipe: Path, tmp_path: Path) -> None:
+    mirror = tmp_path / "mirror"
+    config = load_config(recipe, [f"checkpoint.mirror={mirror}"])
+    assert found(look(config, PLACE))["mirror"][0] == OK
+    assert not any(path.is_file() for path in mirror.rglob("*"))
+
+
+def test_the_host_that_differs_from_most_is_the_odd_one_and_of_two_the_second() -> None:
+    assert odd_ones({"a": 1, "b": 2, "c": 2}) == (2, {"a": 1})
+    assert odd_ones({"a": 1, "b": 2}) == (1, {"b": 2})
+
+
+def test_other_versions_other_code_and_missing_packages_are_named() -> None:
+    here = {"versions": versions(), "code": code_digest()}
+    other = {**here, "versions": {**here["versions"], "numpy": "1.0", "deepspeed": ""}}
+    findings = compare_versions({"a": here, "b": other, "c": {**here, "code": "0123"}})
+    said = {one.host: (one.status, one.said) for one in findings}
+    assert said["a"][0] == OK
+    assert "numpy is 1.0, elsewhere" in said["b"][1]
+    assert "deepspeed is not there, elsewhere" in said["b"][1]
+    assert "its copy of this project is 0123" in said["c"][1]
+    none = {**here, "versions": {**here["versions"], "deepspeed": ""}}
+    assert [one.status for one in compare_versions({"a": none, "b": none})] == ["failed", "failed"]
+
+
+def test_clocks_are_compared_with_each_other_and_not_with_who_asks() -> None:
+    asked_by_one_that_is_late = {"a": (900.0, 0.1), "b": (900.2, 0.1), "c": (899.9, 0.1)}
+    assert {one.status for one in compare_clocks(asked_by_one_that_is_late)} == {OK}
+    [a, b] = compare_clocks({"a": (0.1, 0.1), "b": (60.0, 0.1)})
+    assert (a.status, b.status) == (OK, "failed")
+    assert "ahead of" in b.said
+    assert compare_clocks({"a": (7.0, 9.0)})[0].status == OK  # that may be the network's delay
+
+
+def test_a_folder_of_each_hosts_own_needs_a_mirror_and_room_for_its_part() -> None:
+    sees = {"a": True, "b": False}
+    assert [one.host for one in judge_folder("run", "a", sees, mirror=None)] == ["b"]
+    assert judge_folder("run", "a", sees, mirror="s3://x/y")[0].status == OK
+    looks = {"a": {"free_bytes": 30e9, "kept": 0}, "b": {"free_bytes": 30e9, "kept": 3}}
+    judged = judge_space(looks, checkpoint_bytes=10e9, keep_last=3, is_shared=True)
+    assert [(one.host, one.status) for one in judged] == [("a", "failed"), ("b", OK)]
+    judged = judge_space(looks, checkpoint_bytes=10e9, keep_last=3, is_shared=False)
+    assert {one.status for one in judged} == {OK}
+
+
+def test_a_recipe_that_one_host_cannot_read_is_its_finding() -> None:
+    looks = {"a": {"recipe": "1" * 64}, "b": {"recipe": None, "why": "no such file"}}
+    assert [(one.host, one.status) for one in compare_recipes(looks)] == [("a", OK), ("b", "failed")]
+
+
+def test_the_table_says_once_what_many_hosts_say() -> None:
+    hosts = [f"h{number}" for number in range(9)]
+    findings = [Finding("ports", host, OK, "free") for host in hosts[1:]] + [
+        Finding("ports", "h0", "failed", "x")
+    ]
+    lines = table(findings, hosts).splitlines()
+    assert len(lines) == 3
+    assert "h1, h2, h3 … h8 (8)" in lines[1]
+    assert "FAILED" in lines[2]
+
+
+def test_the_worker_prints_what_it_would_start(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--nodes", "3", "--node-rank", "1", "--master-addr", "n0", "--processes", "2"]
+    assert main(["launch", "worker", str(recipe), *place, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "node 1 of 3: meets node 0 at n0:29400" in said
+    assert [f"RANK={rank} " in said for rank in (2, 3)] == [True, True]
