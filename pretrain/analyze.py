@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain.analysis.choice import NUM_IMAGES, WHAT, What, spread_samples, why_not
+from pretrain.analysis.choice import NUM_IMAGES, WHAT, What, spread_samples, why_no_figure
 from pretrain.analysis.figures import analyze, write
 from pretrain.analysis.picture import require_matplotlib
 from pretrain.data.augment import DeviceTransform, EvalTransform
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 def _what(incoming: Incoming, asked: list[What] | None) -> list[What]:
     spec = incoming.spec
     reasons = {
-        what: why_not(what, name=spec.name, position_embedding=spec.position_embedding) for what in WHAT
+        what: why_no_figure(what, name=spec.name, position_embedding=spec.position_embedding) for what in WHAT
     }
     if "num_heads" in incoming.assumed:
         reasons["attention-distance"] = (

@@ -36,7 +36,7 @@ from pretrain.assemble import (
     open_data,
     open_mirror,
 )
-from pretrain.assemble_evaluations import build_evaluations, open_probe_data
+from pretrain.assemble_evaluations import build_evaluations, open_evaluation_data
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared
 from pretrain.checkpoint.run_directory import (
@@ -114,7 +114,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
-    probe_data = open_probe_data(config, data, world=world)
+    evaluation_data = open_evaluation_data(config, data, world=world)
     split = split_batch(config, world.world_size)
     last_step = total_steps(config, data.stream)
     lr_of = build_schedule(config, total_steps=last_step)
@@ -205,7 +205,7 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         evaluations = build_evaluations(
             config,
             data,
-            probe_data,
+            evaluation_data,
             engine,
             world=world,
             split=split,

@@ -13,7 +13,7 @@ NUM_IMAGES = 128  # as many as ViT's authors averaged over
 _CHUNKS = 8  # that images are taken from: a dataset in a bucket is not read through for them
 
 
-def why_not(what: What, *, name: str, position_embedding: str) -> str | None:
+def why_no_figure(what: What, *, name: str, position_embedding: str) -> str | None:
     """Why a network has no such figure; None where it has. name: "vit", "swin" or "pvt"."""
     if what != "position-embedding":
         return None

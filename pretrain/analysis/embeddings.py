@@ -47,12 +47,16 @@ def position_similarity(pos_embed: Tensor, num_prefix_tokens: int) -> Tensor:
 def principal_filters(weight: Tensor, *, count: int = NUM_FILTERS) -> PrincipalFilters:
     """The principal components of the D filters in a patch embedding's weight (D, C, p, p), at most `count`.
 
-    The mean filter is taken off, as principal components have it. There are no more than C·p² or D - 1.
+    The mean filter is taken off, as principal components have it. There are no more than C·p² or D - 1. Not numbers
+    for a weight that is not finite.
     """
     D = len(weight)
     flat = weight.to(torch.float64).flatten(1)
-    _, lengths, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
     kept = min(count, flat.shape[1], max(D - 1, 1))
+    if not torch.isfinite(flat).all():  # which have none, and would not let the decomposition end
+        nothing = torch.full((kept, *weight.shape[1:]), torch.nan)
+        return PrincipalFilters(filters=nothing, shares=nothing[:, 0, 0, 0])
+    _, lengths, components = torch.linalg.svd(flat - flat.mean(dim=0), full_matrices=False)
     components, variances = components[:kept], lengths**2
     furthest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
     filters = (components * torch.where(furthest < 0, -1.0, 1.0)).to(torch.float32)

@@ -110,6 +110,7 @@ def draw_filters(
     figure = _figure(1.25 * columns + 0.4, 1.5 * rows + 1.3)
     for i, (kernel, share) in enumerate(zip(filters, shares, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
+        kernel = np.nan_to_num(kernel)
         largest = float(np.abs(kernel).max()) or 1.0
         axes.imshow(0.5 + kernel.transpose(1, 2, 0) / (2 * largest), interpolation="nearest")
         axes.set_xticks([])

@@ -14,8 +14,8 @@ def test_the_similarity_of_two_patches_is_the_cosine_of_their_positions():
     pos_embed = torch.randn(1, 1 + 9, 6, generator=torch.Generator().manual_seed(0))
     found = position_similarity(pos_embed, 1)
     assert found.shape == (3, 3, 3, 3)
-    for (i, j, k, l), value in np.ndenumerate(found.numpy()):
-        one, other = pos_embed[0, 1 + 3 * i + j].numpy(), pos_embed[0, 1 + 3 * k + l].numpy()
+    for (i, j, k, m), value in np.ndenumerate(found.numpy()):
+        one, other = pos_embed[0, 1 + 3 * i + j].numpy(), pos_embed[0, 1 + 3 * k + m].numpy()
         expected = one @ other / np.sqrt((one @ one) * (other @ other))
         assert value == pytest.approx(expected, abs=1e-6)
 
