@@ -172,7 +172,7 @@ def _of_files(
         pixels = []
         for path in files[start : start + batch_size]:
             try:
-                pixels.append(torch.from_numpy(transform(read_image(path), name=str(path)).pixels))
+                pixels.append(torch.tensor(transform(read_image(path), name=str(path)).pixels))
             except DataError as error:
                 tqdm.write(f"left out: {error}")
         if pixels:

@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,7 +123,7 @@ class Classifier:
     def prepared(self, path: Path) -> Tensor:
         """uint8 (3, S, S), the centre of the image. Raises DataError for what is no image."""
         sample = self._transform(read_image(path), name=str(path))
-        return torch.from_numpy(np.ascontiguousarray(sample.pixels))
+        return torch.tensor(sample.pixels)
 
     @torch.inference_mode()
     def __call__(self, pixels_BCHW: Tensor) -> Tensor:

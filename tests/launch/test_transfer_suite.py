@@ -54,8 +54,8 @@ def backbone(tmp_path: Path) -> Path:
 def write(tmp_path: Path, shards: Path, backbone: Path) -> Any:
     """Write a suite, changed as asked; returns its file."""
 
-    def written(recipe: dict[str, Any] | None = None, **changes: Any) -> Path:
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe or RECIPE))
+    def written(of_parts: dict[str, Any] | None = None, **changes: Any) -> Path:
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(of_parts or RECIPE))
         values = {
             "recipe": str(tmp_path / "recipe.yaml"),
             "init_from": str(backbone),
@@ -63,7 +63,7 @@ def write(tmp_path: Path, shards: Path, backbone: Path) -> Any:
             "datasets": {"shapes": {"train": str(shards / "train"), "val": str(shards / "val")}},
             **changes,
         }
-        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(values))
+        (tmp_path / "suite.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
         return tmp_path / "suite.yaml"
 
     return written
