@@ -35,6 +35,7 @@ STARTS: dict[StartName, Overrides] = {
     # longer than any run: the backbone stays, bit for bit, and gives the same features of an image each time
     "linear-probe": {"optim.freeze_backbone_steps": 10**9, "model.drop_path_rate": 0.0},
 }
+OF_ALL: Overrides = {"metrics.port": 0}  # parts at a time would all want the recipe's
 FROM_BACKBONE: tuple[StartName, ...] = ("pretrained", "linear-probe")
 
 # Set by each part itself, or by where its start and data are: an override of them would be lost.
@@ -157,7 +158,7 @@ def parts_of(suite: Suite) -> list[Part]:
         identities: dict[str, str] = {}
         for start, more in suite.starts.items():
             from_backbone = start in FROM_BACKBONE
-            chosen = {**suite.overrides, **entry.overrides, **STARTS[start], **(more or {})}
+            chosen = {**OF_ALL, **suite.overrides, **entry.overrides, **STARTS[start], **(more or {})}
             for seed in suite.seeds:
                 own = {
                     "data.train": entry.train,
@@ -174,6 +175,11 @@ def parts_of(suite: Suite) -> list[Part]:
                     raise ConfigError(
                         f"{suite.recipe}: objective.name={config.objective.name} has no classes to be right on; "
                         "transfer is measured by classification"
+                    )
+                if config.checkpoint.mirror is not None:
+                    raise ConfigError(
+                        f"{suite.recipe}: checkpoint.mirror={config.checkpoint.mirror} would be that of all parts, and "
+                        "a mirror belongs to one run; add checkpoint.mirror: null to the suite's overrides"
                     )
                 if not identities:
                     identities = {

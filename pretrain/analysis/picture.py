@@ -45,7 +45,7 @@ def draw_attention_distance(heads: Sequence[HeadDistance], out: Path, *, title: 
     spread = min(0.5, 0.03 * (layers == 1).sum())  # side by side, so that equal ones do not hide each other
     axes.scatter(
         layers + spread * (rank - 0.5), means, c=rank, cmap="viridis", s=36, edgecolors="white", linewidths=0.4,
-        zorder=3, label="a head",
+        zorder=3, label="a head (sorted in its layer)",
     )  # fmt: skip
     of_layer = [means[layers == layer].mean() for layer in range(1, depth + 1)]
     axes.plot(
@@ -80,9 +80,12 @@ def draw_positions(similarity: npt.NDArray[np.float32], out: Path, *, title: str
     for i, row in enumerate(shown):
         for j, column in enumerate(shown):
             mosaic[i * side : i * side + G, j * side : j * side + G] = similarity[row, column]
-    figure = _figure(7.6, 7.2)
+    # from the quarter below the smallest one: -1, which none comes near, would leave few colours to those there are
+    least = float(np.nanmin(similarity)) if np.isfinite(similarity).any() else 0.0
+    lowest = min(0.75, max(-1.0, math.floor(4 * least) / 4))
+    figure = _figure(7.6, 6.6)
     axes = figure.add_subplot()
-    drawn = axes.imshow(mosaic, vmin=-1.0, vmax=1.0, cmap="viridis", interpolation="nearest")
+    drawn = axes.imshow(mosaic, vmin=lowest, vmax=1.0, cmap="viridis", interpolation="nearest")
     named = range(0, len(shown), max(1, len(shown) // 7))
     ticks = [i * side + (G - 1) / 2 for i in named]
     axes.set_xticks(ticks, [str(shown[i] + 1) for i in named])
