@@ -23,12 +23,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import IO
 
-from launch.demo_commands import IS_LINUX, POLL_SECONDS, Commands
+from launch.commands import IS_LINUX, POLL_SECONDS, Commands, ended_by_sigterm
 from launch.demo_picture import Picture, draw
-from launch.demo_results import ExportCheck, Results, complaints, t_interval, table
+from launch.demo_results import ExportCheck, Results, complaints, table
+from launch.intervals import t_interval
 from launch.processes import count_cores, count_cuda_devices
 from pretrain.config.load import load_config
 from pretrain.data.index import open_index
@@ -71,7 +71,11 @@ class Clock:
 def run(args: argparse.Namespace) -> int:
     if not RECIPES.is_dir():
         raise UsageError(f"{RECIPES} is not there; run the demo from the project's checkout (`make demo`)")
-    with own_folder(args.out), _ended_by_sigterm(), Commands(args.out / "logs") as commands:
+    with (
+        own_folder(args.out),
+        ended_by_sigterm(128 + signal.SIGTERM),
+        Commands(args.out / "logs") as commands,
+    ):
         return demonstrate(args.out, commands)
 
 
@@ -105,20 +109,6 @@ def _lock(marker: IO[str], out: Path) -> None:
         raise UsageError(
             f"{out}: another `pretrain demo` is running there; wait, or name another folder"
         ) from None
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends us the way Ctrl-C does: with everything that we started."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def demonstrate(out: Path, commands: Commands) -> int:

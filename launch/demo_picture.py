@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.demo_results import Interval, percent
+from launch.intervals import Interval, percent
 from pretrain.errors import UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal, steps_of
 

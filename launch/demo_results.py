@@ -2,28 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Student's t, 97.5 % quantile by degrees of freedom: NIST/SEMATECH e-Handbook, section 1.3.6.7.2.
-T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % confidence interval, mean ± half_width."""
-
-    mean: float
-    half_width: float
-
-    @property
-    def low(self) -> float:
-        return self.mean - self.half_width
-
-    @property
-    def high(self) -> float:
-        return self.mean + self.half_width
+from launch.intervals import percent, t_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +31,6 @@ class Results:
     seconds: Mapping[str, float]  # by phase
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """The mean of 2 to 10 values and its 95 % interval by Student's t."""
-    count = len(values)
-    assert count - 1 in T_975, f"an interval is for 2 to {max(T_975) + 1} values, got {count}"
-    mean = sum(values) / count
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return Interval(mean=mean, half_width=T_975[count - 1] * deviation / math.sqrt(count))
-
-
 def complaints(results: Results) -> list[str]:
     """What the demo should have shown and did not; empty when all is well."""
     found = []
@@ -73,10 +46,6 @@ def complaints(results: Results) -> list[str]:
             f"untrained network's {100 * results.knn_random:.1f} %"
         )
     return found
-
-
-def percent(interval: Interval) -> str:
-    return f"{100 * interval.mean:.1f} ± {100 * interval.half_width:.1f} %"
 
 
 def table(results: Results) -> str:

@@ -39,7 +39,7 @@ class Point:
 
 def points() -> Iterator[Point]:
     vit_g = vit_network(
-        image_size=224, patch_size=14, embed_dim=1408, depth=40, num_heads=16, mlp_ratio=6144 / 1408
+        image_size=224, patch_size=14, embed_dim=1408, depth=40, num_heads=16, hidden_dim=6144
     )
     nemo = "NeMo, ViT-g/14 on H100"
     nemo_utilisation = 0.29 * 989e12 / GPUS["h100"].matrix_flops
@@ -57,7 +57,9 @@ def points() -> Iterator[Point]:
         what="efficiency, 1 to 16 nodes", published=94.4, model=100 * at_128 / at_8, unit="%", source=nemo,
         fitted=True,
     )  # fmt: skip
-    vit_l = vit_network(image_size=224, patch_size=14, embed_dim=1024, depth=24, num_heads=16)
+    vit_l = vit_network(
+        image_size=224, patch_size=14, embed_dim=1024, depth=24, num_heads=16, hidden_dim=4096
+    )
     # Its text tower, 12 blocks of 768 on 77 tokens, is about a twentieth of the work, and is left out.
     openclip = [
         images_per_gpu(Cluster(gpu=GPUS["a100-40gb"], gpus=gpus, gpus_per_node=4), vit_l)
@@ -72,7 +74,7 @@ def points() -> Iterator[Point]:
         what="efficiency, 8 to 128 GPUs", published=97.7, model=100 * llama[1] / llama[0], unit="%",
         source="torchtitan, Llama 3.1 8B on H100, FSDP",
     )  # fmt: skip
-    vit_s = vit_network(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6)
+    vit_s = vit_network(image_size=224, patch_size=16, embed_dim=384, depth=12, num_heads=6, hidden_dim=1536)
     small = images_per_gpu(Cluster(gpu=GPUS["h100"], gpus=1), vit_s)
     for kind, published in (("eager", 1608.0), ("compiled", 5560.0), ("tuned", 8003.0)):
         yield Point(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.analysis.choice import spread_samples
+from pretrain.analysis.picture import require_matplotlib
 from pretrain.assemble_data import Data, build_reader, num_label_bits
 from pretrain.config.schema import ProbesConfig, RunConfig
 from pretrain.data.augment import DeviceTransform, EvalTransform
 from pretrain.data.decode import resolve_decoder
 from pretrain.data.index import DatasetIndex, open_index, open_samples
 from pretrain.data.loader import EvalLoader
-from pretrain.derived import Split, cache_dir, s3_settings
+from pretrain.derived import Split, analysis_choice, cache_dir, s3_settings
 from pretrain.distributed import World, from_main, together
 from pretrain.engine.base import Engine
 from pretrain.errors import ConfigError
-from pretrain.evaluations import Evaluations, ProbePlan
+from pretrain.evaluations import AnalysisPlan, Evaluations, ProbePlan
 from pretrain.metrics.reporter import Reporter
 from pretrain.probes.choose import choose_samples, refuse_unfit
 from pretrain.probes.falls import FallWatch
@@ -36,7 +39,29 @@ class ProbeData:
     val_samples: npt.NDArray[np.int64]
 
 
-def open_probe_data(config: RunConfig, data: Data, *, world: World) -> ProbeData | None:
+@dataclass(frozen=True, kw_only=True)
+class EvaluationData:
+    """What is looked at beside data.val; None for what the recipe does not ask for. analysis: whose images."""
+
+    probes: ProbeData | None
+    analysis: DatasetIndex | None
+
+
+def open_evaluation_data(config: RunConfig, data: Data, *, world: World) -> EvaluationData:
+    """All ranks together. Raises as _open_probe_data; UsageError where eval.analyze could not draw."""
+    probes = _open_probe_data(config, data, world=world)
+    analyze, analysis = config.eval.analyze, None
+    if analyze is not None:
+        from_main(world, lambda: require_matplotlib("eval.analyze"))
+        url = analyze.images
+        if url is not None:
+            analysis = together(lambda: open_index(url, s3=s3_settings(config), cache_dir=cache_dir(config)))
+        else:
+            analysis = data.val_index or data.indexes[0]
+    return EvaluationData(probes=probes, analysis=analysis)
+
+
+def _open_probe_data(config: RunConfig, data: Data, *, world: World) -> ProbeData | None:
     """None for a recipe without probes. All ranks together.
 
     Raises ConfigError where the run's own data cannot serve and no other is named, UsageError for data that gives no
@@ -76,7 +101,7 @@ def _probe_index(config: RunConfig, url: str | None, which: str, own: list[Datas
 def build_evaluations(
     config: RunConfig,
     data: Data,
-    probe_data: ProbeData | None,
+    evaluation_data: EvaluationData,
     engine: Engine,
     *,
     world: World,
@@ -105,7 +130,7 @@ def build_evaluations(
             num_label_bits=label_bits,
         )
 
-    plan, probes = None, config.eval.probes
+    plan, probes, probe_data = None, config.eval.probes, evaluation_data.probes
     if probe_data is not None and probes is not None:
         num_classes = probe_data.train.num_classes
         assert num_classes is not None, "data without classes was refused"
@@ -117,6 +142,15 @@ def build_evaluations(
             facts=_facts(probe_data),
             every_steps=probes.every_steps,
             at_start=probes.at_start if probes.at_start is not None else config.init_from is not None,
+        )
+    analyses, analyze, images = None, config.eval.analyze, evaluation_data.analysis
+    if analyze is not None and images is not None:
+        samples = spread_samples(np.asarray(images.chunk_samples), analyze.num_images)
+        analyses = AnalysisPlan(
+            what=analysis_choice(config),
+            images=loader(images, samples),
+            folder=Path(config.run_dir) / "analysis",
+            every_steps=analyze.every_steps,
         )
     validation = None
     if data.val_index is not None:
@@ -131,6 +165,7 @@ def build_evaluations(
         every_steps=config.eval.every_steps,
         use_ema=config.eval.use_ema,
         probes=plan,
+        analyses=analyses,
         falls=FallWatch(continues=config.init_from is not None),
     )
 

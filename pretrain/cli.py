@@ -40,7 +40,12 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         "pretrain.evaluate", "measure a backbone's features with a kNN, linear, few-shot or dense probe"
     ),
+    "predict": Command("pretrain.predict", "say what is in images, with a trained classifier"),
+    "analyze": Command("pretrain.analyze", "draw attention distances, position embeddings and patch filters"),
     "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
+    "transfer": Command(
+        "launch.transfer", "how well a backbone transfers: datasets, seeds and starts in one table"
+    ),
     "checkpoints": Command("pretrain.checkpoints", "list, verify and remove a run's checkpoints"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "compare": Command("pretrain.compare", "lay runs side by side: curves, ends, recipes"),

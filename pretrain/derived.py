@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pretrain.analysis.choice import WHAT, What, why_no_figure
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import INDEX_NAME, DatasetIndex
 from pretrain.data.index_cache import default_cache_dir
@@ -73,6 +74,24 @@ def is_image_source(url: str) -> bool:
     if path.is_file() and path.suffix == ".tar":
         return True
     return path.is_dir() and not any(path.glob("*.tar")) and not (path / INDEX_NAME).is_file()
+
+
+def analysis_choice(config: RunConfig) -> tuple[What, ...]:
+    """Which figures eval.analyze draws: those it names, or all that the network has; () without it.
+
+    Raises ConfigError for one that the network does not have.
+    """
+    if config.eval.analyze is None:
+        return ()
+    model = config.model
+    reasons = {
+        what: why_no_figure(what, name=model.name, position_embedding=model.position_embedding)
+        for what in WHAT
+    }
+    for what in config.eval.analyze.what or ():
+        if reasons[what]:
+            raise ConfigError(f"eval.analyze.what={what}: {reasons[what]}; leave it out")
+    return config.eval.analyze.what or tuple(what for what in WHAT if reasons[what] is None)
 
 
 @dataclass(frozen=True, kw_only=True)

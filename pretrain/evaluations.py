@@ -1,4 +1,4 @@
-"""What a run measures beside its training: loss and metrics on validation data, and probes of its features.
+"""What a run measures beside its training: loss and metrics on validation data, probes of its features, and figures.
 
 Called by train.py between steps; built by assemble_evaluations.py. A run that is asked to stop gives up what is under
 way between steps, so that it can save in the time it is left. Nothing here changes what is learned: no random
@@ -8,13 +8,15 @@ number of the training is drawn, no weight is touched, and the training data goe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pretrain.analysis import figures
+from pretrain.analysis.choice import What
 from pretrain.data.augment import DeviceTransform
 from pretrain.data.loader import EvalLoader, to_device
 from pretrain.distributed import Sums, World, sum_over_ranks
@@ -43,8 +45,22 @@ class ProbePlan:
     at_start: bool
 
 
+@dataclass(frozen=True, kw_only=True)
+class AnalysisPlan:
+    """Which figures, of attention in which images: this rank's part, as many batches as on the others. Written to
+    folder/step-…"""
+
+    what: Sequence[What]
+    images: Iterable[Mapping[str, Any]]
+    folder: Path
+    every_steps: int | None
+
+
 class Evaluations:
-    """Validation every `every_steps`, and the plan's probes in their own steps; both at the end. All ranks together."""
+    """Validation every `every_steps`, and the plans' probes and figures in their own steps; all at the end.
+
+    All ranks together.
+    """
 
     def __init__(
         self,
@@ -58,6 +74,7 @@ class Evaluations:
         every_steps: int | None,
         use_ema: bool,
         probes: ProbePlan | None,
+        analyses: AnalysisPlan | None,
         falls: FallWatch,
     ) -> None:
         """use_ema: validate the average of the weights as well, where the engine keeps one."""
@@ -65,7 +82,7 @@ class Evaluations:
         self._device_transform = device_transform
         self._validation, self._every_steps = validation, every_steps
         self._use_ema = use_ema and engine.averages
-        self._probes, self._falls = probes, falls
+        self._probes, self._analyses, self._falls = probes, analyses, falls
         self._asked: Callable[[], bool] | None = None  # None: what is under way is finished
         self._batches = 0  # as many on all ranks
 
@@ -90,12 +107,15 @@ class Evaluations:
             self._validate(step, samples)
         if self._probes is not None and is_due(step, self._probes.every_steps):
             self._probe(step, samples)
+        if self._analyses is not None and is_due(step, self._analyses.every_steps):
+            self._analyze(step, samples)
 
     def at_end(self, step: int, samples: int) -> None:
         """After the last step, which is saved: nothing would be gained by giving up."""
         self._asked = None
         self._validate(step, samples)
         self._probe(step, samples)
+        self._analyze(step, samples)
 
     def _validate(self, step: int, samples: int) -> None:
         if self._validation is None:
@@ -145,6 +165,45 @@ class Evaluations:
             num_classes=plan.num_classes,
             seconds=round(time.monotonic() - started, 3),
             **plan.facts,
+        )
+
+    def _analyze(self, step: int, samples: int) -> None:
+        plan, started = self._analyses, time.monotonic()
+        if plan is None:
+            return
+        self._pulse.at("validate", step)
+        backbone: Any = self._engine.module.backbone
+        try:
+            findings = figures.analyze(
+                backbone,
+                plan.what,
+                batches=plan.images,
+                device_transform=self._device_transform,
+                device=self._engine.device,
+                reading=self._engine.reading,
+                each_batch=self._each_batch,
+            )
+        except AskedToStopError:
+            self._tell_given_up("analysis", step, samples)
+            return
+        folder, error = plan.folder / f"step-{step:08d}", None
+        if self._world.is_main:
+            try:
+                figures.write(findings, folder, title=f"{plan.folder.absolute().parent.name}, step {step:,}")
+            except OSError as failed:  # pictures are not worth the end of a run
+                error = str(failed)
+        self._reporter.event(
+            "analysis",
+            note=f"step {step}: figures in {folder}"
+            if error is None
+            else f"step {step}: no figures: {error}",
+            step=step,
+            samples=samples,
+            what=list(plan.what),
+            folder=str(folder),
+            images=findings.images,
+            error=error,
+            seconds=round(time.monotonic() - started, 3),
         )
 
     def _tell_given_up(self, what: str, step: int, samples: int) -> None:

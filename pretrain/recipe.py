@@ -19,6 +19,7 @@ from pretrain.cost import GPU_FLOPS, Cost, cost_of, state_of
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
     Split,
+    analysis_choice,
     backbone_spec,
     cache_bytes,
     cache_dir,
@@ -86,6 +87,7 @@ def resolve(args: argparse.Namespace) -> RunConfig | None:
             f"--world-size={args.world_size} is for --dry-run; a launcher decides the run's ranks"
         )
     check_exports(config)
+    analysis_choice(config)  # refuses what the network does not have
     world_size = 1 if args.world_size is None else args.world_size
     if world_size < 1:
         raise ConfigError(f"--world-size={args.world_size}: a run has at least one rank")
@@ -187,6 +189,10 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
             bound = cache_bytes(config)
             yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
     yield from _probes(config)
+    if config.eval.analyze is not None:
+        every = config.eval.analyze.every_steps
+        when = f"every {every:,} steps and at the end" if every else "at the end"
+        yield "figures", f"{', '.join(analysis_choice(config))}, {when}"
     yield "export formats", ", ".join(_exportable(config))
 
 

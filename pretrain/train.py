@@ -31,7 +31,7 @@ from pretrain.assemble import (
     open_mirror,
 )
 from pretrain.assemble_data import build_device_transform, build_mixing, build_train_loader, open_data
-from pretrain.assemble_evaluations import build_evaluations, open_probe_data
+from pretrain.assemble_evaluations import build_evaluations, open_evaluation_data
 from pretrain.assemble_reporting import build_reporter, build_watch
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared
@@ -105,7 +105,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
 
     # What is to be learned from. Whatever is wrong here is found before anything is written.
     data = open_data(config, world=world, debug=debug)
-    probe_data = open_probe_data(config, data, world=world)
+    evaluation_data = open_evaluation_data(config, data, world=world)
     split = split_batch(config, world.world_size)
     last_step = total_steps(config, data.stream)
     lr_of = build_schedule(config, total_steps=last_step)
@@ -199,7 +199,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         evaluations = build_evaluations(
             config,
             data,
-            probe_data,
+            evaluation_data,
             engine,
             world=world,
             split=split,

@@ -108,9 +108,22 @@ class ProbesConfig(Section):
         return self
 
 
+class AnalyzeConfig(Section):
+    """What the network has learned to look at, into run_dir/analysis/step-…; see pretrain/analysis/."""
+
+    what: Annotated[
+        tuple[Literal["attention-distance", "position-embedding", "patch-filters"], ...] | None,
+        Field(strict=False, min_length=1),
+    ] = None  # all that the network has, when left out
+    every_steps: PositiveInt | None = None  # and at the end; only there when left out
+    images: str | None = None  # shards; data.val, or else data.train, when left out
+    num_images: PositiveInt = 128  # ViT, arXiv:2010.11929, figure 7
+
+
 class EvalConfig(Section):
     every_steps: PositiveInt | None = None  # validation loss (and top-1); at the end of the run when left out
     probes: ProbesConfig | None = None
+    analyze: AnalyzeConfig | None = None
     use_ema: bool = True  # with optim.ema_decay: a second pass, of the average; its numbers begin with ema_
 
 

@@ -8,6 +8,7 @@ Every parameter is read inside the forward of the module that owns it: ZeRO-3 ga
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -19,6 +20,9 @@ from pretrain.models.rotary import rotate
 from pretrain.models.sizes import mlp_width, swiglu_width
 
 LAYER_NORM_EPS = 1e-6  # timm's and MAE's; Hugging Face's default is 1e-12
+
+# Given queries and keys (B, H, N, K) and the bias of the scores, if there is one, as they enter `attention`.
+AttentionWatch = Callable[[Tensor, Tensor, Tensor | None], None]
 
 
 def layer_norm(embed_dim: int, *, eps: float = LAYER_NORM_EPS) -> nn.LayerNorm:
@@ -86,7 +90,10 @@ class Attention(nn.Module):
     """Multi-head self-attention with query, key and value fused in one product.
 
     With qk_norm each head's queries and keys are normalised (arXiv:2302.05442), before rotary positions turn them.
+    `watch`, where somebody has set it, is shown what is attended to what; analysis/attention.py does.
     """
+
+    watch: AttentionWatch | None = None
 
     def __init__(self, *, embed_dim: int, num_heads: int, qk_norm: bool = False) -> None:
         super().__init__()
@@ -104,6 +111,8 @@ class Attention(nn.Module):
         query, key = self.q_norm(query), self.k_norm(key)
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
+        if self.watch is not None:
+            self.watch(query, key, None)
         return self.proj(attention(query, key, value).transpose(1, 2).reshape(B, N, D))
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.models.drop_path import scaled, scales_by_stage
 from pretrain.models.layers import (
+    AttentionWatch,
     PatchProjection,
     attention,
     init_linears_truncated_normal,
@@ -231,7 +232,12 @@ class Block(nn.Module):
 
 
 class ReducedAttention(nn.Module):
-    """Multi-head attention of all tokens to keys and values on a grid that is sr_ratio times smaller a side."""
+    """Multi-head attention of all tokens to keys and values on a grid that is sr_ratio times smaller a side.
+
+    `watch`: as of layers.Attention.
+    """
+
+    watch: AttentionWatch | None = None
 
     def __init__(self, *, embed_dim: int, num_heads: int, sr_ratio: int) -> None:
         super().__init__()
@@ -253,6 +259,8 @@ class ReducedAttention(nn.Module):
             small_BMC = self.sr(x_BNC.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
             small_BMC = self.norm(small_BMC)
         key, value = self.kv(small_BMC).reshape(B, -1, 2, H, K).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.watch is not None:
+            self.watch(query, key, None)
         return self.proj(attention(query, key, value).transpose(1, 2).reshape(B, N, C))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.models.drop_path import scaled, scales_by_stage
 from pretrain.models.layers import (
+    AttentionWatch,
     Mlp,
     PatchProjection,
     attention,
@@ -265,8 +266,12 @@ class Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Multi-head self-attention inside each window, with a trained bias for each offset between two tokens."""
+    """Multi-head self-attention inside each window, with a trained bias for each offset between two tokens.
 
+    `watch`: as of layers.Attention; windows are in its batch axis, or before the heads in theirs.
+    """
+
+    watch: AttentionWatch | None = None
     relative_position_index: Tensor
 
     def __init__(self, *, embed_dim: int, num_heads: int, window_size: int) -> None:
@@ -293,6 +298,8 @@ class WindowAttention(nn.Module):
             # windows and heads in one axis: then one bias serves all of the batch
             query, key, value = qkv.flatten(2, 3).unbind(0)
             bias = (bias + mask_WTT.to(qkv.dtype)[:, None]).flatten(0, 1)
+        if self.watch is not None:
+            self.watch(query, key, bias[None])
         x = attention(query, key, value, bias[None]).reshape(B, W, H, T, C // H)
         return self.proj(x.transpose(2, 3).reshape(B, W, T, C))
 

@@ -1,4 +1,4 @@
-"""A run that probes itself: it learns the same, and what it finds is in its journal, metrics and pictures."""
+"""A run that probes and draws itself: it learns the same, and what it finds is in its journal, metrics and pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import yaml
 from accelerate.state import AcceleratorState
 from small_run import RECIPE, losses
 
+from pretrain.analysis.choice import WHAT
 from pretrain.cli import main
 from pretrain.compare import final_values, read_runs
 from pretrain.curves import read_curves
@@ -34,13 +35,20 @@ def val(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root / "shards")
 
 
-def write(path: Path, shards: Path, val: str | None, probes: dict[str, Any] | None, **more: Any) -> Path:
+def write(
+    path: Path,
+    shards: Path,
+    val: str | None,
+    probes: dict[str, Any] | None,
+    analyze: dict[str, Any] | None = None,
+    **more: Any,
+) -> Path:
     sections = {
         **RECIPE,
         "run_dir": str(path.with_suffix("")),
         "data": {**RECIPE["data"], "train": str(shards), "val": val, "workers": 0},
         "train": {**RECIPE["train"], "steps": STEPS},
-        "eval": {"probes": probes},
+        "eval": {"probes": probes, "analyze": analyze},
         **more,
     }
     path.write_text(yaml.safe_dump(sections))
@@ -63,16 +71,17 @@ def probes_of(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, shards: Path, val: str) -> tuple[Path, Path]:
-    """The same run without probes, and with all of them at steps 0, 2, 4 and 5."""
+    """The same run without probes, and with all of them at steps 0, 2, 4 and 5, and with figures."""
     root = tmp_path_factory.mktemp("runs")
     probes = {"every_steps": 2, "at_start": True, "few_shot": [2, 5], "linear": True, "dense": True}
     limits = {"max_train_samples": 100, "max_val_samples": None}
     assert train(write(root / "plain.yaml", shards, val, None)) == 0
-    assert train(write(root / "probed.yaml", shards, val, {**probes, **limits})) == 0
+    figures = {"every_steps": 2, "num_images": 12}
+    assert train(write(root / "probed.yaml", shards, val, {**probes, **limits}, figures)) == 0
     return root / "plain", root / "probed"
 
 
-def test_a_run_with_probes_has_the_losses_and_the_weights_of_one_without_bit_for_bit(
+def test_a_run_with_probes_and_figures_has_the_losses_and_the_weights_of_one_without_bit_for_bit(
     runs: tuple[Path, Path],
 ) -> None:
     plain, probed = runs
@@ -103,6 +112,27 @@ def test_each_probe_of_each_due_step_is_in_the_journal_the_report_and_the_compar
     rows = final_values(read_runs([plain, probed]))
     assert rows["probe linear, last"] == [None, curves.probes["linear"][1][-1]]
     assert probes_of(plain) == []
+
+
+def test_figures_of_each_due_step_are_there_and_analyze_draws_the_last_again(
+    runs: tuple[Path, Path], val: str, tmp_path: Path
+) -> None:
+    records = [r for r in read_journal(runs[1] / "journal.jsonl") if r["event"] == "analysis"]
+    assert [(r["step"], r["images"], r["error"]) for r in records] == [
+        (2, 12, None),
+        (4, 12, None),
+        (5, 12, None),
+    ]
+    names = sorted(f"{what}.{kind}" for what in WHAT for kind in ("csv", "png"))
+    for step in (2, 4, 5):
+        assert sorted(path.name for path in (runs[1] / f"analysis/step-{step:08}").iterdir()) == names
+    assert not (runs[0] / "analysis").exists()
+    words = ["--images", val, "--limit", "12", "--batch-size", "4"]  # as many at once as in training
+    assert main(["analyze", str(runs[1]), str(tmp_path / "again"), *words]) == 0
+    for name in names:
+        if name.endswith("csv"):
+            in_training = (runs[1] / "analysis" / f"step-{STEPS:08}" / name).read_text()
+            assert (tmp_path / "again" / name).read_text() == in_training
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""One rank of test_probes_over_ranks: probes a small network at each ZeRO stage, between its training steps and before.
+"""One rank of test_probes_over_ranks: probes and draws a small network at each ZeRO stage, between its training steps
+and before.
 
 Started by torch's launcher variables; writes what rank 0 saw to the file named on the command line.
 """
@@ -14,6 +15,8 @@ from pathlib import Path
 import torch
 from zero_worker import make_objective, make_optimizer, train
 
+from pretrain.analysis.choice import WHAT
+from pretrain.analysis.figures import analyze
 from pretrain.data.augment import DeviceTransform, EvalTransform
 from pretrain.data.index import open_index
 from pretrain.data.loader import EvalLoader
@@ -60,6 +63,24 @@ def features_on_main(engine, urls: dict[str, str], world: World) -> tuple[torch.
     return tuple(gather_rows(rows, world=world, piece_bytes=600) for rows in (features, labels))
 
 
+def figures_of(engine, urls: dict[str, str], world: World, each_batch) -> dict:
+    found = analyze(
+        engine.module.backbone,
+        WHAT,
+        batches=loader(urls["val"], world),
+        device_transform=TRANSFORM,
+        device=world.device,
+        reading=engine.reading,
+        each_batch=each_batch,
+    )
+    return {
+        "images": found.images,
+        "heads": [[head.mean, head.deviation, head.prefix_share, head.uniform] for head in found.heads],
+        "similarity": found.similarity.flatten().tolist(),
+        "filters": found.filters.filters.flatten().tolist(),
+    }
+
+
 def build_engine(world: World, stage: int) -> ZeroEngine:
     settings = deepspeed_config(
         # Nothing stays gathered at stage 3: a small network would, by default.
@@ -91,11 +112,13 @@ def run_stage(world: World, stage: int, urls: dict[str, str]) -> dict:
 
     features, labels = features_on_main(engine, urls, world)
     results, disturbed = [], []
+    figures = figures_of(engine, urls, world, beat)
     for step in range(STEPS):
         if step == 1:  # once is enough of the one that takes long
             plan = replace(plan, choice=replace(plan.choice, linear=False))
         found = probe(engine, plan, device_transform=TRANSFORM, world=world, each_batch=beat, moved=beat)
         results.append({"samples": [found.train_samples, found.val_samples], "top1": found.top1})
+        figures_of(engine, urls, world, beat)
         disturbed += train(engine, world, range(step, step + 1), batch_size=BATCH, micro=2)[0]
     after = features_on_main(engine, urls, world)[0]
     partitioned = sum(parameter.numel() == 0 for parameter in engine.module.parameters())
@@ -103,6 +126,7 @@ def run_stage(world: World, stage: int, urls: dict[str, str]) -> dict:
         "undisturbed": undisturbed,
         "disturbed": disturbed,
         "probes": results,
+        "figures": figures,
         "features": features.tolist(),
         "labels": labels.tolist(),
         "same features after": bool(torch.equal(after, after_plain)),

@@ -1,4 +1,4 @@
-"""Probes on real ranks at every ZeRO stage: the numbers of one process, and training as without them."""
+"""Probes and figures on real ranks at every ZeRO stage: the numbers of one process, and training as without them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,8 @@ def alone(urls: dict[str, str]) -> dict[str, Any]:
         each_batch=lambda: None,
         moved=lambda: None,
     )
-    return {"features": features, "labels": labels, "top1": found.top1}
+    figures = worker.figures_of(engine, urls, ALONE, lambda: None)
+    return {"features": features, "labels": labels, "top1": found.top1, "figures": figures}
 
 
 def test_ranks_find_the_accuracies_of_one_process_with_each_sample_once_and_in_order(
@@ -89,7 +90,19 @@ def test_ranks_find_the_accuracies_of_one_process_with_each_sample_once_and_in_o
         assert any(0.2 < top1 < 1.0 for top1 in first["top1"].values()), "a number that could not be wrong"
 
 
-def test_probes_between_steps_change_no_loss_and_no_weight_by_a_bit(results: dict[str, Any]) -> None:
+def test_ranks_see_the_figures_of_one_process_also_when_each_holds_a_part_of_the_weights(
+    results: dict[str, Any], alone: dict[str, Any]
+) -> None:
+    for got in stages_of(results).values():
+        assert got["figures"]["images"] == VAL
+        np.testing.assert_allclose(got["figures"]["heads"], alone["figures"]["heads"], rtol=1e-4, atol=1e-4)
+        for name in ("similarity", "filters"):
+            np.testing.assert_allclose(got["figures"][name], alone["figures"][name], atol=1e-5)
+
+
+def test_probes_and_figures_between_steps_change_no_loss_and_no_weight_by_a_bit(
+    results: dict[str, Any],
+) -> None:
     for got in stages_of(results).values():
         assert got["disturbed"] == got["undisturbed"]
         assert len(set(got["undisturbed"])) == worker.STEPS

@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 from launching import ROOT, clean_environment
 
+from launch.commands import IS_LINUX, Commands
 from launch.demo import MARKER, own_folder
-from launch.demo_commands import IS_LINUX, Commands
 from launch.demo_picture import Picture, draw
-from launch.demo_results import ExportCheck, Results, complaints, t_interval, table
+from launch.demo_results import ExportCheck, Results, complaints, table
+from launch.intervals import t_interval
 from pretrain.errors import PretrainError, UsageError
 
 RESULTS = Results(

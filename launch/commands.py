@@ -1,4 +1,4 @@
-"""Run commands as a user would type them: shown, logged, and never left behind. Used by demo.py."""
+"""Run commands as a user would type them: shown, logged, and never left behind. Used by demo.py and transfer.py."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from launch.processes import children_of, die_with_parent
 from pretrain.errors import PretrainError
 
 IS_LINUX = sys.platform == "linux"
-END_SECONDS = 10.0  # between SIGTERM and SIGKILL for what an interrupted demo leaves running
+END_SECONDS = 10.0  # between SIGTERM and SIGKILL for what is still running at the end
 POLL_SECONDS = 0.1
 SHOWN_LINES = 15  # of a failed command's log
 
@@ -33,10 +34,12 @@ class Running:
 
 
 class Commands:
-    """Starts `pretrain` commands in process groups of their own; all of them end with the `with` block."""
+    """Starts `pretrain` commands in process groups of their own; all of them end with the `with` block, in which those
+    that train save before `end_seconds` are over.
+    """
 
-    def __init__(self, logs: Path) -> None:
-        self._logs = logs
+    def __init__(self, logs: Path, *, end_seconds: float = END_SECONDS) -> None:
+        self._logs, self._end_seconds = logs, end_seconds
         self._running: list[Running] = []
 
     def __enter__(self) -> Commands:
@@ -48,7 +51,7 @@ class Commands:
     ) -> None:
         for running in self._running:
             _send_group(running.process, signal.SIGTERM)
-        deadline = time.monotonic() + END_SECONDS
+        deadline = time.monotonic() + self._end_seconds
         for running in self._running:
             try:
                 running.process.wait(max(0.0, deadline - time.monotonic()))
@@ -126,6 +129,20 @@ class Commands:
                     started.remove(running)
                     self.finish(running)
             time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def ended_by_sigterm(code: int) -> Iterator[None]:
+    """Within it, SIGTERM ends us the way Ctrl-C does: with everything that we started, and with this exit code."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(code)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def last_lines(log: Path) -> str:
