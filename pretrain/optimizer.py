@@ -24,21 +24,19 @@ def optimizer_builder(
 
     The rate is 0 until a step sets it: DeepSpeed takes a trial step while it starts.
     """
-    optim = config.optim
+    optim, peak = config.optim, peak_lr(config)
     fused = device.type == "cuda"
 
     def build(module: nn.Module) -> torch.optim.Optimizer:
-        muon_lr_scale = optim.muon_lr / peak_lr(config) if optim.name == "muon" else None
+        of_head = optim.head_weight_decay
         groups = parameter_groups(
             module,
-            weight_decay=_decay(config, optim.weight_decay, peak_lr(config)),
-            head_weight_decay=None
-            if optim.head_weight_decay is None
-            else _decay(config, optim.head_weight_decay, peak_lr(config)),
+            weight_decay=_decay(config, optim.weight_decay, peak),
+            head_weight_decay=None if of_head is None else _decay(config, of_head, peak),
             head_lr_scale=optim.head_lr_scale,
             layer_scale=_layer_scale(config),
             apart=optim.freeze_backbone_steps > 0,
-            muon_lr_scale=muon_lr_scale,
+            muon_lr_scale=optim.muon_lr / peak if optim.name == "muon" else None,
             muon_weight_decay=_decay(config, optim.weight_decay, optim.muon_lr),
         )
         if optim.name == "lamb":

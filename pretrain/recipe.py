@@ -157,43 +157,50 @@ def _derived(config: RunConfig, world_size: int) -> Iterator[tuple[str, str]]:
             known = {"steps": config.train.steps, "epochs": config.train.epochs}.get(name)
             yield name, f"{known}" if known is not None else "unknown without the index"
     else:
-        segment = data.stream.segments[-1]
-        indexes = [data.indexes[dataset] for dataset in segment.datasets]
-        steps = total_steps(config, data.stream)
-        samples = steps * config.train.global_batch_size
-        num_samples, num_bytes = segment.num_samples, sum(int(index.chunk_bytes.sum()) for index in indexes)
-        shards = sum(len(index.shard_names) for index in indexes)
-        chunks = sum(index.num_chunks for index in indexes)
-        yield "data", f"{num_samples:,} samples in {shards:,} shards, {chunks:,} chunks"
-        if data.is_mixed:
-            for line in data.said(total_samples=samples):
-                yield "dataset", line
-        yield "classes", f"{num_classes}" if num_classes else "none used"
-        skipped = sum(one["stop"] - one["start"] for one in data.skipped)
-        jumped = f", {skipped:,} more are skipped" if skipped else ""
-        yield "steps", f"{steps:,} ({samples:,} samples{jumped})"
-        flops = samples * cost.training_flops
-        hours = flops / GPU_FLOPS / 3600
-        yield (
-            "work of the run",
-            f"{flops:.3g} FLOP, {hours:,.4g} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s each",
-        )
-        of_all = ", of all datasets together" if data.is_mixed else ""
-        yield "epochs", f"{data.stream.epochs(samples):,.2f}{of_all}"
-        small = [order.small for order in segment.orders]
-        modes = ("lanes over shuffled chunks", "a plain permutation of samples an epoch")
-        yield "order's mode", "; ".join(modes[is_small] for is_small in small)
-        in_flight = sum(order.window_samples for order in segment.orders)
-        yield "window in flight", f"{in_flight * num_bytes / num_samples / 1e6:,.1f} MB over all ranks"
-        if any(is_remote(index.url) for index in indexes):
-            bound = cache_bytes(config)
-            yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
+        yield from _of_data(config, data, num_classes, cost)
     yield from _probes(config)
     if config.eval.analyze is not None:
         every = config.eval.analyze.every_steps
         when = f"every {every:,} steps and at the end" if every else "at the end"
         yield "figures", f"{', '.join(analysis_choice(config))}, {when}"
     yield "export formats", ", ".join(_exportable(config))
+
+
+def _of_data(
+    config: RunConfig, data: RunData, num_classes: int | None, cost: Cost
+) -> Iterator[tuple[str, str]]:
+    """What follows from the data that the run would go on with."""
+    segment = data.stream.segments[-1]
+    indexes = [data.indexes[dataset] for dataset in segment.datasets]
+    steps = total_steps(config, data.stream)
+    samples = steps * config.train.global_batch_size
+    num_samples, num_bytes = segment.num_samples, sum(int(index.chunk_bytes.sum()) for index in indexes)
+    shards = sum(len(index.shard_names) for index in indexes)
+    chunks = sum(index.num_chunks for index in indexes)
+    yield "data", f"{num_samples:,} samples in {shards:,} shards, {chunks:,} chunks"
+    if data.is_mixed:
+        for line in data.said(total_samples=samples):
+            yield "dataset", line
+    yield "classes", f"{num_classes}" if num_classes else "none used"
+    skipped = sum(one["stop"] - one["start"] for one in data.skipped)
+    jumped = f", {skipped:,} more are skipped" if skipped else ""
+    yield "steps", f"{steps:,} ({samples:,} samples{jumped})"
+    flops = samples * cost.training_flops
+    hours = flops / GPU_FLOPS / 3600
+    yield (
+        "work of the run",
+        f"{flops:.3g} FLOP, {hours:,.4g} GPU hours at {GPU_FLOPS / 1e12:.0f} TFLOP/s each",
+    )
+    of_all = ", of all datasets together" if data.is_mixed else ""
+    yield "epochs", f"{data.stream.epochs(samples):,.2f}{of_all}"
+    small = [order.small for order in segment.orders]
+    modes = ("lanes over shuffled chunks", "a plain permutation of samples an epoch")
+    yield "order's mode", "; ".join(modes[is_small] for is_small in small)
+    in_flight = sum(order.window_samples for order in segment.orders)
+    yield "window in flight", f"{in_flight * num_bytes / num_samples / 1e6:,.1f} MB over all ranks"
+    if any(is_remote(index.url) for index in indexes):
+        bound = cache_bytes(config)
+        yield "chunk cache a node", f"at most {bound / 1e9:,.1f} GB in {cache_dir(config)}"
 
 
 def _probes(config: RunConfig) -> Iterator[tuple[str, str]]:

@@ -196,6 +196,8 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         stack.callback(debugging.close)
         batches = debugging.batches(train_loader.steps(samples))
         compute = ComputeTime(engine.device)
+
+        # Beside the steps: what is measured and saved, the way back, and who may ask it to stop.
         evaluations = build_evaluations(
             config,
             data,
@@ -208,7 +210,6 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             reporter=reporter,
             device_transform=device_transform,
         )
-
         saver = stack.enter_context(
             build_saver(
                 config,
@@ -233,6 +234,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
         evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
+
         fault: Fault | None = None
         while step < last_step or fault is not None:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.

@@ -98,6 +98,7 @@ class VisionTransformer(nn.Module):
         self.grid = image_size // patch_size
         self.stride = patch_size
         self.embed_dim = embed_dim
+        self.embed_dims = (embed_dim,)
         self.head_dim = head_dim
         self.depth = depth
         self.depths = (depth,)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from pretrain.errors import ConfigError
 from pretrain.keyed_random import MASK, keyed_uniform, sample_keys
 from pretrain.models.backbone import Backbone
-from pretrain.models.vit import VisionTransformer
 
 
 def num_masked_units(num_units: int, mask_ratio: float) -> int:
@@ -93,8 +92,7 @@ class SimMIM(nn.Module):
         self.mask_patch_size = mask_patch_size
         self.units = side // mask_patch_size  # a side
         self.num_masked = num_masked_units(self.units**2, mask_ratio)
-        width = backbone.embed_dim if isinstance(backbone, VisionTransformer) else backbone.embed_dims[0]
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dims[0]))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = PixelHead(embed_dim=backbone.embed_dim, stride=backbone.stride)
 
