@@ -84,7 +84,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_in_again_on_the_same_s
         "checkpoint": {"every_steps": 10, "keep_last": 2},
     }
     recipe.write_text(yaml.safe_dump(sections))
-    options = ["--least-nodes", "2", "--rendezvous-seconds", "60", "--silence-seconds", "8"]
+    options = ["--least-nodes", "2", "--rendezvous-seconds", "90", "--silence-seconds", "20"]
     with bucket_in(hosts, tmp_path / "ceph") as variables:
         sync = [sys.executable, "-m", "pretrain.cli", "data", "sync", str(shards), f"s3://{BUCKET}/shards"]
         subprocess.run(hosts.outside(sync), env=clean_environment(**variables), cwd=ROOT, check=True)
