@@ -5,6 +5,8 @@ Used by preflight.py; probe.py is at the other ends.
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,6 +132,6 @@ class Conductor:
         if (session := self.sessions.get(number)) is not None:
             # What it said to stderr comes before what we make of it.
             session.relay.join(timeout=5.0)
-            if (code := session.process.poll()) is not None:
-                why = how_it_failed(code)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                why = how_it_failed(session.process.wait(timeout=2.0))
         self.lost.setdefault(number, why)

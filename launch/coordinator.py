@@ -209,10 +209,14 @@ class Coordinator:
             elif isinstance(event, Message):
                 self._hear(event)
         silence = self._terms.silence_seconds
-        for channel in [*self._strangers, *(node.channel for node in self._nodes.values())]:
+        # Who has not said who it is may still be starting, from a slow disk or on a busy host.
+        patience = max(silence, self._terms.rendezvous_seconds)
+        limits = dict.fromkeys(self._strangers, patience)
+        limits |= {node.channel: silence for node in self._nodes.values()}
+        for channel, limit in limits.items():
             channel.keep_alive()
-            if channel.silent_seconds() > silence:
-                self._drop(channel, f"was lost: silent for {silence:g} s")
+            if channel.silent_seconds() > limit:
+                self._drop(channel, f"was lost: silent for {limit:g} s")
 
     def _hear(self, message: Message) -> None:
         channel, body = message

@@ -46,7 +46,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.errors import EXIT_CRASHED, UsageError
 
 _RETRY_SECONDS = 5.0
-_LOOK_SECONDS = 60.0
+_LOOK_SECONDS = 120.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,10 +18,15 @@ PATIENCE_SECONDS = 120
 
 
 def until(
-    condition: Callable[[], object], what: str, logs: list[Path], *, alive: subprocess.Popen | None = None
+    condition: Callable[[], object],
+    what: str,
+    logs: list[Path],
+    *,
+    alive: subprocess.Popen | None = None,
+    seconds: float = PATIENCE_SECONDS,
 ) -> None:
     """Fails when `alive` ends before."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + seconds
     while not condition():
         said = "\n".join(f"--- {log}\n{log.read_text()[-3000:]}" for log in logs)
         assert time.monotonic() < deadline, f"{what} did not happen in time\n{said}"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from launching import ROOT, clean_environment, free_port
 
-from launch.checks import OK, UNKNOWN, Check, Place, bounded, code_digest, look, needed_bytes, versions
+from launch.checks import OK, UNKNOWN, Check, Place, _fits, bounded, code_digest, look, needed_bytes, versions
 from launch.findings import (
     Finding,
     compare_clocks,
@@ -139,6 +139,10 @@ def test_a_model_that_does_not_fit_is_refused_by_the_memory_that_is_there(tmp_pa
     status, said = found(look(config, PLACE))["devices"]
     assert status == "failed"
     assert "micro_batch_size" in said
+
+
+def test_a_little_too_much_memory_by_a_model_is_no_reason_not_to_start() -> None:
+    assert [_fits("x", need, 100.0).status for need in (90.0, 110.0, 130.0)] == [OK, UNKNOWN, "failed"]
 
 
 def test_a_mirror_is_written_once_and_left_empty(recipe: Path, tmp_path: Path) -> None:
