@@ -201,7 +201,8 @@ class _Under:
 
 def _run_parts(parts: Sequence[Part], book: Book, free: list[dict[str, str]]) -> list[str]:
     """Run all of them, as many at a time as there are free places. Returns what is to be said of those that failed."""
-    waiting, failed, done = list(parts), [], 0
+    waiting, done = list(parts), 0
+    failed: list[str] = []
     under_way: list[_Under] = []
     with Commands(book.logs, end_seconds=SAVE_SECONDS) as commands:
         while waiting or under_way:

@@ -68,7 +68,7 @@ def attention_layers(backbone: Backbone) -> list[AttentionLayer]:
     """The self-attentions of a network, from its input on."""
     if isinstance(backbone, SwinTransformer | PyramidVisionTransformer):
         layers = []
-        stages = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
+        stages: Any = backbone.layers if isinstance(backbone, SwinTransformer) else backbone.stages
         for i, stage in enumerate(stages):
             stride = backbone.strides[i]
             ratio = 1 if isinstance(backbone, SwinTransformer) else backbone.sr_ratios[i]
