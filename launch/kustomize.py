@@ -80,9 +80,9 @@ def merged(base: Any, patch: Any, name: str = "") -> Any:
         return result
     if isinstance(base, list) and isinstance(patch, list) and name in _MERGE_KEYS:
         key = _MERGE_KEYS[name]
-        by_key = {entry[key]: entry for entry in patch}
-        kept = [merged(entry, by_key.pop(entry[key])) if entry[key] in by_key else entry for entry in base]
-        return [*copy.deepcopy(list(by_key.values())), *kept]  # what is new comes first, as with kubectl
+        there = {entry[key]: entry for entry in base}
+        patched = [merged(there.pop(entry[key], {}), entry) for entry in patch]
+        return [*patched, *there.values()]  # in kubectl's order
     return copy.deepcopy(patch)
 
 
