@@ -4,12 +4,12 @@ example: pretrain launch k8s configs/mae/vit_large_patch16.yaml --nodes 4 --gpus
            --image registry.example/vit-pretrain:0.1.0 data.train=s3://bucket/in1k \\
            checkpoint.mirror=s3://bucket/runs/mae | kubectl apply -f -
 
-Flavours: `job`, an Indexed Job, needs nothing but Kubernetes 1.33; `jobset` (recommended for several nodes) makes all pods
-anew together when one is lost; `trainjob` is Kubeflow's. --queue gives it to Kueue. It is made of the files in k8s/, which
-`kubectl kustomize` takes as well: see k8s/README.md.
+Flavours: `job`, an Indexed Job, needs nothing but Kubernetes 1.33; `jobset` (recommended for several nodes) makes all
+pods anew together when one is lost; `trainjob` is Kubeflow's. --queue gives it to Kueue. It is made of the files in
+k8s/, which `kubectl kustomize` takes as well: see k8s/README.md.
 
-A pod's disk is gone with the pod, so the run needs checkpoint.mirror, or a --claim that all pods share. Credentials come
-from the service account (workload identity) or from a --secret, never from this command line.
+A pod's disk is gone with the pod, so the run needs checkpoint.mirror, or a --claim that all pods share. Credentials
+come from the service account (workload identity) or from a --secret, never from this command line.
 
 exit codes: 0 printed · 2 wrong usage, or a recipe that cannot run in a pod
 """
@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="e.g. optim.lr=1e-4")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="pods, one a node")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G", help="GPUs of each")
-    parser.add_argument("--image", required=True, metavar="I", help="of k8s/Dockerfile, with a tag or a digest")
+    parser.add_argument(
+        "--image", required=True, metavar="I", help="of k8s/Dockerfile, with a tag or a digest"
+    )
     parser.add_argument(
         "--flavour", choices=list(COMPONENTS), help="default: job for one node, jobset for several"
     )
@@ -87,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-gib", type=int, default=CACHE_GIB, metavar="N", help="for fetched chunks, on the node's disk"
     )
     parser.add_argument(
-        "--runs-gib", type=int, default=RUNS_GIB, metavar="N", help=f"for {RUNS} on the node's disk, without a claim"
+        "--runs-gib",
+        type=int,
+        default=RUNS_GIB,
+        metavar="N",
+        help=f"for {RUNS} on the node's disk, without a claim",
     )
     parser.add_argument(
         "--rendezvous-seconds",
@@ -146,7 +152,9 @@ def pods_of(args: argparse.Namespace, config: RunConfig) -> Pods:
     _check_urls(config, claims)
     for override in args.overrides:
         if override.partition("=")[0] in _SET_HERE:
-            raise UsageError(f"{override}: the manifest sets this key; leave it out (--cache-gib sizes the cache)")
+            raise UsageError(
+                f"{override}: the manifest sets this key; leave it out (--cache-gib sizes the cache)"
+            )
     return Pods(
         name=name,
         nodes=args.nodes,
@@ -222,7 +230,9 @@ def _check_urls(config: RunConfig, claims: Mapping[str, str]) -> None:
     }
     for key, url in [*urls, *further.items()]:
         if url and not url.startswith("s3://") and not _below(url, claims):
-            raise UsageError(f"{key}={url} is not there in a pod; give s3://…, or a --claim NAME:/PATH that has it")
+            raise UsageError(
+                f"{key}={url} is not there in a pod; give s3://…, or a --claim NAME:/PATH that has it"
+            )
 
 
 def _variables(given: Sequence[str]) -> dict[str, str]:
@@ -244,5 +254,7 @@ def _rdma(given: str) -> tuple[str, str]:
     resource, _, count = given.partition("=")
     count = count or "1"
     if not re.fullmatch(r"[a-z0-9.-]+/[A-Za-z0-9._-]+", resource) or not count.isdigit() or int(count) < 1:
-        raise UsageError(f"--rdma {given}: give what the device plugin calls it, such as rdma/ib or rdma/ib=8")
+        raise UsageError(
+            f"--rdma {given}: give what the device plugin calls it, such as rdma/ib or rdma/ib=8"
+        )
     return resource, count

@@ -1,7 +1,7 @@
 """Read the manifests in k8s/ as `kubectl kustomize` does, so that the command needs no kubectl. Used by k8s.py.
 
-Only what those files use: resources, components, patches, configMapGenerator from files, replacements of whole fields. Any
-other key is refused. A test holds the result against kubectl's, for every overlay.
+Only what those files use: resources, components, patches, configMapGenerator from files, replacements of whole fields.
+Any other key is refused. A test holds the result against kubectl's, for every overlay.
 """
 
 from __future__ import annotations

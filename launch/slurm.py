@@ -3,9 +3,9 @@
 example: pretrain launch slurm configs/mae/vit_large_patch16.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00 \\
            run_dir=/shared/runs/mae > mae.sbatch && sbatch mae.sbatch
 
-One `pretrain launch worker` runs on each node. Before the time limit Slurm signals them; all ranks save, the run ends with
-75, and the script puts the job back into the queue. So it does when a node is lost. What is no use to start again (2 to 4)
-and what the launchers have given up (1) ends the job, with that exit code.
+One `pretrain launch worker` runs on each node. Before the time limit Slurm signals them; all ranks save, the run ends
+with 75, and the script puts the job back into the queue, as Slurm itself does (--requeue) when a node fails. What is no
+use to start again (2 to 4) and what the launchers have given up (1) ends the job, with that exit code.
 
 CONFIG and the folder that this is typed in must be there on all nodes, and `pretrain` be in their PATH: --setup takes a
 line that sees to it, such as `source /shared/venv/bin/activate`.

@@ -20,7 +20,13 @@ RECIPE = (FOLDER / "base/recipe.yaml").read_text()
 
 
 def pods(**changed: Any) -> Pods:
-    default = {"name": NAME, "nodes": 4, "gpus_per_node": 8, "image": "vit-pretrain:0.1.0", "cpus_per_gpu": 14}
+    default = {
+        "name": NAME,
+        "nodes": 4,
+        "gpus_per_node": 8,
+        "image": "vit-pretrain:0.1.0",
+        "cpus_per_gpu": 14,
+    }
     return Pods(**{**default, **changed})
 
 
