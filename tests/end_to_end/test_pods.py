@@ -22,7 +22,7 @@ from launch.manifest import Pods, render
 from pretrain.checkpoint.attempts import read_attempts
 from pretrain.metrics.journal import read_journal
 
-PATIENCE_SECONDS = 180
+PATIENCE_SECONDS = 400  # ranks that start on a busy machine
 STEPS = 60
 
 
@@ -121,7 +121,7 @@ def metrics(cluster: Cluster, pod: Pod, network: PodNetwork) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("cluster", ["job", "jobset"], indirect=True)
 def test_the_manifests_containers_train_over_a_lost_pod_and_a_drained_one_to_the_end(
     cluster: Cluster, network: PodNetwork, request: pytest.FixtureRequest
