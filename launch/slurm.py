@@ -28,8 +28,7 @@ from pretrain import __version__
 from pretrain.config.load import load_config
 from pretrain.errors import EXIT_INTERRUPTED, UsageError
 
-# From the signal to the last rank's end there is more than the save; and Slurm looks once a minute or so, so that the
-# signal may come later than asked for.
+# From the signal to the last rank's end there is more than the save: a step, the commit, and telling all nodes.
 _SIGNAL_BEYOND_SAVE_SECONDS = 120
 _CPUS_BESIDE_WORKERS = 2
 _TIME = re.compile(r"(?:\d+|\d+:\d\d(?::\d\d)?|\d+-\d+(?::\d\d){0,2})")
