@@ -37,6 +37,7 @@ from launch.local import choose_processes, cuda_devices, describe, rank_environm
 from launch.processes import count_cores, die_with_parent
 from launch.restarts import Decision, stopped_code
 from pretrain.config.load import as_yaml, load_config
+from pretrain.config.schema import MetricsConfig, RunConfig
 from pretrain.errors import EXIT_CRASHED, UsageError
 
 DEFAULT_PORT = 29400
@@ -313,7 +314,7 @@ def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Ch
             node=node,
             processes=processes,
             command=train_command(args.config, args.overrides),
-            recipe=hashlib.sha256(as_yaml(config).encode()).hexdigest(),
+            recipe=recipe_digest(config),
             run_dir=Path(config.run_dir),
             patience=Patience(save_seconds=args.save_seconds),
             silence_seconds=args.silence_seconds,
@@ -321,6 +322,12 @@ def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Ch
         )
 
     return make
+
+
+def recipe_digest(config: RunConfig) -> str:
+    """Equal on nodes that may train together. The address that a node shows its metrics at is its own."""
+    shared = config.metrics.model_copy(update={"host": MetricsConfig().host})
+    return hashlib.sha256(as_yaml(config.model_copy(update={"metrics": shared})).encode()).hexdigest()
 
 
 def _serve_stdio(args: argparse.Namespace) -> int:

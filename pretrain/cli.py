@@ -82,6 +82,8 @@ COMMANDS: dict[str, Command] = {
     ),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
     "launch hosts": Command("launch.hosts", "start a run on the hosts of a hostfile, over ssh"),
+    "launch k8s": Command("launch.k8s", "print a run's manifest for Kubernetes"),
+    "launch slurm": Command("launch.slurm", "print a run's batch script for Slurm"),
     "launch worker": Command("launch.worker", "a node's part of a run, in a container or under a scheduler"),
 }
 GROUPS = {

@@ -62,7 +62,7 @@ FREE_KEYS = {
     "watchdog": "",
     "deepspeed": "ZeRO stage, buckets …",
 }
-_WITHOUT_MEANING = ("run_dir", "init_from")  # for what is trained
+_WITHOUT_MEANING = ("run_dir", "init_from", "metrics.host")  # for what is trained
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
