@@ -70,6 +70,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark checkpoint": Command(
         "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
     ),
+    "benchmark objectives": Command(
+        "pretrain.benchmarks.objectives", "does each objective teach each backbone something; next to timm"
+    ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch local": Command("launch.local", "start a run on this machine's devices"),
     "launch hosts": Command("launch.hosts", "start a run on the hosts of a hostfile, over ssh"),
