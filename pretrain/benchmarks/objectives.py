@@ -38,7 +38,7 @@ from pretrain.probes.choose import refuse_unfit
 from pretrain.signals import StopSignals, exit_code_for
 
 TIMM = "timm"
-DEFAULT_IMAGES = 60_000
+DEFAULT_IMAGES = 50_000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from pretrain.config.schema import RunConfig
 
 BATCH = 64
 IMAGE_SIDE = 32
-PROBE_TRAIN, PROBE_VAL = 5000, 5000  # labelled images that the probes look at; classes in proportion
+PROBE_TRAIN, PROBE_VAL = 5000, 2500  # labelled images that the probes look at; classes in proportion
 CLASSIFIER = "classification-vit"  # the cell that stands next to timm
 
 # Patches of 4 pixels: 8 × 8 of them. Swin and PVT go on with 4 × 4 in a second stage.
@@ -24,7 +24,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "vit": {
         "name": "vit",
         "embed_dim": 128,
-        "depth": 6,
+        "depth": 4,
         "num_heads": 4,
         "patch_size": 4,
         "pooling": "avg",  # a class token learns nothing from masked patches in so short a time

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pretrain.benchmarks.intervals import Interval, t_interval
-from pretrain.benchmarks.objectives_cells import CLASSIFIER
+from pretrain.benchmarks.objectives_cells import CLASSIFIER, PROBE_TRAIN, PROBE_VAL
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by cell, one result a seed
 Verdict = Literal["above", "level", "below"]
@@ -85,7 +85,7 @@ def _notes(found: Mapping[str, Any]) -> list[str]:
     notes = [
         f"Per cent, mean and 95 % interval over seeds; each run sees {found['images']:,} images of a dataset of "
         f"{found['train_samples']:,} in {found['num_classes']} classes. Probes: before the first step, after the last, "
-        f"on up to 5,000 training images and 5,000 of {found['val_samples']:,} validation images."
+        f"on up to {PROBE_TRAIN:,} training images and {PROBE_VAL:,} of {found['val_samples']:,} validation images."
     ]
     if beside := found["timm"]:
         words = {
