@@ -13,6 +13,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by cell, one result a see
 Verdict = Literal["above", "level", "below"]
 PROBES = ("knn", "linear")
 TIMM = "timm"
+WHAT = ("before", "after", "learned")
 FEWEST = 2  # seeds that an interval can be of
 
 
@@ -68,7 +69,7 @@ def _percent(interval: Mapping[str, float]) -> str:
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["cell", "seeds", "kNN before", "after", "learned", "linear before", "after", "learned", "top-1"]]
+    rows = [["cell", "seeds", *(f"{probe} {what}" for probe in ("kNN", "linear") for what in WHAT), "top-1"]]
     for name, cell in found["cells"].items():
         row = [name, str(cell["seeds"])]
         for probe in PROBES:
@@ -76,7 +77,7 @@ def _rows(found: Mapping[str, Any]) -> list[list[str]]:
             row += [_percent(one["before"]), _percent(one["after"]), "yes" if one["learned"] else "no"]
         rows.append([*row, _percent(cell["top1"]) if "top1" in cell else ""])
     if found["timm"]:
-        empty = [""] * 6
+        empty = [""] * len(WHAT) * len(PROBES)
         rows.append([TIMM, str(found["timm"]["seeds"][1]), *empty, _percent(found["timm"]["timm"])])
     return rows
 
