@@ -19,9 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ from tqdm import tqdm
 
 from pretrain.benchmarks.intervals import MOST_VALUES
 from pretrain.benchmarks.objectives_cells import BATCH, CELLS, CLASSIFIER, digest, recipe, steps_for
-from pretrain.benchmarks.objectives_runs import has_timm, timm_seed, train_seed, write_images
+from pretrain.benchmarks.objectives_runs import Stop, has_timm, timm_seed, train_seed, write_images
 from pretrain.benchmarks.objectives_table import as_markdown, as_text, summary
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import DatasetIndex, open_index
@@ -39,6 +42,7 @@ from pretrain.signals import StopSignals, exit_code_for
 
 TIMM = "timm"
 DEFAULT_IMAGES = 50_000
+MOST_JOBS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_IMAGES,
         metavar="N",
         help=f"that each run sees, in batches of {BATCH} ({DEFAULT_IMAGES})",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help=f"runs at a time, which share the cores (one a core, {MOST_JOBS} at most)",
     )
     parser.add_argument(
         "--workers", type=int, default=1, metavar="N", help="of a run, that decode images (1)"
@@ -101,6 +111,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--seeds {args.seeds}: from 2, for an interval, to {MOST_VALUES}")
     if args.images < BATCH:
         raise UsageError(f"--images {args.images}: at least a batch, {BATCH}")
+    if args.jobs is not None and args.jobs < 1:
+        raise UsageError(f"--jobs {args.jobs}: at least 1")
     if args.workers < 0:
         raise UsageError(f"--workers {args.workers} is negative")
     if args.out.exists() and not args.out.is_dir():
@@ -120,57 +132,72 @@ def _facts(args: argparse.Namespace, train: DatasetIndex, val: DatasetIndex) -> 
 
 
 class _Bench:
-    """Does what is not done yet, and shows how far it is."""
+    """Does what is not done yet, several runs at a time, and shows how far it is."""
 
     def __init__(
         self, args: argparse.Namespace, *, train: DatasetIndex, val: DatasetIndex, peer: str
     ) -> None:
         self._args, self._train, self._val, self._peer = args, train, val, peer
-        self._steps = steps_for(args.images)
+        self._jobs = args.jobs or min(_cores(), MOST_JOBS)
+        self._threads = max(1, _cores() // self._jobs)
 
     def run(self, todo: Sequence[tuple[str, int]], signals: StopSignals) -> dict[str, list[dict[str, Any]]]:
         """By cell, the results of those seeds that are done when it ends, or is asked to stop."""
-        results: dict[str, list[dict[str, Any]]] = {}
-        places = {one: self._result_path(*one) for one in todo}
-        missing = [one for one in todo if not places[one].exists()]
+        missing = [one for one in todo if not self._result_path(*one).exists()]
         if len(missing) < len(todo):
             print(f"{len(todo) - len(missing)} of {len(todo)} runs are done already", file=sys.stderr)
-        began, done = time.monotonic(), 0
-        with tqdm(total=len(missing) * self._steps, unit="step", disable=None, smoothing=0.05) as bar:
-            for one in todo:
-                path = places[one]
-                if not path.exists() and not signals.is_asked():
-                    bar.set_description(f"{one[0]} seed {one[1]}")
-                    first = done * self._steps
-                    result = self._measure(*one, signals, _Moves(bar, first))
-                    if result is not None:
-                        _write(path, result)
-                        done += 1
-                        bar.update(done * self._steps - bar.n)
-                        left = (time.monotonic() - began) / done * (len(missing) - done)
-                        bar.write(f"{_said(*one, result)}; {_minutes(left)} left", file=sys.stderr)
-                if path.exists():
-                    results.setdefault(one[0], []).append(json.loads(path.read_text()))
+        if any(name == TIMM for name, _ in missing):
+            self._images()
+        stop = Stop(signals)
+        with (
+            tqdm(total=len(missing) * steps_for(self._args.images), unit="step", disable=None) as bar,
+            ThreadPoolExecutor(max_workers=self._jobs) as pool,
+        ):
+            progress = _Progress(bar)
+            futures = [pool.submit(self._measure, *one, stop, progress) for one in missing]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+            except KeyboardInterrupt:
+                stop.at_once = True
+                raise
+            except BaseException:  # the others save, and end
+                stop.failed = True
+                raise
+        results: dict[str, list[dict[str, Any]]] = {}
+        for name, seed in todo:
+            path = self._result_path(name, seed)
+            if path.exists():
+                results.setdefault(name, []).append(json.loads(path.read_text()))
         return results
 
-    def _measure(self, name: str, seed: int, signals: StopSignals, moved: _Moves) -> dict[str, Any] | None:
+    def _measure(self, name: str, seed: int, stop: Stop, progress: _Progress) -> None:
+        """One run, whose result is kept; not begun where somebody has asked to stop. In a thread of its own."""
+        if stop.is_asked() or stop.at_once:
+            return
         config = self._recipe(name, seed)
         folder = Path(config.run_dir).parent
         folder.mkdir(parents=True, exist_ok=True)
+        asked: dict[str, Any] = {
+            "folder": folder,
+            "threads": self._threads,
+            "stop": stop,
+            "moved": lambda step: progress.at(f"{name} {seed}", step),
+        }
         if name != TIMM:
-            result = train_seed(config, folder=folder, signals=signals, moved=moved)
+            result = train_seed(config, **asked)
         else:
             assert self._train.num_classes is not None, "data without classes was refused"
-            result = timm_seed(
-                config,
-                images=self._images(),
-                num_classes=self._train.num_classes,
-                python=self._peer,
-                folder=folder,
-                signals=signals,
-                moved=moved,
-            )
-        return None if result is None else {"cell": name, "seed": seed, **result}
+            classes = self._train.num_classes
+            result = timm_seed(config, images=self._images(), num_classes=classes, python=self._peer, **asked)
+        if result is None:
+            return
+        path = self._result_path(name, seed)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(json.dumps({"cell": name, "seed": seed, **result}, indent=2) + "\n")
+        unfinished.replace(path)
+        progress.at(f"{name} {seed}", steps_for(self._args.images))
+        progress.say(_said(name, seed, result))
 
     def _recipe(self, name: str, seed: int) -> RunConfig:
         config = recipe(
@@ -201,21 +228,28 @@ class _Bench:
         return path if path.exists() else write_images(self._train, self._val, path)
 
 
-class _Moves:
-    """Puts the bar where a run's step says; steps that a resumed run had done before count at once."""
+class _Progress:
+    """A bar over the steps of all runs, and a line for each that is done. Called from several threads."""
 
-    def __init__(self, bar: Any, first: int) -> None:
-        self._bar, self._first = bar, first
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._steps = bar, dict[str, int]()
+        self._lock, self._began = threading.Lock(), time.monotonic()
 
-    def __call__(self, step: int) -> None:
-        self._bar.update(max(0, self._first + step - self._bar.n))
+    def at(self, run: str, step: int) -> None:
+        with self._lock:
+            before = self._steps.get(run, 0)
+            self._steps[run] = max(before, step)
+            self._bar.update(self._steps[run] - before)
+
+    def say(self, line: str) -> None:
+        with self._lock:
+            done, total = sum(self._steps.values()), int(self._bar.total)
+            left = (time.monotonic() - self._began) / max(done, 1) * (total - done)
+            self._bar.write(f"{line}; {_minutes(left)} left", file=sys.stderr)
 
 
-def _write(path: Path, result: Mapping[str, Any]) -> None:
-    """Whole, or not at all."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(result, indent=2) + "\n")
-    unfinished.replace(path)
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _said(name: str, seed: int, result: Mapping[str, Any]) -> str:

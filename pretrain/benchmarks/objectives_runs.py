@@ -34,8 +34,23 @@ _TAIL_BYTES = 4096
 Moved = Callable[[int], None]  # told again and again how many steps are done
 
 
+class Stop:
+    """Whether the runs under way are to save and end: somebody asked, or one of them failed."""
+
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
+        self.failed = False
+        self.at_once = False  # without saving: a second Ctrl-C
+
+    def is_asked(self) -> bool:
+        return self.failed or self._signals.is_asked()
+
+    def as_signal(self) -> signal.Signals:
+        return signal.SIGINT if self._signals.ctrl_c else signal.SIGTERM
+
+
 def train_seed(
-    config: RunConfig, *, folder: Path, signals: StopSignals, moved: Moved
+    config: RunConfig, *, folder: Path, threads: int, stop: Stop, moved: Moved
 ) -> dict[str, Any] | None:
     """Train by `pretrain train`, from where an earlier call was stopped: the probes before and after, the losses.
 
@@ -47,10 +62,10 @@ def train_seed(
     began = time.monotonic()
     finished = _watch(
         [sys.executable, "-m", "pretrain.cli", "train", str(recipe)],
-        environment=_environment(sys.executable),
+        environment=_environment(sys.executable, threads),
         log=folder / "log.txt",
         step_of=lambda: _journal_step(run_dir / JOURNAL_NAME),
-        signals=signals,
+        stop=stop,
         moved=moved,
     )
     if not finished:
@@ -87,7 +102,8 @@ def timm_seed(
     num_classes: int,
     python: str,
     folder: Path,
-    signals: StopSignals,
+    threads: int,
+    stop: Stop,
     moved: Moved,
 ) -> dict[str, Any] | None:
     """timm's ViT through a plain loop, by the recipe `config` of ours; None when somebody asks to stop meanwhile."""
@@ -95,10 +111,10 @@ def timm_seed(
     began = time.monotonic()
     finished = _watch(
         [python, str(objectives_timm.__file__), json.dumps(timm_spec(config, images, num_classes))],
-        environment=_environment(python),
+        environment=_environment(python, threads),
         log=folder / "log.txt",
         step_of=lambda: int(_last_object(folder / "log.txt").get("step", 0)),
-        signals=signals,
+        stop=stop,
         moved=moved,
     )
     if not finished:
@@ -183,14 +199,15 @@ def write_images(train: DatasetIndex, val: DatasetIndex, path: Path) -> Path:
     return path
 
 
-def _environment(python: str) -> dict[str, str]:
-    """Ours, with pretrain importable; another Python only gets the script."""
+def _environment(python: str, threads: int) -> dict[str, str]:
+    """Ours, with pretrain importable and so many threads; another Python only gets the script."""
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     if python != sys.executable:
         paths = []
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PRETRAIN_ATTEMPT")
     kept = {name: value for name, value in os.environ.items() if name not in launchers}
+    kept.setdefault("OMP_NUM_THREADS", str(threads))
     return {**kept, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
 
 
@@ -200,7 +217,7 @@ def _watch(
     environment: dict[str, str],
     log: Path,
     step_of: Callable[[], int],
-    signals: StopSignals,
+    stop: Stop,
     moved: Moved,
 ) -> bool:
     """Run a command to its end, its output going to `log`: True, or False when it was asked to stop.
@@ -215,18 +232,20 @@ def _watch(
     try:
         told = False
         while process.poll() is None:
-            if signals.is_asked() and not told:
-                process.send_signal(signal.SIGINT if signals.ctrl_c else signal.SIGTERM)
+            if stop.at_once:
+                break
+            if stop.is_asked() and not told:
+                process.send_signal(stop.as_signal())
                 told = True
             moved(step_of())
             time.sleep(_LOOK_SECONDS)
     finally:
-        if process.poll() is None:  # a second Ctrl-C: it is not waited for
+        if process.poll() is None:
             process.kill()
             process.wait()
     if process.returncode == EXIT_FINISHED:
         return True
-    if signals.is_asked():
+    if stop.is_asked() or stop.at_once:
         return False
     raise PretrainError(
         f"`{' '.join(command[1:5])[:100]} …` failed with exit code {process.returncode}; the end of {log}:\n"

@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from launching import ROOT, clean_environment
@@ -191,6 +193,65 @@ def test_wrong_usage_is_told_before_anything_is_written(
     assert not out.exists()
 
 
+def another_python(folder: Path, does: str) -> str:
+    """What says that it has timm, and then does something else."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\n{does}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def run_timm(shards: list[str], folder: Path, python: str) -> int:
+    only = ["--only", "timm", "--seeds", "2", "--images", "640", "--jobs", "1"]
+    return main(
+        ["benchmark", "objectives", *shards, "--out", str(folder / "out"), *only, "--peer-python", python]
+    )
+
+
+def test_a_run_that_fails_ends_the_command_with_what_it_said(
+    shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_timm(shards, tmp_path, another_python(tmp_path, "echo what is wrong; exit 3")) == 1
+    told = capsys.readouterr().err
+    assert "failed with exit code 3" in told
+    assert "what is wrong" in told
+    assert list((tmp_path / "out/results").iterdir()) == []
+
+
+def test_a_result_that_is_there_is_not_measured_again(
+    shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = f'echo x >> {tmp_path}/calls; echo \'{{"top1": 0.5, "loss": 1.0}}\''
+    for _ in range(2):
+        assert run_timm(shards, tmp_path, another_python(tmp_path, count)) == 0
+    assert (tmp_path / "calls").read_text() == "x\nx\n"  # a seed each
+    assert "2 of 2 runs are done already" in capsys.readouterr().err
+    held = np.load(next((tmp_path / "out").glob("*.npz")))
+    assert held["train_images"].shape == (96, 32, 32, 3)
+    assert held["val_images"].dtype == np.uint8
+    assert set(held["val_labels"].tolist()) == set(range(4))
+
+
+def test_ctrl_c_reaches_the_run_under_way_and_no_other_is_begun(
+    shards: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = tmp_path / "begun"
+    python = another_python(tmp_path, f"echo x >> {begun}; exec sleep 60")
+
+    def press() -> None:
+        while not begun.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    pressing = threading.Thread(target=press, daemon=True)
+    pressing.start()
+    started = time.monotonic()
+    assert run_timm(shards, tmp_path, python) == 130
+    assert time.monotonic() - started < 40
+    assert begun.read_text() == "x\n"
+    assert "the same command goes on" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(800)
 def test_stopped_by_ctrl_c_and_started_again_it_goes_on_and_does_nothing_twice(
@@ -199,7 +260,20 @@ def test_stopped_by_ctrl_c_and_started_again_it_goes_on_and_does_nothing_twice(
     import_timm()
     out = tmp_path / "out"
     command = [sys.executable, "-m", "pretrain.cli", "benchmark", "objectives", *shards, "--out", str(out)]
-    command += ["--only", CLASSIFIER, "timm", "--seeds", "2", "--images", "384", "--workers", "0", "--json"]
+    command += [
+        "--only",
+        CLASSIFIER,
+        "timm",
+        "--seeds",
+        "2",
+        "--images",
+        "384",
+        "--workers",
+        "0",
+        "--jobs",
+        "1",
+        "--json",
+    ]
 
     def results() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (out / "results").glob("*.json")}
