@@ -173,7 +173,7 @@ def write_images(train: DatasetIndex, val: DatasetIndex, path: Path) -> Path:
     train_images, val_images uint8 (N, H, W, 3); train_labels, val_labels int64 (N,). Raises UsageError for images
     that are not of IMAGE_SIDE.
     """
-    arrays: dict[str, np.ndarray] = {}
+    arrays: dict[str, Any] = {}
     for name, index in (("train", train), ("val", val)):
         pixels, labels = [], []
         reader = ChunkReader(index)
