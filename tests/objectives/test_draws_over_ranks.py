@@ -7,16 +7,11 @@ without workers draws: bit for bit.
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "data"))  # tiny_shards
-
 from tiny_shards import write_dataset
 
 from pretrain.data.augment import DeviceTransform, TrainTransform
