@@ -75,6 +75,9 @@ COMMANDS: dict[str, Command] = {
     "benchmark checkpoint": Command(
         "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
     ),
+    "benchmark objectives": Command(
+        "pretrain.benchmarks.objectives", "does each objective teach each backbone something; next to timm"
+    ),
     "demo": Command("launch.demo", "run the whole line on generated data, in a few minutes"),
     "launch plan": Command("launch.plan", "how long a recipe would take on a cluster, by a model"),
     "launch preflight": Command(
