@@ -58,7 +58,8 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.simmim import SimMIM
-from pretrain.optimizer import average_builder, optimizer_builder
+from pretrain.optim.parameter_groups import without_gradients
+from pretrain.optimizer import average_builder, layer_scale, optimizer_builder
 from pretrain.pulse import Pulse
 from pretrain.signals import ctrl_c_waits
 
@@ -106,6 +107,8 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
 def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split: Split) -> Engine:
     """DeepSpeed when a launcher started this process, accelerate when it runs alone."""
     build_optimizer = optimizer_builder(config, world.device)
+    if config.optim.train_last_blocks is not None:
+        without_gradients(objective, layer_scale(config))
     build_average = average_builder(config)
     # Imported here: each is there only where it is needed, and takes seconds.
     if world.launched:

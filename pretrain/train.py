@@ -131,7 +131,11 @@ def train(config: RunConfig, *, pulse: Pulse, debug: bool = False) -> int:
         return EXIT_FINISHED
     resuming = from_main(world, lambda: has_checkpoint(run_dir))
     init_from = None if resuming else config.init_from
-    incoming = together(lambda: read_backbone(init_from)) if init_from else None
+    incoming = (
+        together(lambda: read_backbone(init_from, trust_pickle=config.init_trust_pickle))
+        if init_from
+        else None
+    )
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:

@@ -254,6 +254,9 @@ def _train_sources(value: object, _: object) -> str | tuple[TrainSource, ...]:
 class DataConfig(Section):
     train: Annotated[str | tuple[TrainSource, ...], WrapValidator(_train_sources)]
     val: str | None = None
+    # Train on a part of each dataset, of every class alike: the same part whatever `seed` is.
+    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    train_fraction_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     workers: NonNegativeInt = 4
     worker_timeout_seconds: PositiveFloat = (
         60.0  # of decoding one image, or of no sign of life: then it is lost
@@ -358,6 +361,9 @@ class OptimConfig(Section):
     head_lr_scale: PositiveFloat = 1.0
     head_weight_decay: NonNegativeFloat | None = None  # weight_decay when left out
     freeze_backbone_steps: NonNegativeInt = 0  # the first of the run: all but the backbone is trained
+    train_last_blocks: NonNegativeInt | None = (
+        None  # of the backbone, with what follows them; 0: the head alone, all when left out
+    )
     # wsd (warmup, stable, decay): constant, and a cooldown that must be given
     schedule: Literal["cosine", "constant", "rsqrt", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0
@@ -476,7 +482,8 @@ class EvalConfig(Section):
 
 
 class ExportConfig(Section):
-    formats: Annotated[tuple[Literal["timm", "hf"], ...], Field(strict=False)] = ()
+    formats: Annotated[tuple[Literal["timm", "hf", "safetensors"], ...], Field(strict=False)] = ()
+    license: str | None = None  # of the weights, for the card of every export; the data's owners decide
 
 
 class StorageConfig(Section):
@@ -497,6 +504,7 @@ class RunConfig(Section):
     run_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None
+    init_trust_pickle: bool = False  # init_from may be a .pth, whose origin is trusted
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig

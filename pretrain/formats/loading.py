@@ -7,6 +7,7 @@ it is known to fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,10 +180,12 @@ def _copy(
 
 
 def rebuild(spec: BackboneSpec, weights: Mapping[str, Tensor]) -> Backbone:
-    """The backbone that spec describes, holding exactly `weights`, float32, in eval mode."""
-    backbone = build_backbone(spec)
+    """The backbone that spec describes, in eval mode, of exactly `weights`, float32, which it shares and not copies."""
+    # A ViT, the only one that is ever huge, is not allocated only to be replaced; a Swin has tables of its own.
+    with torch.device("meta") if spec.name == "vit" else nullcontext():
+        backbone = build_backbone(spec)
     # Its own positions, whatever they are: an export may hold a fixed table at another size.
-    backbone.load_state_dict(dict(weights), strict=True)
+    backbone.load_state_dict(dict(weights), strict=True, assign=True)
     return backbone.eval()
 
 
