@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pretrain.bests import Bests
+from pretrain.checkpoint.best import BestWatch
 from pretrain.checkpoint.lineage import read_lineage, tracking_id
 from pretrain.checkpoint.manifest import committed, stored_lanes
 from pretrain.checkpoint.mirror import Mirror
@@ -382,6 +384,19 @@ def build_saver(
         max_failures=checkpoint.max_failures,
         max_bytes_per_second=checkpoint.max_bytes_per_second,
         mirror=mirror,
+        is_shared=is_shared,
+    )
+
+
+def build_bests(config: RunConfig, *, world: World, is_shared: bool) -> Bests:
+    metric, early = config.checkpoint.keep_best, config.train.early_stopping
+    return Bests(
+        Path(config.run_dir),
+        kept=None if metric is None else BestWatch(metric),
+        stopping=None
+        if early is None
+        else BestWatch(early.metric, patience=early.patience, min_delta=early.min_delta),
+        world=world,
         is_shared=is_shared,
     )
 

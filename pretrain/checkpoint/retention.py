@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from pretrain.checkpoint.best import best_step
 from pretrain.checkpoint.manifest import known
 from pretrain.checkpoint.staging import STAGING_SUFFIX
 from pretrain.errors import PretrainError
@@ -14,18 +15,21 @@ from pretrain.errors import PretrainError
 _LEFT_FREE_BYTES = 64 << 10  # for the journal and the records of how ranks end
 
 
-def kept_steps(steps: Collection[int], *, keep_last: int, keep_every_steps: int | None) -> set[int]:
-    """The newest `keep_last` of `steps`, and those that `keep_every_steps` divides."""
+def kept_steps(
+    steps: Collection[int], *, keep_last: int, keep_every_steps: int | None, best: int | None = None
+) -> set[int]:
+    """The newest `keep_last` of `steps`, those that `keep_every_steps` divides, and the `best` one."""
     kept = set(sorted(steps, reverse=True)[:keep_last])
     if keep_every_steps is not None:
         kept |= {step for step in steps if step % keep_every_steps == 0}
-    return kept
+    return kept | {step for step in steps if step == best}
 
 
 def retain(run_dir: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
     """Remove the checkpoints that need not stay. Returns them. Raises PretrainError when one cannot go."""
     by_step = {step_of(folder): folder for folder in known(run_dir)}
-    kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every_steps)
+    best = best_step(run_dir, by_step)
+    kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every_steps, best=best)
     removed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
     for folder in removed:
         remove_checkpoint(folder)

@@ -312,6 +312,14 @@ class SpikeConfig(Section):
     )
 
 
+class EarlyStoppingConfig(Section):
+    """The run ends, as finished, when validation has not become better for so long; eval.every_steps says how often."""
+
+    metric: str = "loss"  # of validation: a loss is better when lower, others when higher
+    patience: PositiveInt = 5  # validations in a row
+    min_delta: NonNegativeFloat = 0.0  # that count as better
+
+
 class TrainConfig(Section):
     global_batch_size: PositiveInt
     micro_batch_size: PositiveInt | None = (
@@ -326,6 +334,7 @@ class TrainConfig(Section):
         3  # updates left out in a row before the run goes back to a checkpoint
     )
     spike: SpikeConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = None
     replica_check_steps: NonNegativeInt = 0  # how often ranks compare their copies of the weights; 0 = never
     max_rollbacks: NonNegativeInt = 5  # in a row, that is without 100 sound steps beyond
 
@@ -409,6 +418,9 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # those of its multiples stay for good
+    keep_best: str | None = (
+        None  # a metric of validation (top1, loss, …): the checkpoint of its best stays, too
+    )
     max_failures: NonNegativeInt = 3  # saves in a row that may fail before the run ends
     max_bytes_per_second: PositiveInt | None = (
         None  # a rank's writer, to disk and to the mirror; none when left out
@@ -527,6 +539,20 @@ class RunConfig(Section):
             raise ValueError(
                 "train.compile=true does not go with deepspeed.zero_optimization.stage=3, whose gathering of weights "
                 "stands between the operations of every block; leave one of them out"
+            )
+        by_validation = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "train.early_stopping": self.train.early_stopping,
+        }
+        for key, asked in by_validation.items():
+            if asked is not None and (self.data.val is None or self.eval.every_steps is None):
+                raise ValueError(
+                    f"{key} goes by validation: give data.val and eval.every_steps, or leave it out"
+                )
+        if self.optim.train_last_blocks is not None and self.objective.name != "classification":
+            raise ValueError(
+                f"optim.train_last_blocks is of fine-tuning: objective.name={self.objective.name} trains all of the "
+                "backbone; leave it out"
             )
         mirror = self.checkpoint.mirror
         if mirror is not None and "://" not in mirror:

@@ -22,7 +22,12 @@ from pretrain.checkpoint.mirrored import adopt_save, answered_by_store, take_bac
 from pretrain.errors import CheckpointError, StorageError, UsageError
 from pretrain.formats.bare import spec_of_tensors, spec_of_timms_own
 from pretrain.formats.files import read_json, read_tensors
-from pretrain.formats.hugging_face import from_hugging_face, is_hugging_face, read_hugging_face_config
+from pretrain.formats.hugging_face import (
+    from_hugging_face,
+    is_hugging_face,
+    notes_of,
+    read_hugging_face_config,
+)
 from pretrain.formats.naming import Parts, sort_out, why_left_out
 from pretrain.formats.pickles import read_pickle
 from pretrain.formats.plain import is_plain, read_plain_config
@@ -90,7 +95,7 @@ class Incoming:
 
     head is {} or {"weight": (K, D), "bias": (K,)}; left_out names all other tensors, with reasons.
     assumed names fields of spec that the source did not state (a bare safetensors file has no
-    num_heads, mean or std).
+    num_heads, mean or std). notes: what of the network is not quite the source's.
     """
 
     spec: BackboneSpec
@@ -99,6 +104,7 @@ class Incoming:
     left_out: dict[str, str]
     source: Source
     assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def read_backbone(
@@ -316,7 +322,8 @@ def _read_export(folder: Storage) -> Incoming:
         probes=tuple(card.get("probes") or ()),
         license=card.get("license"),
     )
-    return _incoming(spec, parts, source, {}, assumed=assumed)
+    incoming = _incoming(spec, parts, source, {}, assumed=assumed)
+    return replace(incoming, notes=notes_of(config)) if kind == "hf" else incoming
 
 
 def _understood(

@@ -36,6 +36,7 @@ class LoadReport:
     resampled: dict[str, str] = field(default_factory=dict)  # name: from what to what
     new: tuple[str, ...] = ()  # keep their fresh weights
     ignored: dict[str, str] = field(default_factory=dict)  # name: why
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
@@ -46,6 +47,7 @@ class LoadReport:
         for name, why in self.ignored.items():
             by_reason.setdefault(why, []).append(name)
         lines += [f"  ignored: {listed(names)} ({why})" for why, names in by_reason.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -176,6 +178,7 @@ def _copy(
         resampled=dict(resampled),
         new=tuple(new),
         ignored=ignored,
+        notes=incoming.notes,
     )
 
 
