@@ -180,17 +180,17 @@ def spec_of_timms_own(
     if data.get("input_size") and spec.name != "vit":  # a ViT's positions say it
         known["image_size"] = data["input_size"][-1]
     if spec.name == "vit":
-        sizes = {name: size for size, name in ARCHITECTURES.items()}
-        size = sizes.get(architecture) or next(
-            (size for size in ARCHITECTURES if (size[0], size[1], size[3]) == _vit_widths(spec)), None
-        )
+        widths = (spec.embed_dim, spec.depth, spec.mlp_dim)
+        size = next((size for size in ARCHITECTURES if (size[0], size[1], size[3]) == widths), None)
+        named = {name: size for size, name in ARCHITECTURES.items()}.get(architecture)
+        if named is not None and (named[0], named[1], named[3]) != widths:
+            raise CheckpointError(
+                f"{where}: config.json says {architecture}, the tensors are of a {spec}, and model_args lacks what "
+                "would describe that"
+            )
         if size is not None and "num_heads" in assumed:
             known["num_heads"] = size[2]
         pooling = {name: ours for ours, name in POOLING.items()}.get(config.get("global_pool") or "token")
         if pooling is not None and pooling != "map":
             known["pooling"] = pooling if "fc_norm.weight" in tensors else "cls"
     return replace(spec, **known), tuple(name for name in assumed if name not in known)
-
-
-def _vit_widths(spec: BackboneSpec) -> tuple[int, int, int]:
-    return spec.embed_dim, spec.depth, spec.mlp_dim

@@ -31,7 +31,7 @@ from pretrain.formats.hugging_face import (
 from pretrain.formats.naming import Parts, sort_out, why_left_out
 from pretrain.formats.pickles import read_pickle
 from pretrain.formats.plain import is_plain, read_plain_config
-from pretrain.formats.timm import from_timm, is_timm, read_timm_config
+from pretrain.formats.timm import from_timm, is_timm, is_written_out, read_timm_config
 from pretrain.metrics.journal import JOURNAL_NAME, read_events
 from pretrain.models.pos_embed import sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
@@ -341,7 +341,7 @@ def _understood(
         kind, spec = "plain", read_plain_config(config, where=where)
     elif is_timm(config):
         kind, tensors = "timm", from_timm(tensors)
-        if config.get("model_args"):
+        if is_written_out(config):
             spec = read_timm_config(config, where=where)
         else:
             spec, assumed = spec_of_timms_own(config, tensors, where=where)
