@@ -16,6 +16,7 @@ from pretrain.data.index import DatasetIndex, SampleTable, open_samples
 from pretrain.data.keys import KeyFinder, Keys
 from pretrain.data.ledger import read_ledger
 from pretrain.data.order import Int64s, locate_sample, sample_ends
+from pretrain.data.selected import SelectedOrder
 from pretrain.datasets import ExistingRun, GoneDataset
 from pretrain.derived import cache_dir, s3_settings
 from pretrain.history import history_of
@@ -125,6 +126,9 @@ class Audit:
                     banned = np.flatnonzero(order.is_excluded(samples))
                     standing = list(zip(*(column.tolist() for column in shown), strict=True))
                     standing += [(i, int(own[i]), None) for i in banned.tolist()]
+                elif isinstance(order, SelectedOrder):
+                    shown = order.positions_of(chunks, rows, epoch=epoch)
+                    standing = list(zip(*(column.tolist() for column in shown), strict=True))
                 else:
                     own = order.positions_of(chunks, rows, epoch=epoch)
                     standing = [(i, position, False) for i, position in enumerate(own.tolist())]

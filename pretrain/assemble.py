@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pretrain.bests import Bests
+from pretrain.checkpoint.best import BestWatch
 from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.saver import Saver
 from pretrain.config.schema import RunConfig
@@ -25,7 +27,8 @@ from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.simmim import SimMIM
-from pretrain.optimizer import average_builder, optimizer_builder
+from pretrain.optim.parameter_groups import without_gradients
+from pretrain.optimizer import average_builder, layer_scale, optimizer_builder
 from pretrain.signals import ctrl_c_waits
 
 
@@ -72,6 +75,8 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
 def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split: Split) -> Engine:
     """DeepSpeed when a launcher started this process, accelerate when it runs alone."""
     build_optimizer = optimizer_builder(config, world.device)
+    if config.optim.train_last_blocks is not None:
+        without_gradients(objective, layer_scale(config))
     build_average = average_builder(config)
     # Imported here: each is there only where it is needed, and takes seconds.
     if world.launched:
@@ -153,5 +158,18 @@ def build_saver(
         max_failures=checkpoint.max_failures,
         max_bytes_per_second=checkpoint.max_bytes_per_second,
         mirror=mirror,
+        is_shared=is_shared,
+    )
+
+
+def build_bests(config: RunConfig, *, world: World, is_shared: bool) -> Bests:
+    metric, early = config.checkpoint.keep_best, config.train.early_stopping
+    return Bests(
+        Path(config.run_dir),
+        kept=None if metric is None else BestWatch(metric),
+        stopping=None
+        if early is None
+        else BestWatch(early.metric, patience=early.patience, min_delta=early.min_delta),
+        world=world,
         is_shared=is_shared,
     )

@@ -27,6 +27,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pretrain.checkpoint.best import best_step
 from pretrain.checkpoint.courses import given_up, standing
 from pretrain.checkpoint.manifest import (
     CHECKPOINTS,
@@ -174,7 +175,8 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> list[Path
     with held(run_dir):
         # Those that were given up count for nothing: it is the others that the run goes on from.
         by_step = {step_of(folder): folder for folder in standing(run_dir)}
-        kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every)
+        best = best_step(run_dir, by_step)
+        kept = kept_steps(by_step, keep_last=keep_last, keep_every_steps=keep_every, best=best)
         if by_step and not kept:
             raise UsageError(
                 f"{run_dir}: --keep-every {keep_every} keeps none of the steps {sorted(by_step)}; add --keep-last 1"

@@ -29,7 +29,8 @@ from pretrain.checkpoint.skipped import SKIPPED_NAME, Skipped, read_skipped
 from pretrain.config.load import parse_config, read_recipe
 from pretrain.config.schema import RunConfig
 from pretrain.data.excluded import ExcludingOrder
-from pretrain.data.index import DatasetIndex, open_index
+from pretrain.data.index import DatasetIndex, open_index, open_samples
+from pretrain.data.selected import SelectedOrder, choose_fraction
 from pretrain.data.stream import Segment, Source, Stream
 from pretrain.derived import cache_dir, check_class_agreement, run_lanes, s3_settings
 from pretrain.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -107,7 +108,8 @@ class RunData:
     @property
     def is_mixed(self) -> bool:
         """Is there more to say of it than one dataset's url?"""
-        return len(self.segments) > 1 or len(self.datasets_of(0)) > 1
+        first = self.stream.segments[0].orders
+        return len(self.segments) > 1 or len(first) > 1 or isinstance(first[0], SelectedOrder)
 
     def said(self, *, total_samples: int) -> list[str]:
         """A line a dataset of each segment: its lanes, its share, its epochs over a run of so many samples."""
@@ -119,6 +121,8 @@ class RunData:
             since = f"from sample {segment.start:,}: " if len(self.stream.segments) > 1 else ""
             for i, order in enumerate(segment.orders):
                 excluded = f", {len(order.excluded):,} excluded" if isinstance(order, ExcludingOrder) else ""
+                if isinstance(order, SelectedOrder):
+                    excluded = f" of {order.num_dataset_samples:,} (data.train_fraction)"
                 lanes = segment.lanes_by_source[i]
                 lines.append(
                     f"{since}{self.datasets_of(number)[i].url}: {lanes} of {segment.lanes} lanes "
@@ -149,6 +153,11 @@ def open_run_data(
     """
     run_dir = Path(config.run_dir)
     changes = read_changes(run_dir) if changes is None else changes
+    if changes and config.data.train_fraction < 1:
+        raise ConfigError(
+            f"the data of a run with data.train_fraction={config.data.train_fraction} cannot be changed; start another "
+            "with init_from"
+        )
     ends = [*(change.start for change in changes), None]
     datasets = _Datasets(config, consumed=consumed)
     known = list(first_identities) if len(first_identities) == len(config.data.sources) else []
@@ -188,6 +197,7 @@ def open_run_data(
                 chunk_samples=sizes[numbers[share.identity]],
                 weight=share.weight,
                 excluded=None if share.excluded is None else read_numbers(run_dir, share.excluded),
+                selected=_selected(config, numbered[numbers[share.identity]]),
             )
             for share in shares
         ]
@@ -209,6 +219,20 @@ def open_run_data(
         stream=stream,
         segments=described,
         skipped=[one.described() for one in skipped],
+    )
+
+
+def _selected(config: RunConfig, dataset: DatasetIndex | GoneDataset) -> npt.NDArray[np.int64] | None:
+    """The samples of data.train_fraction; None for all of them."""
+    if config.data.train_fraction == 1:
+        return None
+    if isinstance(dataset, GoneDataset):
+        raise DataError(
+            f"{dataset.url}: is not what it was, and data.train_fraction needs its labels; bring it back"
+        )
+    table = open_samples(dataset, s3=s3_settings(config), cache_dir=cache_dir(config))
+    return choose_fraction(
+        np.asarray(table.labels), config.data.train_fraction, seed=config.data.train_fraction_seed
     )
 
 

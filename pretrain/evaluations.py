@@ -101,25 +101,30 @@ class Evaluations:
         """The run goes on from `step`."""
         self._falls.go_back(step)
 
-    def between(self, step: int, samples: int) -> None:
-        """What is due after `step`, which is not the last."""
-        if is_due(step, self._every_steps):
-            self._validate(step, samples)
+    def between(self, step: int, samples: int) -> dict[str, float] | None:
+        """What is due after `step`, which is not the last. Returns what validation found, on all ranks the same."""
+        found = self._validate(step, samples) if is_due(step, self._every_steps) else None
         if self._probes is not None and is_due(step, self._probes.every_steps):
             self._probe(step, samples)
         if self._analyses is not None and is_due(step, self._analyses.every_steps):
             self._analyze(step, samples)
+        return found
 
-    def at_end(self, step: int, samples: int) -> None:
-        """After the last step, which is saved: nothing would be gained by giving up."""
+    def at_end(self, step: int, samples: int, *, done: bool = False) -> dict[str, float] | None:
+        """After the last step, which is saved: nothing would be gained by giving up. done: what `between` does has been
+        done after this step.
+        """
         self._asked = None
-        self._validate(step, samples)
-        self._probe(step, samples)
-        self._analyze(step, samples)
+        found = None if done else self._validate(step, samples)
+        if not (done and self._probes is not None and is_due(step, self._probes.every_steps)):
+            self._probe(step, samples)
+        if not (done and self._analyses is not None and is_due(step, self._analyses.every_steps)):
+            self._analyze(step, samples)
+        return found
 
-    def _validate(self, step: int, samples: int) -> None:
+    def _validate(self, step: int, samples: int) -> dict[str, float] | None:
         if self._validation is None:
-            return
+            return None
         self._pulse.at("validate", step)
         over = (self._engine, self._validation, self._device_transform)
         try:
@@ -130,8 +135,9 @@ class Evaluations:
                 results |= {f"ema_{name}": value for name, value in of_average.items()}
         except AskedToStopError:
             self._tell_given_up("validation", step, samples)
-            return
+            return None
         self._reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
+        return results
 
     def _probe(self, step: int, samples: int) -> None:
         plan, started = self._probes, time.monotonic()

@@ -1,27 +1,30 @@
-"""Write a backbone that timm or Hugging Face loads as its own, and prove that it does.
+"""Write a backbone that timm, Hugging Face or anybody's script loads as its own, and prove that it does.
 
-RUN is a run's folder (its newest checkpoint is taken), one of its checkpoints, or another export.
-OUT appears only once the consumer's library, in a process of its own, has loaded it strictly and
-computed the same features as this project's model. Load it with
+RUN is a run's folder (its newest checkpoint is taken), its checkpoint.mirror in a bucket, one of its checkpoints, or
+another export. OUT is a folder, or s3://bucket/prefix. It appears only once the consumer's library, in a process of
+its own, has loaded it strictly and computed the same features as this project's model. Load it with
 
   timm.create_model("local-dir:OUT", pretrained=True)
   transformers.AutoModelForImageClassification.from_pretrained("OUT")    # or AutoModel, without a head
+  safetensors.torch.load_file("OUT/model.safetensors")                   # --format safetensors: timm's names
 
-Where that library is not installed the export is written with `"verified": false` in export.json.
+Where that library is not installed the export is written with `"verified": false` in export.json. README.md is its
+card: what it is, the recipe, the data's hash, what it saw, what probes said, its licence.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from pretrain.formats.folder import FORMATS, Exported, export_backbone
 from pretrain.formats.naming import listed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder, a checkpoint, or an export")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write; new or empty")
+    parser.add_argument("run", metavar="RUN", help="a run's folder or mirror, a checkpoint, or an export")
+    parser.add_argument(
+        "out", metavar="OUT", help="the folder, or s3://bucket/prefix, to write; new or empty"
+    )
     parser.add_argument("--format", choices=FORMATS, required=True)
     parser.add_argument(
         "--image-size",
@@ -29,7 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels; resamples the position embeddings by the consumer's own rule",
     )
-    parser.add_argument("--no-head", action="store_true", help="leave the class head out")
+    heads = parser.add_mutually_exclusive_group()
+    heads.add_argument("--no-head", action="store_true", help="leave the class head out")
+    heads.add_argument(
+        "--with-head", action="store_true", help="fail where there is no class head to take along"
+    )
     parser.add_argument(
         "--images",
         metavar="URL",
@@ -40,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("ema", "raw"),
         help="of a run: the average of the weights (the default where there is one), or the weights",
     )
+    parser.add_argument("--license", help="for the card (default: the run's export.license)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,9 +56,10 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         format=args.format,
         image_size=args.image_size,
-        with_head=not args.no_head,
+        with_head=False if args.no_head else (True if args.with_head else None),
         images_url=args.images,
         weights=args.weights,
+        license=args.license,
     )
     print(describe(exported))
     return 0

@@ -14,7 +14,7 @@ from pretrain.models.layer_ids import layer_of, num_layers
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.lamb import Lamb
 from pretrain.optim.muon import Muon
-from pretrain.optim.parameter_groups import layer_scales, parameter_groups
+from pretrain.optim.parameter_groups import layer_scales, only_last_blocks, parameter_groups
 
 
 def optimizer_builder(
@@ -34,7 +34,7 @@ def optimizer_builder(
             weight_decay=_decay(config, optim.weight_decay, peak),
             head_weight_decay=None if of_head is None else _decay(config, of_head, peak),
             head_lr_scale=optim.head_lr_scale,
-            layer_scale=_layer_scale(config),
+            layer_scale=layer_scale(config),
             apart=optim.freeze_backbone_steps > 0,
             muon_lr_scale=optim.muon_lr / peak if optim.name == "muon" else None,
             muon_weight_decay=_decay(config, optim.weight_decay, optim.muon_lr),
@@ -54,8 +54,10 @@ def _decay(config: RunConfig, weight_decay: float, peak: float) -> float:
     return weight_decay / peak if config.optim.weight_decay_times == "schedule" else weight_decay
 
 
-def _layer_scale(config: RunConfig) -> Callable[[str], float]:
-    if config.optim.layer_decay is None:
+def layer_scale(config: RunConfig) -> Callable[[str], float]:
+    """The share of the rate at which a parameter of that name learns, by optim.layer_decay and train_last_blocks."""
+    decay, blocks = config.optim.layer_decay, config.optim.train_last_blocks
+    if decay is None and blocks is None:
         return lambda _: 1.0
     spec = backbone_spec(config)
     depths = spec.depths or (spec.depth,)  # of each stage; a ViT is one
@@ -63,7 +65,12 @@ def _layer_scale(config: RunConfig) -> Callable[[str], float]:
     def layer(parameter: str) -> int:
         return layer_of(spec.name, parameter, depths)
 
-    return layer_scales(layer, num_layers=num_layers(depths), decay=config.optim.layer_decay)
+    count = num_layers(depths)
+    decayed = layer_scales(layer, num_layers=count, decay=1.0 if decay is None else decay)
+    if blocks is None:
+        return decayed
+    trained = only_last_blocks(layer, num_layers=count, blocks=blocks)
+    return lambda name: decayed(name) * trained(name)
 
 
 def average_builder(config: RunConfig) -> Callable[[list[torch.Tensor]], WeightAverage] | None:

@@ -73,6 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the first batch at every step: its loss must fall. No checkpoints; a run_dir that has some is refused",
     )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="init_from may be a .pth whose origin you trust; the same as init_trust_pickle=true",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
 
 
@@ -81,7 +86,8 @@ def resolve(args: argparse.Namespace) -> RunConfig | None:
 
     Raises ConfigError for a wrong one.
     """
-    config = load_config(args.config, args.overrides)
+    trust = ["init_trust_pickle=true"] if args.trust_pickle else []
+    config = load_config(args.config, [*args.overrides, *trust])
     if args.world_size is not None and not args.dry_run:
         raise ConfigError(
             f"--world-size={args.world_size} is for --dry-run; a launcher decides the run's ranks"

@@ -169,7 +169,10 @@ def _weights(
             )
         return manifest, str(folder)
     if existing.config.init_from:
-        load_into(objective.backbone, read_backbone(existing.config.init_from))
+        load_into(
+            objective.backbone,
+            read_backbone(existing.config.init_from, trust_pickle=existing.config.init_trust_pickle),
+        )
         return None, f"the run's first weights, from {existing.config.init_from}"
     return None, "the run's first weights, of its seed"
 

@@ -21,7 +21,7 @@ from pretrain.checkpoint.mirror import Mirror
 from pretrain.checkpoint.mirrored import answered_by_store
 from pretrain.checkpoint.restore import here, open_reader, settle_restored
 from pretrain.checkpoint.retention import remove_checkpoint
-from pretrain.checkpoint.run_directory import RunDirectory, finished_step, unmark_finished
+from pretrain.checkpoint.run_directory import RunDirectory, finished_step, stopped_early, unmark_finished
 from pretrain.checkpoint.staging import remove_torn_saves, set_aside
 from pretrain.config.load import with_defaults
 from pretrain.distributed import World, from_main, together
@@ -74,10 +74,13 @@ def remove(folders: Sequence[Path], mirror: Mirror | None) -> None:
         remove_checkpoint(folder)
 
 
-def is_finished(run_dir: Path, last_step: int, **identity: Any) -> bool:
-    """Has this very run reached `last_step`? Raises CheckpointMismatchError when another one has there."""
+def is_finished(run_dir: Path, last_step: int, *, may_stop_early: bool = False, **identity: Any) -> bool:
+    """Has this very run reached `last_step`, or stopped early where it may?
+
+    Raises CheckpointMismatchError when another one has there.
+    """
     done = finished_step(run_dir)
-    if done is None or done < last_step:
+    if done is None or (done < last_step and not (may_stop_early and stopped_early(run_dir))):
         return False
     folders = standing(run_dir)
     if folders:

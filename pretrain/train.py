@@ -24,6 +24,7 @@ import torch
 
 from pretrain import recipe
 from pretrain.assemble import (
+    build_bests,
     build_engine,
     build_judge,
     build_objective,
@@ -35,7 +36,7 @@ from pretrain.assemble_evaluations import build_evaluations, open_evaluation_dat
 from pretrain.assemble_reporting import build_reporter, build_watch
 from pretrain.checkpoint.manifest import Manifest
 from pretrain.checkpoint.restore import bring_back, is_shared
-from pretrain.checkpoint.run_directory import mark_finished, recorded_exit, write_whole
+from pretrain.checkpoint.run_directory import finished_step, mark_finished, recorded_exit, write_whole
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.ledger import Ledger, check_budget
@@ -53,7 +54,7 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.engine.compiled import compile_blocks
-from pretrain.errors import EXIT_FINISHED, exit_code_of
+from pretrain.errors import EXIT_FINISHED, PretrainError, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.formats.incoming import read_backbone
 from pretrain.formats.loading import load_into
@@ -116,13 +117,19 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         "segments": data.segments,
         "skipped": data.skipped,
     }
-    if from_main(world, lambda: is_finished(run_dir, last_step, **identity)):
+    may_stop_early = config.train.early_stopping is not None
+    if from_main(world, lambda: is_finished(run_dir, last_step, may_stop_early=may_stop_early, **identity)):
         if world.is_main:
-            print(f"{run_dir} is finished at step {last_step}; give it more train.steps, or another run_dir")
+            done = finished_step(run_dir)
+            print(f"{run_dir} is finished at step {done}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
     resuming = from_main(world, lambda: has_checkpoint(run_dir))
     init_from = None if resuming else config.init_from
-    incoming = together(lambda: read_backbone(init_from)) if init_from else None
+    incoming = (
+        together(lambda: read_backbone(init_from, trust_pickle=config.init_trust_pickle))
+        if init_from
+        else None
+    )
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
@@ -234,9 +241,21 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
         evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
+        bests = build_bests(config, world=world, is_shared=shared)
+        bests.begin(step)
+
+        def save(*, wait: bool) -> None:
+            """A checkpoint of where the run is."""
+            if not debugging.saves:
+                return
+            where = {"step": step, "samples": samples, "attempt": attempt}
+            ledger.sync()
+            pulse.at("save", step)
+            saver.save({**identity, **where, "replaced": replaced, "judged": judge.state_dict()}, wait=wait)
 
         fault: Fault | None = None
-        while step < last_step or fault is not None:
+        early = bests.is_stuck and step < last_step  # killed when it was about to end
+        while (step < last_step and not early) or fault is not None:
             # Numbers went wrong: back to before they did, on all ranks, and on from there.
             if fault is not None:
                 pulse.at("start", step)
@@ -250,6 +269,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
                 judge.load_state_dict(manifest.judged)
                 replicas.begin(step)
                 evaluations.go_back(step)
+                bests.go_back(step)
                 batches.close()
                 train_loader.follow(data.stream)
                 batches = debugging.batches(train_loader.steps(samples))
@@ -333,18 +353,8 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             # Saved first: nothing that comes after may lose what was learned.
             saver.settle(failed_saves)
             due = step % config.checkpoint.every_steps == 0 and not judge.in_trouble
-            if debugging.saves and (is_last or exit_code is not None or due):
-                ledger.sync()
-                facts = {
-                    **identity,
-                    "step": step,
-                    "samples": samples,
-                    "attempt": attempt,
-                    "replaced": replaced,
-                    "judged": judge.state_dict(),
-                }
-                pulse.at("save", step)
-                saver.save(facts, wait=is_last or exit_code is not None)
+            if is_last or exit_code is not None or due:
+                save(wait=is_last or exit_code is not None)
             if exit_code is not None and not is_last:
                 reporter.event(
                     "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
@@ -353,14 +363,27 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
                 ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
                 return exit_code
             if not is_last:
-                evaluations.between(step, samples)
+                better = bests.add(step, evaluations.between(step, samples))
+                early = bests.is_stuck and not judge.in_trouble
+                if (better or early) and not due and not judge.in_trouble:
+                    save(wait=early)
+                if early:
+                    reporter.event(
+                        "stopped_early",
+                        note=f"step {step}: validation gets no better",
+                        step=step,
+                        samples=samples,
+                    )
 
         if asked.overfit:
             reporter.event("overfit", note=debugging.verdict(), step=step, samples=samples)
             return EXIT_FINISHED
         # After the loop: a run that was killed between its last save and its end still gets here.
-        evaluations.at_end(step, samples)
-        from_main(world, lambda: mark_finished(run_dir, step=step, samples=samples, attempt=attempt))
+        if early and (reasons := saver.wait()):
+            raise PretrainError(f"{run_dir}: the last checkpoint, of step {step}, was not saved: {reasons}")
+        bests.add(step, evaluations.at_end(step, samples, done=early))
+        ended: dict[str, Any] = {"step": step, "samples": samples, "attempt": attempt}
+        from_main(world, lambda: mark_finished(run_dir, **ended, stopped_early=early))
         reporter.event("finished", note=f"finished at step {step}", step=step, samples=samples)
         return EXIT_FINISHED
 

@@ -12,8 +12,14 @@ NEVER = {
     *("eval", "exec", "marshal.loads", "marshal.load", "shelve.open"),
 }
 FOREIGN = {"dill", "cloudpickle", "joblib", "shelve", "marshal", "_pickle"}
-# The trainer hands its worker what to do, through their own pipe.
-ALLOWED = {("pretrain/data/worker.py", "pickle.loads")}
+RESTRICTED = "torch.load with weights_only=True"
+ALLOWED = {
+    (
+        "pretrain/data/worker.py",
+        "pickle.loads",
+    ),  # the trainer hands its worker what to do, through their own pipe
+    ("pretrain/formats/pickles.py", RESTRICTED),  # a foreign .pth, behind --trust-pickle
+}
 
 
 def found_in(source: str) -> set[str]:
@@ -38,7 +44,8 @@ def found_in(source: str) -> set[str]:
             or (called in ("numpy.load", "numpy.fromfile") and given.get("allow_pickle") != "False")
             or (called == "yaml.load" and given.get("Loader") not in ("_RecipeLoader", "yaml.SafeLoader"))
         ):
-            found.add(called)
+            restricted = called == "torch.load" and given.get("weights_only") == "True"
+            found.add(RESTRICTED if restricted else called)
     return found
 
 

@@ -19,6 +19,8 @@ FIXED_KEYS = (
     "seed",
     "model",
     "objective",
+    "data.train_fraction",
+    "data.train_fraction_seed",
     "data.augmentation",
     "data.crop_scale",
     "data.crop_ratio",
@@ -38,6 +40,7 @@ FIXED_KEYS = (
 FREE_KEYS = {
     "run_dir": "the folder may be moved, or named another way",
     "init_from": "ignored once the run has a checkpoint",
+    "init_trust_pickle": "",
     "model.drop_path_rate": "",
     "model.drop_path_mode": "",
     "data.train": "where the shards lie; which they are and their weights must stay (`pretrain data-change`)",
@@ -62,7 +65,7 @@ FREE_KEYS = {
     "watchdog": "",
     "deepspeed": "ZeRO stage, buckets …",
 }
-_WITHOUT_MEANING = ("run_dir", "init_from", "metrics.host")  # for what is trained
+_WITHOUT_MEANING = ("run_dir", "init_from", "init_trust_pickle", "metrics.host")  # for what is trained
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

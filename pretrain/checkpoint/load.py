@@ -5,6 +5,8 @@ A reader opens only the files whose slices it needs, and checks the sha256 of ea
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,19 +129,26 @@ def load_fragments(reader: CheckpointReader, fragments: list[Fragment]) -> None:
                 target.narrow(0, offset, values.numel()).copy_(values)
 
 
-def load_weights(folder: Path, *, kind: str = "weight") -> dict[str, torch.Tensor]:
-    """Every trained parameter's float32 master weight, whole, on the CPU, by its name in the objective.
+def load_weights(
+    folder: Path, *, kind: str = "weight", wanted: Callable[[str], bool] = lambda _: True
+) -> dict[str, torch.Tensor]:
+    """The `wanted` parameters' float32 master weights, whole, on the CPU, by their names in the objective.
 
     kind: `ema` for the average of the weights. Of a checkpoint that is in the run's mirror the files come from there,
-    and stay. Raises CheckpointError, also where there is no such kind, or UsageError or PretrainError when the mirror
-    cannot be had.
+    and stay. Beside the weights themselves no more than one slice of one parameter is in memory. Raises
+    CheckpointError, also where there is no such kind, or UsageError or PretrainError when the mirror cannot be had.
     """
     reader = CheckpointReader(folder, fetch=fetcher_of(folder))
-    weights = {}
-    for name, shape in reader.manifest.parameters.items():
-        weight = torch.empty(shape, dtype=torch.float32)
-        flat = weight.view(-1)
-        for offset, values in reader.pieces(name, kind, 0, flat.numel()):
+    shapes = {name: shape for name, shape in reader.manifest.parameters.items() if wanted(name)}
+    total = sum(math.prod(shape) for shape in shapes.values())
+    # One mapping for all: it goes back to the system as soon as they do, which an allocator's memory may not.
+    block = torch.frombuffer(mmap.mmap(-1, max(4, 4 * total)), dtype=torch.float32)
+    weights, at = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape)
+        flat = block.narrow(0, at, size)
+        for offset, values in reader.pieces(name, kind, 0, size):
             flat.narrow(0, offset, values.numel()).copy_(values)
-        weights[name] = weight
+        weights[name] = flat.view(shape)
+        at += size
     return weights

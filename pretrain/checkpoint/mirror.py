@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pretrain.checkpoint.best import BEST_NAME, best_step
 from pretrain.checkpoint.distrusted import DISTRUSTED_NAME
 from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME, Manifest, parse_manifest, step_folder
 from pretrain.checkpoint.retention import kept_steps, step_of
@@ -36,7 +37,15 @@ from pretrain.storage import ObjectInfo, S3Settings, join_url, open_storage
 IDENTITY = "mirror.json"  # in the run's folder
 # What a run needs besides checkpoints and journal, or would be missed: written by several parts of the project.
 _LISTS = (SKIPPED_NAME, DISTRUSTED_NAME)  # that change while a run goes on
-_FILES = ("config.yaml", "segments.json", *_LISTS, "lineage.json", "attempts.jsonl", "tracking.json")
+_FILES = (
+    "config.yaml",
+    "segments.json",
+    BEST_NAME,
+    *_LISTS,
+    "lineage.json",
+    "attempts.jsonl",
+    "tracking.json",
+)
 _FOLDERS = ("segments",)
 _FOLDER_NAME = re.compile(r"(step-\d+)\.(\d+)-(\d+)")
 
@@ -163,13 +172,25 @@ class Mirror:
         self.publish(save, manifest)
 
     def retain(
-        self, *, keep_last: int, keep_every_steps: int | None, newest: MirroredSave, reach_steps: int = 0
+        self,
+        *,
+        keep_last: int,
+        keep_every_steps: int | None,
+        newest: MirroredSave,
+        reach_steps: int = 0,
+        run_dir: Path | None = None,
     ) -> None:
-        """Remove the saves that need not stay, and what those before `newest` left that never committed."""
+        """Remove the saves that need not stay, and what those before `newest` left that never committed. run_dir: says
+        which is the best one, if any.
+        """
         committed, torn = self._folders()
         counting = _newest_by_step(committed)
         kept = kept_steps(
-            list(counting), keep_last=keep_last, keep_every_steps=keep_every_steps, reach_steps=reach_steps
+            list(counting),
+            keep_last=keep_last,
+            keep_every_steps=keep_every_steps,
+            reach_steps=reach_steps,
+            best=None if run_dir is None else best_step(run_dir, counting),
         )
         wanted = {save for step, save in counting.items() if step in kept}
         for save in committed - wanted:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Collection
 from pathlib import Path
 
+from pretrain.checkpoint.best import best_step
 from pretrain.checkpoint.manifest import known
 from pretrain.checkpoint.staging import STAGING_SUFFIX
 from pretrain.errors import PretrainError
@@ -15,9 +16,14 @@ _LEFT_FREE_BYTES = 64 << 10  # for the journal and the records of how ranks end
 
 
 def kept_steps(
-    steps: Collection[int], *, keep_last: int, keep_every_steps: int | None, reach_steps: int = 0
+    steps: Collection[int],
+    *,
+    keep_last: int,
+    keep_every_steps: int | None,
+    reach_steps: int = 0,
+    best: int | None = None,
 ) -> set[int]:
-    """The newest `keep_last` of `steps`, and those that `keep_every_steps` divides.
+    """The newest `keep_last` of `steps`, those that `keep_every_steps` divides, and the `best` one.
 
     reach_steps: how many steps a fault may lead back that is found after the newest of them. The newest from before
     those stays, too, for several saves may follow each other closely, as those of preemptions do; and the oldest
@@ -30,7 +36,7 @@ def kept_steps(
         kept |= set(sorted(step for step in steps if step > lowest)[:1])
     if keep_every_steps is not None:
         kept |= {step for step in steps if step % keep_every_steps == 0}
-    return kept
+    return kept | {step for step in steps if step == best}
 
 
 def retain(
@@ -39,7 +45,11 @@ def retain(
     """Remove the checkpoints that need not stay. Returns them. Raises PretrainError when one cannot go."""
     by_step = {step_of(folder): folder for folder in known(run_dir)}
     kept = kept_steps(
-        by_step, keep_last=keep_last, keep_every_steps=keep_every_steps, reach_steps=reach_steps
+        by_step,
+        keep_last=keep_last,
+        keep_every_steps=keep_every_steps,
+        reach_steps=reach_steps,
+        best=best_step(run_dir, by_step),
     )
     removed = [folder for step, folder in sorted(by_step.items()) if step not in kept]
     for folder in removed:

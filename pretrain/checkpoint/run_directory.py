@@ -236,6 +236,11 @@ def finished_step(path: Path) -> int | None:
         ) from None
 
 
+def stopped_early(path: Path) -> bool:
+    """Did the run, which is finished, end because validation became no better?"""
+    return bool(json.loads((Path(path) / FINISHED).read_text(encoding="utf-8")).get("stopped_early"))
+
+
 def unmark_finished(path: Path) -> None:
     """The run goes on beyond what was its end. Raises OSError."""
     (Path(path) / FINISHED).unlink(missing_ok=True)

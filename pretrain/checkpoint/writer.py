@@ -314,7 +314,8 @@ class Writer:
                 retain(self._run_dir, **kept)  # type: ignore[arg-type]
             if self._mirror is not None and self._is_main:
                 self._mirror.require_newest(self._settings.attempt)
-                self._mirror.retain(newest=MirroredSave.of(step, save_id), **kept)  # type: ignore[arg-type]
+                newest = MirroredSave.of(step, save_id)
+                self._mirror.retain(newest=newest, run_dir=self._run_dir, **kept)  # type: ignore[arg-type]
         except PretrainError as error:  # the checkpoint is committed all the same
             print(f"pretrain: {error}", file=sys.stderr, flush=True)
 

@@ -70,6 +70,9 @@ def _train_sources(value: object, _: object) -> str | tuple[TrainSource, ...]:
 class DataConfig(Section):
     train: Annotated[str | tuple[TrainSource, ...], WrapValidator(_train_sources)]
     val: str | None = None
+    # Train on a part of each dataset, of every class alike: the same part whatever `seed` is.
+    train_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    train_fraction_seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     workers: NonNegativeInt = 4
     # of decoding one image, or of no sign of life: then it is lost
     worker_timeout_seconds: PositiveFloat = 60.0

@@ -41,6 +41,9 @@ class CheckpointConfig(Section):
     every_steps: PositiveInt = 1000
     keep_last: PositiveInt = 3
     keep_every_steps: PositiveInt | None = None  # those of its multiples stay for good
+    keep_best: str | None = (
+        None  # a metric of validation (top1, loss, …): the checkpoint of its best stays, too
+    )
     max_failures: NonNegativeInt = 3  # saves in a row that may fail before the run ends
     # a rank's writer, to disk and to the mirror; none when left out
     max_bytes_per_second: PositiveInt | None = None
@@ -128,7 +131,8 @@ class EvalConfig(Section):
 
 
 class ExportConfig(Section):
-    formats: Annotated[tuple[Literal["timm", "hf"], ...], Field(strict=False)] = ()
+    formats: Annotated[tuple[Literal["timm", "hf", "safetensors"], ...], Field(strict=False)] = ()
+    license: str | None = None  # of the weights, for the card of every export; the data's owners decide
 
 
 class StorageConfig(Section):
@@ -149,6 +153,7 @@ class RunConfig(Section):
     run_dir: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None
+    init_trust_pickle: bool = False  # init_from may be a .pth, whose origin is trusted
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
@@ -171,6 +176,20 @@ class RunConfig(Section):
             raise ValueError(
                 "train.compile=true does not go with deepspeed.zero_optimization.stage=3, whose gathering of weights "
                 "stands between the operations of every block; leave one of them out"
+            )
+        by_validation = {
+            "checkpoint.keep_best": self.checkpoint.keep_best,
+            "train.early_stopping": self.train.early_stopping,
+        }
+        for key, asked in by_validation.items():
+            if asked is not None and (self.data.val is None or self.eval.every_steps is None):
+                raise ValueError(
+                    f"{key} goes by validation: give data.val and eval.every_steps, or leave it out"
+                )
+        if self.optim.train_last_blocks is not None and self.objective.name != "classification":
+            raise ValueError(
+                f"optim.train_last_blocks is of fine-tuning: objective.name={self.objective.name} trains all of the "
+                "backbone; leave it out"
             )
         mirror = self.checkpoint.mirror
         if mirror is not None and "://" not in mirror:

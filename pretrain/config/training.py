@@ -19,6 +19,14 @@ class SpikeConfig(Section):
     skip_steps: PositiveInt = 100
 
 
+class EarlyStoppingConfig(Section):
+    """The run ends, as finished, when validation has not become better for so long; eval.every_steps says how often."""
+
+    metric: str = "loss"  # of validation: a loss is better when lower, others when higher
+    patience: PositiveInt = 5  # validations in a row
+    min_delta: NonNegativeFloat = 0.0  # that count as better
+
+
 class TrainConfig(Section):
     global_batch_size: PositiveInt
     # images a rank computes at once; the whole slice when left out
@@ -31,6 +39,7 @@ class TrainConfig(Section):
     # updates left out in a row before the run goes back to a checkpoint
     max_nonfinite_steps: NonNegativeInt = 3
     spike: SpikeConfig | None = None
+    early_stopping: EarlyStoppingConfig | None = None
     replica_check_steps: NonNegativeInt = 0  # how often ranks compare their copies of the weights; 0 = never
     max_rollbacks: NonNegativeInt = 5  # in a row, that is without 100 sound steps beyond
 
@@ -65,6 +74,8 @@ class OptimConfig(Section):
     head_lr_scale: PositiveFloat = 1.0
     head_weight_decay: NonNegativeFloat | None = None  # weight_decay when left out
     freeze_backbone_steps: NonNegativeInt = 0  # the first of the run: all but the backbone is trained
+    # of the backbone, with what follows them; 0: the head alone, all when left out
+    train_last_blocks: NonNegativeInt | None = None
     # wsd (warmup, stable, decay): constant, and a cooldown that must be given
     schedule: Literal["cosine", "constant", "rsqrt", "wsd"] = "cosine"
     warmup_steps: NonNegativeInt = 0

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from pretrain.data.excluded import ExcludingOrder
 from pretrain.data.order import Int64s, Order, shuffled_lanes
+from pretrain.data.selected import SelectedOrder
 from pretrain.data.skips import Skips
 from pretrain.errors import UsageError
 
@@ -54,13 +55,15 @@ class Source:
     """A dataset's share of a segment.
 
     dataset: its number in the stream. chunk_samples: int[M]. weight: its share before it is rounded to
-    lanes. excluded: int64[n] sorted numbers of the samples that are not to be shown.
+    lanes. excluded: int64[n] sorted numbers of the samples that are not to be shown; selected: of the only ones
+    that are.
     """
 
     dataset: int
     chunk_samples: npt.NDArray[Any]
     weight: float = 1.0
     excluded: Int64s | None = None
+    selected: Int64s | None = None
 
 
 class Segment:
@@ -84,15 +87,20 @@ class Segment:
         self.start, self.lanes = start, lanes
         self.lanes_by_source = share_lanes([source.weight for source in sources], lanes=lanes)
         self.datasets = tuple(source.dataset for source in sources)
-        self.orders: list[Order | ExcludingOrder] = []
+        self.orders: list[Order | ExcludingOrder | SelectedOrder] = []
         for i, source in enumerate(sources):
-            order = Order(
-                chunk_samples=source.chunk_samples,
-                seed=seed,
-                lanes=self.lanes_by_source[i],
-                block_chunks=block_chunks,
-                series=number * _SEGMENT_SERIES + i,
-            )
+            settings: dict[str, Any] = {
+                "chunk_samples": source.chunk_samples,
+                "seed": seed,
+                "lanes": self.lanes_by_source[i],
+                "block_chunks": block_chunks,
+                "series": number * _SEGMENT_SERIES + i,
+            }
+            if source.selected is not None:
+                assert source.excluded is None, "the data of a run of a part of it is not changed"
+                self.orders.append(SelectedOrder(source.selected, **settings))
+                continue
+            order = Order(**settings)
             excluded = source.excluded
             without = excluded is not None and len(excluded) > 0
             self.orders.append(ExcludingOrder(order, excluded) if without and excluded is not None else order)
@@ -197,7 +205,7 @@ class Stream:
     def samples_by_dataset(self) -> tuple[int, ...]:
         """How many samples each dataset that can be read holds, in the order of `Place.dataset`."""
         sizes = {
-            dataset: order.num_samples
+            dataset: order.num_dataset_samples if isinstance(order, SelectedOrder) else order.num_samples
             for segment in self.segments
             for dataset, order in zip(segment.datasets, segment.orders, strict=True)
         }

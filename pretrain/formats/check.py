@@ -20,12 +20,14 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError
 from pretrain.formats.files import read_tensors, write_json, write_tensors
+from pretrain.formats.limits import why_not
+from pretrain.formats.timm import HEADS, timm_config
 from pretrain.models.spec import BackboneSpec
 
 TOLERANCE = 1e-4  # float32, absolute: ViT-B/16 differs by about 1e-6
 NEAR = 1e-6  # mean and std go through JSON
 CONSUMER = Path(__file__).with_name("consumer.py")
-LIBRARIES = {"timm": "timm", "hf": "transformers"}
+LIBRARIES = {"timm": "timm", "hf": "transformers", "safetensors": "timm"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,18 @@ def check_folder(
     logits: Tensor | None,
     timeout_seconds: float = 1800.0,
 ) -> Check:
-    """Load `folder` with the library of `format` ("timm" or "hf") and compare what it computes.
+    """Load `folder` with the library of `format` ("timm" or "hf"; "safetensors": timm's model of the same tensors,
+    where it has one) and compare what it computes.
 
     images: float32 (B, 3, S, S), normalised; features (B, D) and logits (B, classes) or None are our
     own model's for them. Raises CheckpointError when the folder does not load strictly, when outputs
     differ by more than the tolerance, or when class names or normalisation did not arrive.
     """
     with tempfile.TemporaryDirectory(prefix="pretrain-check-") as scratch:
-        request = {
+        request: dict[str, Any] = {
             "format": format,
             "folder": str(folder.resolve()),
+            "timm": _model_of_timm(spec) if format == "safetensors" else None,
             "images": f"{scratch}/images.safetensors",
             "outputs": f"{scratch}/outputs.safetensors",
             "answer": f"{scratch}/answer.json",
@@ -77,6 +81,19 @@ def check_folder(
     reference = {"features": features} if logits is None else {"features": features, "logits": logits}
     difference = _compare(outputs, reference, library)
     return Check(verified=True, max_difference=difference, versions=answer["versions"])
+
+
+def _model_of_timm(spec: BackboneSpec) -> dict[str, Any] | None:
+    """Which of timm's models a plain folder's tensors are; None where it has none."""
+    if why_not("timm", spec, head=True):
+        return None
+    config = timm_config(spec, head=True, crop_fraction=1.0)
+    head = HEADS.get(spec.name, "head")
+    return {
+        "architecture": config["architecture"],
+        "model_args": config["model_args"],
+        "renamed": {f"head.{name}": f"{head}.{name}" for name in ("weight", "bias")},
+    }
 
 
 def _run_consumer(scratch: Path, folder: Path, timeout_seconds: float) -> None:

@@ -4,7 +4,9 @@ check.py hands this file's text to a fresh Python, so nothing of this project ca
 along: only torch, safetensors and the consumer's library are imported.
 
 usage: REQUEST.json, which names
-    format   "timm" or "hf"
+    format   "timm", "hf" or "safetensors"
+    timm     of "safetensors": the architecture and arguments of timm's model that these tensors are, and the names of
+             the head's, which are timm's otherwise; null where timm has none
     folder   the export
     images   a safetensors file with `images`, float32 (B, 3, H, W), normalised
     outputs  where to write `features` (B, D) and, with a head, `logits` (B, classes)
@@ -112,10 +114,45 @@ def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torc
     return outputs, report
 
 
+def run_plain(
+    folder: Path, images: torch.Tensor, known_to_timm: dict[str, Any]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    import safetensors
+    import timm
+
+    renamed = known_to_timm["renamed"]
+    tensors = {
+        renamed.get(name, name): value for name, value in load_file(folder / "model.safetensors").items()
+    }
+    backbone = json.loads((folder / "config.json").read_text("utf-8"))["backbone"]
+    num_classes = backbone["num_classes"] or 0
+    model = timm.create_model(
+        known_to_timm["architecture"], num_classes=num_classes, **known_to_timm["model_args"]
+    ).eval()
+    strict = model.load_state_dict(tensors, strict=True)
+    outputs = {"features": model.forward_head(model.forward_features(images), pre_logits=True)}
+    if num_classes:
+        outputs["logits"] = model(images)
+    report = {
+        "versions": {"timm": timm.__version__, "safetensors": safetensors.__version__},
+        "missing": list(strict.missing_keys),
+        "unexpected": list(strict.unexpected_keys),
+        "labels": backbone["class_names"],
+        "num_classes": num_classes,
+        "mean": backbone["mean"],
+        "std": backbone["std"],
+        "image_size": backbone["image_size"],
+    }
+    return outputs, report
+
+
 def main() -> None:
     request = json.loads(Path(sys.argv[1]).read_text("utf-8"))
     answer = Path(request["answer"])
-    library = {"timm": "timm", "hf": "transformers"}[request["format"]]
+    library = {"timm": "timm", "hf": "transformers", "safetensors": "timm"}[request["format"]]
+    if request["format"] == "safetensors" and request["timm"] is None:
+        answer.write_text(json.dumps({"unavailable": "no other library has this model"}), "utf-8")
+        return
     try:
         kept = declare_torchvision_operators()
         __import__(library)
@@ -123,9 +160,13 @@ def main() -> None:
         answer.write_text(json.dumps({"unavailable": f"{library} cannot be imported here: {error}"}), "utf-8")
         return
     images = load_file(request["images"])["images"]
-    runner = {"timm": run_timm, "hf": run_hugging_face}[request["format"]]
+    folder = Path(request["folder"])
     with torch.inference_mode():
-        outputs, report = runner(Path(request["folder"]), images)
+        if request["format"] == "safetensors":
+            outputs, report = run_plain(folder, images, request["timm"])
+        else:
+            runner = {"timm": run_timm, "hf": run_hugging_face}[request["format"]]
+            outputs, report = runner(folder, images)
     save_file({name: value.float().contiguous() for name, value in outputs.items()}, request["outputs"])
     report["versions"]["torch"] = torch.__version__
     report["declared_operators"] = len(kept)

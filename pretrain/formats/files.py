@@ -12,22 +12,37 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file
 from torch import Tensor
 
 from pretrain.errors import CheckpointError, PretrainError
-from pretrain.storage.files import open_to_readers, sync
+from pretrain.storage.files import sync
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write float32 tensors and flush them to the disk; PretrainError where the disk will not have them."""
-    own = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
-    # transformers refuses a file that does not say which framework wrote it.
+    """Write tensors as float32 and flush them to the disk; PretrainError where the disk will not have them.
+
+    One tensor after another: `safetensors.torch.save_file` would hold a second copy of them all.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without
+    at = 0
+    for name, value in tensors.items():
+        end = at + 4 * value.numel()
+        header[name] = {"dtype": "F32", "shape": list(value.shape), "data_offsets": [at, end]}
+        at = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    partial = path.with_name(f".{path.name}.partial")  # these tensors may be a mapping of what is there
     try:
-        save_file(own, path, metadata={"format": "pt"})
-        open_to_readers(path)
-        sync(path)
-    except (OSError, SafetensorError) as error:
+        with partial.open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            for value in tensors.values():
+                own = value.detach().to("cpu", torch.float32).contiguous()
+                file.write(own.numpy().astype("<f4", copy=False).data)
+        sync(partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
         raise PretrainError(
             f"{path}: cannot be written: {error}; free space, or name another folder"
         ) from error

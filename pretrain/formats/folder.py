@@ -6,41 +6,42 @@ name until the check has passed.
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError, UsageError
+from pretrain.formats.card import model_card
 from pretrain.formats.check import Check, check_folder
 from pretrain.formats.check_images import CheckImages, images_for_check
 from pretrain.formats.files import read_json, write_json
 from pretrain.formats.hugging_face import write_hugging_face
-from pretrain.formats.incoming import RECORD, Incoming, read_backbone
+from pretrain.formats.incoming import RECORD, Incoming, Source, read_backbone
 from pretrain.formats.limits import why_not
 from pretrain.formats.loading import rebuild
 from pretrain.formats.naming import backbone_shapes
+from pretrain.formats.place import Place
+from pretrain.formats.plain import write_plain
 from pretrain.formats.timm import write_timm
 from pretrain.models.pos_embed import resample_pos_embed
 from pretrain.models.spec import BackboneSpec
-from pretrain.storage.files import open_to_readers
+from pretrain.storage.files import sync
 
-FORMATS = ("timm", "hf")
-WRITERS = {"timm": write_timm, "hf": write_hugging_face}
-Format = Literal["timm", "hf"]
+FORMATS = ("timm", "hf", "safetensors")
+WRITERS = {"timm": write_timm, "hf": write_hugging_face, "safetensors": write_plain}
+Format = Literal["timm", "hf", "safetensors"]
+CARD = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written. left_out: tensors of the source that are not in the export, and why."""
+    """What was written, and where. left_out: tensors of the source that are not in the export, and why."""
 
-    folder: Path
+    folder: str  # or its URL
     spec: BackboneSpec
     check: Check
     image_origin: str
@@ -51,26 +52,29 @@ class Exported:
 
 def export_backbone(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     format: Format,
     image_size: int | None = None,
-    with_head: bool = True,
+    with_head: bool | None = None,
     images_url: str | None = None,
     weights: str | None = None,
+    license: str | None = None,
 ) -> Exported:
-    """Write `source` (a run, a checkpoint or another export) to the folder `out` and check it there.
+    """Write `source` (a run, its mirror, a checkpoint or another export) to the folder `out`, or the place in a bucket
+    that it names, and check it before it stands there.
 
-    image_size: pixels; position embeddings are resampled by the consumer's own rule. with_head=False
-    leaves a class head out. images_url: a dataset to take the images of the check from. weights: "ema" or
-    "raw", see `read_backbone`.
+    image_size: pixels; position embeddings are resampled by the consumer's own rule. with_head: False leaves a
+    class head out, True asks for one, None takes what there is. images_url: a dataset to take the images of the check
+    from. weights: "ema" or "raw", see `read_backbone`. license: for the card, instead of what the recipe says.
 
-    Raises UsageError for an `out` that is not empty, a source that is not there, a size that does not
-    fit, or a model that the format cannot hold; CheckpointError for a damaged source or an export that
-    failed its check. `out` is then as it was.
+    One copy of the weights is in memory, here and then in the process that checks. Raises UsageError for an `out` that
+    is not empty, a source that is not there, a size that does not fit, a head that is not there, or a model that the
+    format cannot hold; CheckpointError for a damaged source or an export that failed its check. `out` is then as it
+    was.
     """
-    out = Path(out)
-    _refuse_occupied(out)
+    place = Place.of(out)
+    place.refuse_occupied()
     incoming = read_backbone(source, weights=weights)
     if incoming.assumed:
         raise UsageError(
@@ -79,51 +83,56 @@ def export_backbone(
         )
     if reason := why_not(format, incoming.spec, head=False):
         raise UsageError(f"--format {format}: {reason}")
-    spec, tensors, resampled = _at_size(incoming, image_size, rule=format)
-    left_out = dict(incoming.left_out)
-    head = incoming.head
-    if head and not with_head:
+    if with_head and not incoming.head:
+        raise UsageError(f"--with-head: {incoming.source} holds no class head; leave it out")
+    spec, tensors, resampled = at_size(incoming, image_size, rule=format)
+    left_out, head, origin = dict(incoming.left_out), incoming.head, incoming.source
+    del incoming  # with it go the weights as soon as they are written
+    if head and with_head is False:
         left_out.update({f"head.{name}": "--no-head" for name in head})
         head = {}
     if not head:
         spec = replace(spec, num_classes=None, class_names=None)
     if reason := why_not(format, spec, head=bool(head)):
         raise UsageError(f"--format {format}: {reason}")
-    chosen = images_for_check(spec, incoming.source, url=images_url)
+    chosen = images_for_check(spec, origin, url=images_url)
 
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise UsageError(f"{out}: cannot be written: {error}; name another folder") from error
-    try:
-        open_to_readers(building)
-        WRITERS[format](building, tensors, spec, head=head or None, crop_fraction=chosen.crop_fraction)
-        check = _check(building, format, spec, tensors, head, chosen)
-        _write_record(building, format, incoming, check, chosen, left_out, resampled)
-        os.replace(building, out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    with place.building() as building:
+        fraction = chosen.crop_fraction
+        WRITERS[format](building, tensors, spec, head=head or None, crop_fraction=fraction)
+        features, logits = _reference(spec, tensors, head, chosen)
+        del tensors, head
+        check = check_folder(
+            building, format=format, spec=spec, images=chosen.images, features=features, logits=logits
+        )
+        license = license or origin.license
+        facts = {"resampled": resampled, "left_out": left_out, "license": license}
+        _write_record(building, format, origin, check, chosen, facts)
+        card = model_card(
+            spec,
+            origin,
+            format=format,
+            check=check,
+            image_origin=chosen.origin,
+            crop_fraction=fraction,
+            resampled=resampled,
+            left_out=left_out,
+            license=license,
+        )
+        (building / CARD).write_text(card, encoding="utf-8")
+        sync(building / CARD)
     return Exported(
-        folder=out,
+        folder=place.url,
         spec=spec,
         check=check,
         image_origin=chosen.origin,
         resampled=resampled,
         left_out=left_out,
-        source=str(incoming.source),
+        source=str(origin),
     )
 
 
-def _refuse_occupied(out: Path) -> None:
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() or out.is_symlink():
-        raise UsageError(f"{out}: is already there; name a folder that does not exist or is empty")
-
-
-def _at_size(
+def at_size(
     incoming: Incoming, image_size: int | None, *, rule: Format
 ) -> tuple[BackboneSpec, dict[str, Tensor], str | None]:
     spec, weights = incoming.spec, dict(incoming.backbone)
@@ -143,38 +152,25 @@ def _at_size(
             )
         return sized, weights, None
     weights["pos_embed"] = resample_pos_embed(
-        weights["pos_embed"], sized.grid, spec.num_position_prefix, rule=rule
+        weights["pos_embed"], sized.grid, spec.num_position_prefix, rule="hf" if rule == "hf" else "timm"
     )
     return sized, weights, f"{spec.grid}×{spec.grid} to {sized.grid}×{sized.grid} patches"
 
 
-def _check(
-    folder: Path,
-    format: Format,
-    spec: BackboneSpec,
-    weights: Mapping[str, Tensor],
-    head: Mapping[str, Tensor],
-    chosen: CheckImages,
-) -> Check:
+def _reference(
+    spec: BackboneSpec, weights: Mapping[str, Tensor], head: Mapping[str, Tensor], chosen: CheckImages
+) -> tuple[Tensor, Tensor | None]:
+    """What this project's model computes of the images: features (B, D), and logits (B, K) where there is a head."""
     model = rebuild(spec, weights)
     with torch.inference_mode():
         features = model.features(chosen.images)
         logits = torch.nn.functional.linear(features, head["weight"], head["bias"]) if head else None
-    return check_folder(
-        folder, format=format, spec=spec, images=chosen.images, features=features, logits=logits
-    )
+    return features, logits
 
 
 def _write_record(
-    folder: Path,
-    format: Format,
-    incoming: Incoming,
-    check: Check,
-    chosen: CheckImages,
-    left_out: Mapping[str, str],
-    resampled: str | None,
+    folder: Path, format: Format, source: Source, check: Check, chosen: CheckImages, facts: Mapping[str, Any]
 ) -> None:
-    source = incoming.source
     record = {
         "format": format,
         **asdict(check),
@@ -187,8 +183,9 @@ def _write_record(
             "dataset_identity": source.dataset_identity,
             "weights": source.weights,
         },
-        "resampled": resampled,
-        "left_out": dict(left_out),
+        **facts,
+        "recipe": dict(source.recipe),
+        "probes": [dict(probe) for probe in source.probes],
     }
     write_json(folder / RECORD, record)
 

@@ -24,6 +24,7 @@ from pretrain.formats.naming import final_norm
 from pretrain.models.spec import BackboneSpec
 
 LAYER_NORM_EPS = 1e-6  # timm's and ours; transformers' default is 1e-12
+THEIR_EPS = 1e-12  # what Google's ViTs and MAE's have there
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
 
 # timm's name: transformers' name, for all but the fused attention weights
@@ -195,6 +196,16 @@ def write_hugging_face(
     write_json(out_dir / "preprocessor_config.json", preprocessor_config(spec, crop_fraction=crop_fraction))
 
 
+def notes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What of a ViT that is read is not quite the same here."""
+    eps = config.get("layer_norm_eps", THEIR_EPS)
+    if config.get("model_type") == "swin" or eps == LAYER_NORM_EPS:
+        return ()
+    return (
+        f"its norms add {eps:g} to the variance, ours {LAYER_NORM_EPS:g}: features differ in the sixth digit",
+    )
+
+
 def is_hugging_face(config: Mapping[str, Any]) -> bool:
     return "model_type" in config
 
@@ -213,7 +224,7 @@ def read_hugging_face_config(
         return replace(spec, num_classes=common["num_classes"], class_names=common["class_names"])
     wrong = {
         "model_type": config.get("model_type") in ("vit", "vit_mae"),
-        "layer_norm_eps": config.get("layer_norm_eps", 1e-12) == LAYER_NORM_EPS,
+        "layer_norm_eps": config.get("layer_norm_eps", THEIR_EPS) in (LAYER_NORM_EPS, THEIR_EPS),
         "hidden_act": config.get("hidden_act", "gelu") == "gelu",
         "qkv_bias": config.get("qkv_bias", True) is True,
         "num_channels": config.get("num_channels", 3) == 3,

@@ -8,7 +8,10 @@ from pretrain.models.spec import BackboneSpec
 
 
 def why_not(format: str, spec: BackboneSpec, *, head: bool) -> str | None:
-    """Why the format ("timm", "hf") cannot hold that backbone, with a class head or without; None if it can."""
+    """Why the format ("timm", "hf", "safetensors") cannot hold that backbone, with a class head or without; None if it
+    can. The last holds all."""
+    if format == "safetensors":
+        return None
     return _why_not_timm(spec) if format == "timm" else _why_not_hugging_face(spec, head=head)
 
 

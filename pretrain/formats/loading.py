@@ -7,6 +7,7 @@ it is known to fit.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,7 @@ class LoadReport:
     resampled: dict[str, str] = field(default_factory=dict)  # name: from what to what
     new: tuple[str, ...] = ()  # keep their fresh weights
     ignored: dict[str, str] = field(default_factory=dict)  # name: why
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"weights from {self.source}: {len(self.loaded)} tensors loaded"]
@@ -45,6 +47,7 @@ class LoadReport:
         for name, why in self.ignored.items():
             by_reason.setdefault(why, []).append(name)
         lines += [f"  ignored: {listed(names)} ({why})" for why, names in by_reason.items()]
+        lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -175,14 +178,17 @@ def _copy(
         resampled=dict(resampled),
         new=tuple(new),
         ignored=ignored,
+        notes=incoming.notes,
     )
 
 
 def rebuild(spec: BackboneSpec, weights: Mapping[str, Tensor]) -> Backbone:
-    """The backbone that spec describes, holding exactly `weights`, float32, in eval mode."""
-    backbone = build_backbone(spec)
+    """The backbone that spec describes, in eval mode, of exactly `weights`, float32, which it shares and not copies."""
+    # A ViT, the only one that is ever huge, is not allocated only to be replaced; a Swin has tables of its own.
+    with torch.device("meta") if spec.name == "vit" else nullcontext():
+        backbone = build_backbone(spec)
     # Its own positions, whatever they are: an export may hold a fixed table at another size.
-    backbone.load_state_dict(dict(weights), strict=True)
+    backbone.load_state_dict(dict(weights), strict=True, assign=True)
     return backbone.eval()
 
 

@@ -166,6 +166,17 @@ def is_timm(config: Mapping[str, Any]) -> bool:
     return "architecture" in config and "model_type" not in config
 
 
+def is_written_out(config: Mapping[str, Any]) -> bool:
+    """Does model_args describe the model, as our exports' does? timm's own name at most what was asked for."""
+    arguments = config.get("model_args") or {}
+    return all(name in arguments for name in NEEDED[_kind(config)])
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    architecture = str(config["architecture"])
+    return next((kind for kind, start in STAGED.items() if architecture.startswith(start)), "vit")
+
+
 def from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names of a timm folder's tensors: its own, but for the head's."""
     return {name.replace("head.fc.", "head.", 1): value for name, value in tensors.items()}
@@ -175,9 +186,7 @@ def read_timm_config(config: Mapping[str, Any], *, where: str) -> BackboneSpec:
     """The spec of a timm folder that writes its arguments out, as ours do; else CheckpointError."""
     arguments = config.get("model_args") or {}
     data = config.get("pretrained_cfg") or {}
-    kind = next(
-        (kind for kind, start in STAGED.items() if str(config["architecture"]).startswith(start)), "vit"
-    )
+    kind = _kind(config)
     if missing := [name for name in NEEDED[kind] if name not in arguments]:
         raise CheckpointError(
             f"{where}: model_args in config.json lacks {', '.join(missing)}; only folders whose "

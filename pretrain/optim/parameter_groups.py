@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 BACKBONE, HEAD = "backbone.", "head."  # of an objective's parameters
@@ -44,6 +45,33 @@ def layer_scales(layer_of: Callable[[str], int], *, num_layers: int, decay: floa
         return decay ** (num_layers - 1 - layer_of(name.removeprefix(BACKBONE)))
 
     return scale
+
+
+def only_last_blocks(
+    layer_of: Callable[[str], int], *, num_layers: int, blocks: int
+) -> Callable[[str], float]:
+    """1.0 for the backbone's last `blocks` blocks, what follows them, and all that is not of the backbone; 0.0 for the
+    rest, of 0 blocks for all of the backbone. `layer_of`, `num_layers`: as for `layer_scales`.
+    """
+
+    def scale(name: str) -> float:
+        if not name.startswith(BACKBONE):
+            return 1.0
+        first = num_layers + 1 - blocks if blocks else num_layers + 2
+        return float(layer_of(name.removeprefix(BACKBONE)) >= first)
+
+    return scale
+
+
+def without_gradients(module: nn.Module, layer_scale: Callable[[str], float]) -> None:
+    """Make nothing of the gradients of what learns at a rate of 0, so that clipping counts what is trained alone.
+
+    Such parameters stay in the optimizer, at whose rate of 0 an update is exactly nothing: checkpoints hold them like
+    the others, at every ZeRO stage.
+    """
+    for name, parameter in module.named_parameters():
+        if layer_scale(name) == 0.0 and parameter.requires_grad:
+            parameter.register_hook(torch.zeros_like)
 
 
 def parameter_groups(

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pretrain.data.index import DatasetIndex
+from pretrain.data.selected import proportional
 from pretrain.errors import UsageError
 
 _POOL_FACTOR = 4  # of what is wanted, gone through before more chunks are looked at
@@ -47,7 +48,7 @@ def choose_samples(
     classes, totals = np.unique(labels[labels >= 0], return_counts=True)
     if count is None or count >= totals.sum():
         return np.flatnonzero(labels >= 0)
-    quotas = _proportional(totals, count)
+    quotas = proportional(totals, count)
 
     starts = np.concatenate([[0], np.cumsum(chunk_samples)])
     keys = np.random.Philox(key=np.array([seed, 0xC400], np.uint64)).random_raw(len(chunk_samples))
@@ -66,12 +67,3 @@ def choose_samples(
     ordered = number[by_class]
     place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered, side="left")
     return np.sort(pool[by_class[place < quotas[ordered]]])
-
-
-def _proportional(totals: npt.NDArray[np.int64], count: int) -> npt.NDArray[np.int64]:
-    """`count` places shared out in proportion to `totals`: largest remainders get what is left."""
-    exact = totals * (count / totals.sum())
-    places = np.floor(exact).astype(np.int64)
-    left = count - int(places.sum())
-    places[np.argsort(places - exact, kind="stable")[:left]] += 1
-    return places

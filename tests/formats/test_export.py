@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from backbone_samples import CLASSES, SMALL, our_features, random_head, random_w
 from PIL import Image
 from safetensors.torch import load_file
 
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.cli import main
 from pretrain.errors import CheckpointError, UsageError
 from pretrain.export import describe
@@ -24,8 +26,10 @@ from pretrain.formats.check_images import images_for_check, textures
 from pretrain.formats.files import write_tensors
 from pretrain.formats.folder import Exported, export_backbone
 from pretrain.formats.incoming import Source, read_backbone
+from pretrain.formats.place import Place
 from pretrain.models.pos_embed import resample_pos_embed
 from pretrain.models.spec import BackboneSpec
+from pretrain.storage import open_storage
 
 TASK = {"decoder.pred.weight": torch.ones(3), "mask_token": torch.ones(1, 1, 4)}
 
@@ -85,6 +89,70 @@ def test_an_export_with_classes_is_verified_by_its_consumer_and_says_where_it_is
     os.umask(mask)
     assert made.out.stat().st_mode & 0o777 == 0o777 & ~mask
     assert {path.stat().st_mode & 0o777 for path in made.out.iterdir()} == {0o666 & ~mask}
+
+
+def test_its_card_says_what_it_is_of_what_and_what_is_not_known(made: Made) -> None:
+    card = (made.out / "README.md").read_text("utf-8")
+    for words in (
+        "ViT 104 wide, 2 deep, patch 8, image 56", "| Samples seen | 96 |", f"| Data index | {'ab' * 32} |",
+        "| Licence | not stated |", "resampled, 4×4 to 7×7 patches", "None was recorded.", "embed_dim: 104",
+        "`decoder.pred.weight`: the pretraining task's decoder", "- 0.41", "generated textures",
+    ):  # fmt: skip
+        assert words in card, words
+    assert "/nowhere" not in card
+    assert str(made.out.parents[1]) not in card
+
+
+def test_of_a_run_whose_folder_is_gone_the_mirror_is_read(run_dir: Path, tmp_path: Path) -> None:
+    mirror, name = tmp_path / "mirror", "step-00000012.1-1"
+    shutil.copytree(run_dir / "checkpoints" / "step-00000012", mirror / "checkpoints" / name)
+    path = mirror / "checkpoints" / name / "manifest.json"
+    path.write_text(dataclasses.replace(read_manifest(path.parent), save_id="1-1").to_json(), "utf-8")
+    (mirror / "run.json").write_text('{"id": "its own"}')
+    (mirror / "journal").mkdir()
+    line = {
+        "event": "probe",
+        "time": 1.0,
+        "attempt": 1,
+        "probe": "knn",
+        "top1": 0.25,
+        "step": 10,
+        "by": "train",
+    }
+    (mirror / "journal" / f"{0:020d}.jsonl").write_text(json.dumps(line) + "\n")
+    shutil.rmtree(run_dir)
+    before = sorted(mirror.rglob("*"))
+    incoming = read_backbone(mirror)
+    weights = random_weights(SMALL)
+    assert all(torch.equal(incoming.backbone[key], value) for key, value in weights.items())
+    assert (incoming.source.kind, incoming.source.step) == ("mirror", 12)
+    assert incoming.source.url == f"{mirror}/checkpoints/{name}"
+    assert [(probe["probe"], probe["top1"]) for probe in incoming.source.probes] == [("knn", 0.25)]
+    assert sorted(mirror.rglob("*")) == before, "a mirror is only read"
+
+
+def test_a_place_in_a_bucket_is_written_whole_or_not_at_all_and_never_over_something(s3_bucket: str) -> None:
+    place = Place.of(f"{s3_bucket}/exports/vit/")
+    place.refuse_occupied()
+
+    def fail() -> None:
+        with place.building() as building:
+            (building / "config.json").write_text("{}")
+            raise ValueError("the check fails")
+
+    with pytest.raises(ValueError, match="the check fails"):
+        fail()
+    assert not list(open_storage(s3_bucket).list())
+    with place.building() as building:
+        for name in ("config.json", "model.safetensors"):
+            (building / name).write_text(name)
+    assert not building.exists()
+    names = {info.name for info in open_storage(place.url).list()}
+    assert names == {"config.json", "model.safetensors"}
+    with pytest.raises(UsageError, match="is already there"):
+        place.refuse_occupied()
+    with pytest.raises(UsageError, match="cannot be written"):
+        Place.of(f"{s3_bucket}-gone/exports").refuse_occupied()
 
 
 def test_another_image_size_is_resampled_by_the_consumers_own_rule(
@@ -260,6 +328,7 @@ def test_exporting_needs_no_deepspeed_webdataset_or_boto3_and_without_timm_says_
 import sys
 for name in ("deepspeed", "webdataset", "boto3", "botocore", "accelerate"):
     sys.modules[name] = None  # any import of it fails
+from pretrain.checkpoint.manifest import read_manifest
 from pretrain.cli import main
 sys.exit(main(["export", {str(run_dir)!r}, {str(tmp_path / "out")!r}, "--format", "timm"]))
 """

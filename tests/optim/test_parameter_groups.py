@@ -1,14 +1,23 @@
 """Parameter groups against timm's."""
 
+import copy
+
 import pytest
 import torch
 from timm_reference import import_timm
+from torch import nn
 
 from pretrain.models.layer_ids import layer_of
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
-from pretrain.optim.parameter_groups import layer_scales, parameter_groups, set_learning_rates
+from pretrain.optim.parameter_groups import (
+    layer_scales,
+    only_last_blocks,
+    parameter_groups,
+    set_learning_rates,
+    without_gradients,
+)
 
 
 def backbone(**changes):
@@ -139,3 +148,40 @@ def test_a_frozen_backbone_stays_bit_for_bit_while_its_moments_are_kept_up_to_da
         assert bool((optimizer.state[parameter]["exp_avg"] > 0).all())
     set_learning_rates(optimizer.param_groups, 0.1)
     assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+
+
+def test_what_stands_before_the_last_blocks_stays_and_does_not_count_in_the_gradients_norm() -> None:
+    torch.manual_seed(0)
+    whole = nn.ModuleDict(
+        {"backbone": nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]), "head": nn.Linear(4, 2)}
+    )
+    frozen = copy.deepcopy(whole)  # the plain way
+    scale = only_last_blocks(
+        lambda name: int(name[0]), num_layers=2, blocks=1
+    )  # embeddings, two blocks, a norm
+    assert [scale(f"backbone.{i}.weight") for i in range(4)] == [0.0, 0.0, 1.0, 1.0]
+    none = only_last_blocks(lambda name: int(name[0]), num_layers=2, blocks=0)
+    assert [none(f"backbone.{i}.weight") for i in range(4)] == [0.0] * 4
+    assert none("head.weight") == 1.0
+
+    without_gradients(whole, scale)
+    for name, parameter in frozen.named_parameters():
+        parameter.requires_grad_(scale(name) > 0)
+    images = torch.randn(8, 4)
+    for module in (whole, frozen):
+        groups = parameter_groups(
+            module, weight_decay=0.1, layer_scale=scale if module is whole else lambda _: 1.0
+        )
+        optimizer = torch.optim.AdamW(groups, lr=0.0)
+        for _ in range(3):
+            x = images
+            for layer in module["backbone"]:
+                x = torch.tanh(layer(x))
+            module["head"](x).square().sum().backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 0.01)
+            set_learning_rates(optimizer.param_groups, 0.1)
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, ours), (_, plain) in zip(whole.named_parameters(), frozen.named_parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-7, msg=name)
+    assert torch.equal(whole["backbone"][1].weight, frozen["backbone"][1].weight)

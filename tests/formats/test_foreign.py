@@ -1,0 +1,101 @@
+"""Backbones that others have made: timm's and transformers' own folders, and files of tensors, go into a model."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbone_samples import SMALL, our_features, random_weights, some_images
+from safetensors.torch import save_file
+from test_backbone_variants import CASES, PVT, SWIN
+
+from pretrain.errors import CheckpointError
+from pretrain.formats.hugging_face import write_hugging_face
+from pretrain.formats.incoming import read_backbone
+from pretrain.formats.loading import load_into
+from pretrain.models.build import build_backbone
+
+MAKE_TIMMS_OWN = """
+import timm
+from timm.models import save_for_hf
+for case, (name, arguments) in CASES.items():
+    torch.manual_seed(0)
+    model = timm.create_model(name, **arguments).eval()
+    save_for_hf(model, PLACE + "/" + case, safe_serialization=True)
+    out[case] = model.forward_head(model.forward_features(given[case]), pre_logits=True)
+"""
+ZOO: dict[str, tuple[str, dict[str, Any], int]] = {
+    "vit": ("vit_tiny_patch16_224", {"num_classes": 5}, 224),
+    "swin": ("swin_tiny_patch4_window7_224", {"num_classes": 5}, 224),
+    "pvt": ("pvt_v2_b0", {"num_classes": 5}, 224),
+}
+
+
+def test_timms_own_folders_are_read_without_their_arguments_and_compute_the_same(
+    tmp_path: Path, consume: Callable[..., Any]
+) -> None:
+    cases = {name: (architecture, arguments) for name, (architecture, arguments, _) in ZOO.items()}
+    images = {name: some_images(size, count=1) for name, (_, _, size) in ZOO.items()}
+    out, _ = consume(f"CASES = {cases!r}\nPLACE = {str(tmp_path)!r}\n{MAKE_TIMMS_OWN}", images)
+    for name in ZOO:
+        told = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+        assert not {"depth", "depths"} & set(told.get("model_args", {}))
+        incoming = read_backbone(tmp_path / name)
+        assert incoming.spec.name == name
+        assert incoming.spec.image_size == 224
+        assert incoming.head["weight"].shape[0] == 5
+        assert not incoming.assumed
+        features = our_features(incoming.spec, incoming.backbone, images[name])
+        torch.testing.assert_close(out[name], features, atol=1e-4, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", [*CASES, "plain"])
+def test_a_file_of_tensors_alone_goes_into_a_model_that_its_recipe_describes(
+    case: str, tmp_path: Path
+) -> None:
+    spec = CASES.get(case, SMALL)
+    weights = random_weights(spec)
+    path = tmp_path / "backbone.safetensors"
+    save_file(weights, path)
+    incoming = read_backbone(path)
+    found = dataclasses.replace(incoming.spec, **{name: getattr(spec, name) for name in incoming.assumed})
+    if "num_heads" in incoming.assumed:
+        found = dataclasses.replace(found, stage_heads=spec.stage_heads)
+    same = {"layer_scale_init": spec.layer_scale_init, "mlp_ratio": spec.mlp_ratio}
+    assert dataclasses.replace(found, **same) == dataclasses.replace(spec, num_heads=found.num_heads)
+    model = build_backbone(spec)
+    report = load_into(model, incoming)
+    assert not report.new
+    assert set(report.loaded) == set(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_of_another_kind_of_backbone_is_refused_by_the_model(tmp_path: Path) -> None:
+    for name, spec in (("swin", SWIN), ("pvt", PVT)):
+        save_file(random_weights(spec), tmp_path / f"{name}.safetensors")
+        for other in (SMALL, PVT if name == "swin" else SWIN):
+            with pytest.raises(CheckpointError, match=rf"model\.name={name}"):
+                load_into(build_backbone(other), read_backbone(tmp_path / f"{name}.safetensors"))
+
+
+def test_a_released_vit_of_transformers_is_taken_with_its_other_epsilon_said(tmp_path: Path) -> None:
+    write_hugging_face(tmp_path, random_weights(SMALL), SMALL)
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    config["layer_norm_eps"] = 1e-12
+    del config["feature_pooling"]
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    report = load_into(build_backbone(SMALL), read_backbone(tmp_path))
+    assert "add 1e-12 to the variance, ours 1e-06" in str(report)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["vit_base_patch16_clip_quickgelu_224", "beit_base_patch16_224", "swin_x"]
+)
+def test_a_timm_folder_that_is_no_backbone_of_ours_is_refused(architecture: str, tmp_path: Path) -> None:
+    save_file(random_weights(SMALL), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}), "utf-8")
+    with pytest.raises(CheckpointError, match=f"{architecture}|tensors of a vit"):
+        read_backbone(tmp_path)
