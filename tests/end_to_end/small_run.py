@@ -27,7 +27,7 @@ RECIPE = {
 }
 
 
-def pretrain(*arguments: str, timeout: float = 560, **environment: str) -> subprocess.CompletedProcess[str]:
+def pretrain(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would."""
     return subprocess.run(
         [sys.executable, "-m", "pretrain.cli", *arguments],
