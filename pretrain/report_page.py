@@ -205,7 +205,7 @@ def attempt_rows(
     attempts: Sequence[Mapping[str, Any]], records: Iterable[Mapping[str, Any]]
 ) -> list[tuple[str, ...]]:
     ranks = {r.get("attempt"): r.get("world_size") for r in records if r.get("event") == "start"}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for line in attempts:
         first, last = line.get("first_step"), line.get("last_step")
         rows.append(
