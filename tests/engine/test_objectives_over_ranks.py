@@ -1,8 +1,8 @@
 """Each objective on each backbone on 1, 2 and 3 real ranks: ten float32 losses of a plain loop on the whole batch.
 
 With stochastic depth, masks and mixing, so that a draw which depended on rank or micro-batch would show. Exempt by
-their nature: model.drop_path_mode batch_subset (what is dropped depends on the micro-batch); and SimMIM within 1e-4,
-for the gradient of an absolute error jumps where a prediction crosses its target.
+their nature: model.drop_path_mode batch_subset (what is dropped depends on the micro-batch); and SimMIM on Swin
+within 1e-4, for the gradient of an absolute error jumps where a prediction crosses its target.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 import torch
 from launching import run_ranks
 
-TOLERANCES = {"classification": 1e-5, "mae": 1e-5, "simmim": 1e-4}
+TOLERANCES = {case: 1e-4 if case == "simmim swin" else 1e-5 for case in worker.CASES}
 
 
 @cache
@@ -57,7 +57,7 @@ def test_ten_float32_losses_on_ranks_are_those_of_the_whole_batch_in_one_process
     found: dict[str, list[float]], case: str
 ) -> None:
     expected = on_the_whole_batch(case)
-    assert found[case] == pytest.approx(expected, rel=TOLERANCES[case.split()[0]])
+    assert found[case] == pytest.approx(expected, rel=TOLERANCES[case])
     assert len(set(expected)) == worker.STEPS, "nothing is learned or drawn"
 
 
@@ -83,4 +83,4 @@ def test_ten_float32_losses_of_micro_batches_are_those_of_the_whole_batch(case: 
             group["lr"] = worker.LRS[step]
         optimizer.step()
         losses.append(total / count)
-    assert losses == pytest.approx(on_the_whole_batch(case), rel=TOLERANCES[case.split()[0]])
+    assert losses == pytest.approx(on_the_whole_batch(case), rel=TOLERANCES[case])
