@@ -57,7 +57,7 @@ def only_last_blocks(
     def scale(name: str) -> float:
         if not name.startswith(BACKBONE):
             return 1.0
-        first = num_layers + 1 - blocks if blocks else num_layers + 2
+        first = num_layers - 1 - blocks if blocks else num_layers
         return float(layer_of(name.removeprefix(BACKBONE)) >= first)
 
     return scale

@@ -156,11 +156,10 @@ def test_what_stands_before_the_last_blocks_stays_and_does_not_count_in_the_grad
         {"backbone": nn.ModuleList([nn.Linear(4, 4) for _ in range(4)]), "head": nn.Linear(4, 2)}
     )
     frozen = copy.deepcopy(whole)  # the plain way
-    scale = only_last_blocks(
-        lambda name: int(name[0]), num_layers=2, blocks=1
-    )  # embeddings, two blocks, a norm
+    # embeddings, two blocks, a norm
+    scale = only_last_blocks(lambda name: int(name[0]), num_layers=2 + 2, blocks=1)
     assert [scale(f"backbone.{i}.weight") for i in range(4)] == [0.0, 0.0, 1.0, 1.0]
-    none = only_last_blocks(lambda name: int(name[0]), num_layers=2, blocks=0)
+    none = only_last_blocks(lambda name: int(name[0]), num_layers=2 + 2, blocks=0)
     assert [none(f"backbone.{i}.weight") for i in range(4)] == [0.0] * 4
     assert none("head.weight") == 1.0
 
