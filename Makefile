@@ -1,7 +1,8 @@
 # make demo      the whole line on generated data, in a few minutes
 # make test      the tests, with the real services that are installed
 # make check     formatting, lint, types, layers
-# make test-all  the long suites too
+# make test-all  the slow tests too, every row of the fault matrix among them; under an hour
+# make streams   one stream over ranks, workers, kills and a store that fails, 18 ways; requests counted at the server
 # make fuzz      ten minutes of damaged input for what reads tars, indexes and images
 # make faults    every row of the fault matrix, and its table, tests/faults/README.md
 # make soak      half an hour of training with a fault every 30 to 60 seconds, then the proof that nothing was lost
@@ -18,7 +19,7 @@ PRETRAIN_TEST_PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRAIN_PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-all fuzz faults soak check format clean
+.PHONY: demo test test-all streams fuzz faults soak check format clean
 
 demo: .venv/installed
 	$(BIN)/pretrain demo
@@ -28,8 +29,13 @@ demo: .venv/installed
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PRETRAIN_TEST_PROCESSES) --dist loadfile -m "not slow and not gpu"
 
+STREAMS := tests/faults/test_one_stream.py tests/data/test_requests.py
+
 test-all: test
-	$(BIN)/python -m pytest -m "slow or gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" $(STREAMS:%=--ignore=%)
+
+streams: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(STREAMS)
 
 fuzz: .venv/installed
 	$(PIP) -e ".[dev,fuzz]"
