@@ -89,3 +89,9 @@ def test_its_checkpoint_stays_and_the_one_before_until_its_own_is_there(tmp_path
     assert best_step(tmp_path, [10, 20]) is None
     (tmp_path / BEST_NAME).write_text("{torn")
     assert best_step(tmp_path, [10, 20]) is None
+
+
+def test_the_best_stays_beside_what_a_fault_may_lead_back_to() -> None:
+    steps = [10, 20, 30, 40, 50]
+    assert kept_steps(steps, keep_last=1, keep_every_steps=None, reach_steps=15, best=10) == {10, 30, 40, 50}
+    assert kept_steps(steps, keep_last=1, keep_every_steps=20, best=10) == {10, 20, 40, 50}
