@@ -90,7 +90,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
 
     random.seed(spec["seed"])
     torch.manual_seed(spec["seed"])
-    held = np.load(spec["images"])
+    held = np.load(spec["images"], allow_pickle=False)
     model = timm.models.vision_transformer.VisionTransformer(**spec["model"])
     groups = param_groups_weight_decay(model, spec["weight_decay"], model.no_weight_decay())
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=tuple(spec["betas"]), eps=spec["eps"])

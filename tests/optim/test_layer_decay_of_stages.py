@@ -13,7 +13,7 @@ import torch
 from staged_references import timm_pvt, timm_swin
 from timm_reference import import_timm
 
-from pretrain.models.layer_ids import layer_of
+from pretrain.models.layer_ids import layer_of, num_layers
 from pretrain.models.pvt import PyramidVisionTransformer
 from pretrain.models.swin import SwinTransformer
 from pretrain.objectives.classification import Classification
@@ -37,7 +37,7 @@ def pvt(depths: tuple[int, ...]) -> PyramidVisionTransformer:
 def ours(name: str, backbone: SwinTransformer | PyramidVisionTransformer) -> dict[str, tuple[float, float]]:
     """(share of the rate, decay) by the parameter's name."""
     scale = layer_scales(
-        lambda one: layer_of(name, one, backbone.depths), num_layers=sum(backbone.depths), decay=DECAY
+        lambda one: layer_of(name, one, backbone.depths), num_layers=num_layers(backbone.depths), decay=DECAY
     )
     groups = parameter_groups(
         Classification(backbone, num_classes=5), weight_decay=WEIGHT_DECAY, layer_scale=scale
