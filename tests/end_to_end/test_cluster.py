@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -58,6 +59,16 @@ def bucket_in(hosts: Hosts, folder: Path) -> Iterator[dict[str, str]]:
     finally:
         server.terminate()
         server.wait(30)
+
+
+def processes(hosts: Hosts, name: str, what: str, mark: bytes) -> list[int]:
+    """The host's processes with `mark` in their /proc/PID/`what`; some end while we look."""
+    found = []
+    for pid in hosts.pids(name):
+        with contextlib.suppress(OSError):
+            if mark in Path(f"/proc/{pid}/{what}").read_bytes():
+                found.append(pid)
+    return found
 
 
 def losses_of_attempt(run_dir: Path, attempt: int) -> dict[int, float]:
@@ -122,18 +133,14 @@ def test_a_host_that_is_cut_off_is_done_without_and_taken_in_again_on_the_same_s
 
             hosts.mend("h2")
             until(
-                lambda: any(
-                    b"worker" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in hosts.pids("h2")
-                ),
+                lambda: processes(hosts, "h2", "cmdline", b"worker"),
                 "h2 to be called again",
                 [log],
                 alive=run.process,
                 seconds=300,
             )
             time.sleep(10.0)  # for its worker to be ready
-            ranks = [
-                pid for pid in hosts.pids("h1") if b"RANK=2\0" in Path(f"/proc/{pid}/environ").read_bytes()
-            ]
+            ranks = processes(hosts, "h1", "environ", b"RANK=2\0")
             os.kill(min(ranks), signal.SIGKILL)
             until(
                 lambda: len(steps_of_attempt(run_dir, 3)) >= 2,
