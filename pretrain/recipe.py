@@ -291,7 +291,7 @@ def _exportable(config: RunConfig) -> list[str]:
     """What `pretrain export` can write of this run, and what it cannot."""
     spec, head = backbone_spec(config), config.objective.name == "classification"
     formats = []
-    for name in ("timm", "hf"):
+    for name in ("timm", "hf", "safetensors"):
         reason, reason_without = (why_not(name, spec, head=has_head) for has_head in (head, False))
         if reason is None:
             formats.append(name)
