@@ -1,7 +1,7 @@
 # make demo      the whole line on generated data, in a few minutes
 # make test      the tests, with the real services that are installed
 # make check     formatting, lint, types, layers
-# make test-all  the slow tests too, every row of the fault matrix among them; under an hour
+# make test-all  the slow tests too, every row of the fault matrix among them
 # make streams   one stream over ranks, workers, kills and a store that fails, 18 ways; requests counted at the server
 # make fuzz      ten minutes of damaged input for what reads tars, indexes and images
 # make faults    every row of the fault matrix, and its table, tests/faults/README.md
@@ -30,9 +30,12 @@ test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PRETRAIN_TEST_PROCESSES) --dist loadfile -m "not slow and not gpu"
 
 STREAMS := tests/faults/test_one_stream.py tests/data/test_requests.py
+# These look at the whole machine, or hold times against bounds: one after another.
+ALONE := $(wildcard tests/faults/test_matrix*.py) tests/watch
 
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" $(STREAMS:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PRETRAIN_TEST_PROCESSES) --dist loadfile -m "slow or gpu" $(STREAMS:%=--ignore=%) $(ALONE:%=--ignore=%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" $(ALONE)
 
 streams: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" $(STREAMS)
