@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -64,6 +64,9 @@ class Nodes(Protocol):
     def call(self, missing: Sequence[int], coordinator: Coordinator) -> Decision | None:
         """Called about once a second while nodes are missing; starts those that do not come by themselves. Gives
         back a decision when it is no use to wait."""
+
+    def came(self, numbers: Collection[int]) -> None:
+        """An attempt begins with these nodes: what keeps one of them away later may pass."""
 
 
 class Coordinator:
@@ -130,6 +133,7 @@ class Coordinator:
                 self._not_awaited = set(range(terms.nodes)) - here
                 if self._not_awaited:
                     say(f"going on without {', '.join(map(self._places.name, sorted(self._not_awaited)))}")
+                self._places.came(here)
                 return _different_recipes(members) or members
             if is_late:
                 names = ", ".join(self._places.name(n) for n in range(terms.nodes) if n not in here)

@@ -22,7 +22,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from launch import preflight, restarts, worker
@@ -154,8 +154,11 @@ class Sessions:
                 session.relay.join(timeout=5.0)
                 if hopeless := self._ended(number, code):
                     return hopeless
-        self._started |= set(range(len(self._commands))) - set(missing)
+        self.came(set(range(len(self._commands))) - set(missing))
         return None
+
+    def came(self, numbers: Collection[int]) -> None:
+        self._started |= set(numbers)
 
     def _ended(self, number: int, code: int) -> Decision | None:
         """ssh, or the worker, ended before its ranks were to start."""
