@@ -188,6 +188,8 @@ class Picture:
             else:
                 exif = self._open().getexif()
             orientation = exif.get(_ORIENTATION_TAG, 1)
+        except MemoryError:
+            raise  # the machine's fault: a sample must not lie on its side for want of memory
         except Exception:
             return 1  # a damaged note about the image does not make the image unreadable
         return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1

@@ -53,6 +53,24 @@ def test_the_eight_exif_orientations_come_upright(orientation: int) -> None:
     assert largest_difference(reduced, wanted.resize(reduced.size, Image.Resampling.BOX)) < 12
 
 
+def test_want_of_memory_is_no_damaged_note_and_lays_no_image_on_its_side(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    data = _oriented(6)
+
+    def out_of(error: type[Exception]) -> None:
+        def load(self: Image.Exif, data: bytes) -> None:
+            raise error("no more")
+
+        monkeypatch.setattr(Image.Exif, "load", load)
+
+    out_of(MemoryError)
+    with pytest.raises(MemoryError):
+        Picture(data, name="a")
+    out_of(SyntaxError)
+    assert Picture(data, name="a").size == Image.open(io.BytesIO(data)).size
+
+
 def test_an_orientation_in_a_png_is_followed() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
