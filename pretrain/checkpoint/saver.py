@@ -287,7 +287,7 @@ class Saver:
         elif kind == "idle" and save_id == self._busy_with:
             self._busy_with = ""
         if kind == "committed" and (about := self._leaving.get(save_id, save)) is not None:
-            self._committed(about, size_bytes=report["bytes"], at=report["at"])
+            self._committed(about, size_bytes=report["bytes"], at=report["at"], done=report["monotonic"])
         if save is None or save.id != save_id:
             return
         if kind == "written":
@@ -296,14 +296,15 @@ class Saver:
             wrong_usage = report["exit_code"] == UsageError.exit_code
             save.error = (UsageError if wrong_usage else PretrainError)(report["reason"])
 
-    def _committed(self, save: _Save, *, size_bytes: int, at: float) -> None:
+    def _committed(self, save: _Save, *, size_bytes: int, at: float, done: float) -> None:
+        """at: by the wall's clock; done: by the monotonic one, which all processes of a machine share."""
         save.committed = True
         if save.left:  # it was, just before the run gave it up, and is removed
             return
         self._reporter.checkpoint(
             step=save.step,
             samples=save.samples,
-            seconds=time.monotonic() - save.began,
+            seconds=done - save.began,
             stall_seconds=save.stall_seconds,
             size_bytes=size_bytes,
             committed_at=at,
@@ -335,5 +336,5 @@ class Saver:
             return False
         size_bytes = sum(path.stat().st_size for path in final.glob("rank-*.safetensors"))
         save.written = True
-        self._committed(save, size_bytes=size_bytes, at=time.time())
+        self._committed(save, size_bytes=size_bytes, at=time.time(), done=time.monotonic())
         return True

@@ -240,7 +240,9 @@ class Writer:
                 self._mirror.publish(_mirrored(order), manifest)  # the run's judge comes first
             self._list(staging, final, manifest)
         total = sum(part.size_bytes for part in parts.values())
-        self._control.tell("committed", order.id, bytes=total, path=str(final), at=time.time())
+        # Both clocks, read here: the trainer may hear of it much later, behind a validation.
+        told = {"bytes": total, "path": str(final), "at": time.time(), "monotonic": time.monotonic()}
+        self._control.tell("committed", order.id, **told)
         self.retain(step=step_of(Path(order.final)), save_id=order.id)
 
     def _refuse_given_up(self, manifest: Manifest) -> None:
