@@ -290,10 +290,15 @@ def index_packed(storage: Storage, url: str) -> None:
     """Make the index of a packing of which all parts are done, and remove what was kept for it.
 
     Raises:
-        UsageError: a shard is missing, or was made otherwise. DataError: as `IndexBuilder.finish`.
+        UsageError: a shard is missing, was made otherwise, or nothing is being packed here.
+        DataError: as `IndexBuilder.finish`.
     """
     progress = read_progress(storage)
-    assert progress is not None, "called for a packing that was begun"
+    if progress is None:
+        raise UsageError(
+            f"{url}: another command that packs into the same place ended this packing meanwhile; give each its own "
+            "OUT, or share one packing by --part"
+        )
     there, versions, fingerprint = parts.present(storage), _versions(storage), progress["options"]
     wanted = [_part_of(versions, number, fingerprint) for number in range(progress["shards"])]
     missing = [number for number, name in enumerate(wanted) if name not in there]

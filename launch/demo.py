@@ -28,11 +28,11 @@ from typing import IO
 from launch.commands import IS_LINUX, POLL_SECONDS, Commands, ended_by_sigterm
 from launch.demo_picture import Picture, draw
 from launch.demo_results import ExportCheck, Results, complaints, table
-from launch.intervals import t_interval
 from launch.processes import count_cores, count_cuda_devices
 from pretrain.config.load import load_config
 from pretrain.data.index import open_index
 from pretrain.errors import EXIT_FINISHED, PretrainError, UsageError
+from pretrain.intervals import t_interval
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal, steps_of
 
 RECIPES = Path(__file__).resolve().parents[1] / "configs" / "demo"

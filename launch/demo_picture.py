@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.intervals import Interval, percent
 from pretrain.errors import UsageError
+from pretrain.intervals import Interval, percent
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal, steps_of
 
 COLORS = {"pretrained": "tab:blue", "from scratch": "tab:orange"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from launch.intervals import percent, t_interval
+from pretrain.intervals import percent, t_interval
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 
-from launch.intervals import MOST_VALUES
 from pretrain.checkpoint.compatibility import flatten
 from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME
 from pretrain.config.load import overridden, read_recipe
@@ -23,6 +22,7 @@ from pretrain.config.schema import RunConfig, Section
 from pretrain.data.index import open_index
 from pretrain.derived import is_image_source, s3_settings
 from pretrain.errors import ConfigError, UsageError
+from pretrain.intervals import MOST_VALUES
 from pretrain.storage import is_remote
 
 StartName = Literal["pretrained", "scratch", "linear-probe"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.intervals import Interval, percent, t_interval
+from pretrain.intervals import Interval, percent, t_interval
 
 GAIN = "pretrained − scratch"  # of the same seeds
 

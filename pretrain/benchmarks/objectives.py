@@ -30,13 +30,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.benchmarks.intervals import MOST_VALUES
 from pretrain.benchmarks.objectives_cells import BATCH, CELLS, CLASSIFIER, digest, recipe, steps_for
 from pretrain.benchmarks.objectives_runs import Stop, has_timm, timm_seed, train_seed, write_images
 from pretrain.benchmarks.objectives_table import as_markdown, as_text, summary
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import DatasetIndex, open_index
 from pretrain.errors import EXIT_FINISHED, UsageError
+from pretrain.intervals import MOST_VALUES
 from pretrain.probes.choose import refuse_unfit
 from pretrain.signals import StopSignals, exit_code_for
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pretrain.benchmarks.intervals import Interval, t_interval
 from pretrain.benchmarks.objectives_cells import CLASSIFIER, PROBE_TRAIN, PROBE_VAL
+from pretrain.intervals import Interval, t_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by cell, one result a seed
 Verdict = Literal["above", "level", "below"]

@@ -15,7 +15,10 @@ import webdataset
 from PIL import Image
 from small_images import image_bytes
 
+from data_tools.pack import index_packed
 from pretrain.data.index import open_index, open_samples
+from pretrain.errors import UsageError
+from pretrain.storage import open_storage
 
 OPTIONS = ["--shard-bytes", 30_000, "--chunk-samples", 8]
 
@@ -406,3 +409,8 @@ def test_an_out_that_is_a_file_is_wrong_usage(make_folder, tmp_path: Path, pretr
     (tmp_path / "file").write_text("x")
     assert pretrain("data", "pack", make_folder(2), tmp_path / "file") == 2
     assert "that is a file" in capsys.readouterr().err
+
+
+def test_a_packing_that_another_command_ended_meanwhile_is_named_as_that(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="another command .* give each its own OUT"):
+        index_packed(open_storage(str(tmp_path)), str(tmp_path))

@@ -35,6 +35,9 @@ CASES = {
     **{f"float32 stage {s} with rules": float32(s, rules=True, ema=True) for s in (1, 3)},
     **{f"float32 stage {s} lamb": float32(s, optimizer="lamb") for s in range(3)},
     "float32 stage 1 lamb with rules": float32(1, optimizer="lamb", rules=True),
+    # all but the head, the norm before it and the last block stays
+    **{f"float32 stage {s} last block": float32(s, last_block=True) for s in (1, 2, 3)},
+    "float32 stage 2 lamb last block": float32(2, optimizer="lamb", last_block=True),
     "float32 stage 0 muon": float32(0, optimizer="muon", ema=True),
     **{
         f"bf16 stage {s}": {"stage": s, "precision": "bf16", "batch_size": 16, "micro": 8, "ema": True}
@@ -45,6 +48,14 @@ CASES = {
         for s in (1, 2, 3)
     },
     "bf16 stage 1 accumulated lamb": {**float32(1, optimizer="lamb", micro=4), "precision": "bf16"},
+    **{
+        f"bf16 stage {s} last block accumulated": {
+            **float32(s, last_block=True, micro=4),
+            "precision": "bf16",
+        }
+        for s in (1, 3)
+    },
+    "bf16 stage 1 muon last block": {**float32(1, optimizer="muon", last_block=True), "precision": "bf16"},
     "bf16 stage 0 muon": {**float32(0, optimizer="muon"), "precision": "bf16"},
     "bf16 stage 1 muon": {**float32(1, optimizer="muon"), "precision": "bf16"},
 }
@@ -64,10 +75,17 @@ TRANSFERS = {
 
 
 @cache
-def plain_pytorch(batch_size: int, optimizer: str = "adamw", rules: bool = False) -> dict:
-    """Mean loss over the whole batch, torch's own clipping, its AdamW and Muon or our Lamb, no engine."""
+def plain_pytorch(
+    batch_size: int, optimizer: str = "adamw", rules: bool = False, last_block: bool = False
+) -> dict:
+    """Mean loss over the whole batch, torch's own clipping, its AdamW and Muon or our Lamb, no engine.
+
+    last_block: what is before it is frozen the plain way, by requires_grad.
+    """
     objective = worker.make_objective()
     named = dict(objective.named_parameters())
+    for name, parameter in named.items():
+        parameter.requires_grad_(not last_block or not is_before_last_block(name))
     decayed = {
         name: p.ndim > 1 and not name.endswith(("cls_token", "pos_embed")) for name, p in named.items()
     }
@@ -124,7 +142,17 @@ def plain_pytorch(batch_size: int, optimizer: str = "adamw", rules: bool = False
 
 def expected_of(case: str) -> dict:
     asked = CASES[case]
-    return plain_pytorch(asked["batch_size"], asked.get("optimizer", "adamw"), asked.get("rules", False))
+    return plain_pytorch(
+        asked["batch_size"],
+        asked.get("optimizer", "adamw"),
+        asked.get("rules", False),
+        asked.get("last_block", False),
+    )
+
+
+def is_before_last_block(name: str) -> bool:
+    last = ("backbone.norm.", f"backbone.blocks.{worker.DEPTH - 1}.")
+    return name.startswith("backbone.") and not name.startswith(last)
 
 
 def assert_near(case: str, got: dict[str, list[float]], expected: dict[str, torch.Tensor]) -> None:
@@ -167,6 +195,21 @@ def test_ten_float32_steps_stay_within_1e_5_of_a_plain_pytorch_loop(results: dic
     assert_near(case, got["weights"], expected["weights"])
 
 
+@pytest.mark.parametrize("case", [name for name in CASES if CASES[name].get("last_block")])
+def test_what_is_before_the_last_block_stays_bit_for_bit_at_every_stage_and_all_else_learns(
+    results: dict, case: str
+) -> None:
+    """Nor does it count in the gradient's norm: of float32 it is compared with a frozen trunk's above."""
+    names = results[case]["weights"]
+    assert set(results[case]["kept"]) == {name for name in names if is_before_last_block(name)}
+    trained, all_trained = (
+        expected_of(case)["norms"],
+        plain_pytorch(16, CASES[case].get("optimizer", "adamw")),
+    )
+    assert trained[0] < 0.9 * all_trained["norms"][0], "the trunk's share would not be seen"
+    assert results[case]["norms"] == pytest.approx(trained, rel=1e-4 if case.startswith("float32") else 5e-2)
+
+
 @pytest.mark.parametrize("stage", range(3))
 def test_ten_steps_of_lamb_on_shards_stay_within_1e_6_of_lamb_on_whole_parameters(
     results: dict, stage: int
@@ -192,7 +235,7 @@ def test_ten_bf16_steps_stay_within_1e_2_of_the_float32_loop(results: dict, case
     assert results[case]["optimizer_steps"] == worker.STEPS
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "muon" in name])
+@pytest.mark.parametrize("case", [name for name in CASES if name.endswith("muon")])
 def test_a_step_of_muon_from_given_momentum_and_gradient_is_that_of_whole_matrices(
     results: dict, case: str
 ) -> None:

@@ -32,7 +32,12 @@ from pretrain.objectives.classification import Classification
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.lamb import Lamb
 from pretrain.optim.muon import Muon
-from pretrain.optim.parameter_groups import layer_scales, parameter_groups
+from pretrain.optim.parameter_groups import (
+    layer_scales,
+    only_last_blocks,
+    parameter_groups,
+    without_gradients,
+)
 
 IMAGE, PATCH, CLASSES, STEPS = 16, 4, 7, 10
 LRS = [1e-3 * (step + 1) / STEPS for step in range(STEPS)]
@@ -51,16 +56,22 @@ def make_objective() -> Classification:
     return Classification(backbone, num_classes=CLASSES, label_smoothing=0.1, seed=5)
 
 
+def layer(name: str) -> int:
+    return layer_of("vit", name, (DEPTH,))
+
+
+def only_last_block(name: str) -> float:
+    return only_last_blocks(layer, num_layers=DEPTH + 2, blocks=1)(name)
+
+
 def make_optimizer(
-    module: torch.nn.Module, *, optimizer: str = "adamw", rules: bool = False
+    module: torch.nn.Module, *, optimizer: str = "adamw", rules: bool = False, last_block: bool = False
 ) -> torch.optim.Optimizer:
-    asked: dict[str, Any] = {}
+    asked: dict[str, Any] = {"layer_scale": only_last_block} if last_block else {}
     if optimizer == "muon":
-        asked = {"muon_lr_scale": MUON_LR_SCALE, "muon_weight_decay": WEIGHT_DECAY}
+        asked |= {"muon_lr_scale": MUON_LR_SCALE, "muon_weight_decay": WEIGHT_DECAY}
     if rules:
-        scale = layer_scales(
-            lambda name: layer_of("vit", name, (DEPTH,)), num_layers=DEPTH + 2, decay=LAYER_DECAY
-        )
+        scale = layer_scales(layer, num_layers=DEPTH + 2, decay=LAYER_DECAY)
         asked |= {"head_weight_decay": HEAD_DECAY, "head_lr_scale": HEAD_LR_SCALE}
         asked |= {"layer_scale": scale, "apart": True}
     groups = parameter_groups(module, weight_decay=WEIGHT_DECAY, **asked)
@@ -105,8 +116,12 @@ def build_engine(
     micro: int,
     optimizer: str = "adamw",
     rules: bool = False,
+    last_block: bool = False,
     ema: bool = False,
 ) -> ZeroEngine:
+    objective = make_objective()
+    if last_block:
+        without_gradients(objective, only_last_block)
     slice_size = len(slice_batch(torch.arange(batch_size).numpy(), rank=0, world_size=world.world_size))
     config = deepspeed_config(
         {"zero_optimization": {"stage": stage}},
@@ -115,12 +130,12 @@ def build_engine(
         accumulation_steps=-(-slice_size // micro),
         world_size=world.world_size,
         clip_grad_norm=CLIP,
-        num_parameters=sum(parameter.numel() for parameter in make_objective().parameters()),
+        num_parameters=sum(parameter.numel() for parameter in objective.parameters()),
         optimizer=optimizer,
     )
     return ZeroEngine(
-        make_objective(),
-        build_optimizer=partial(make_optimizer, optimizer=optimizer, rules=rules),
+        objective,
+        build_optimizer=partial(make_optimizer, optimizer=optimizer, rules=rules, last_block=last_block),
         config=config,
         world=world,
         build_average=partial(WeightAverage, decay=EMA_DECAY, warmup=False) if ema else None,
@@ -156,8 +171,29 @@ def run_case(world, **case) -> dict:
         "norms": norms,
         "optimizer_steps": engine.optimizer_steps,
         "weights": {name: values.tolist() for name, values in gather(engine, "weight").items()},
-        **(muon_step(engine, world, asked) if case.get("optimizer") == "muon" else {}),
+        **_beyond(engine, world, case, asked),
     }
+
+
+def _beyond(engine: ZeroEngine, world, case: dict, asked: dict) -> dict:
+    if case.get("last_block"):
+        return {"kept": kept(engine)}
+    return muon_step(engine, world, asked) if case.get("optimizer") == "muon" else {}
+
+
+def kept(engine: ZeroEngine) -> list[str]:
+    """The parameters whose masters, and whose weights that `forward` uses, are bit for bit those of the start, on all
+    ranks."""
+    start = {name: p.detach().view(-1) for name, p in make_objective().named_parameters()}
+    used = engine.replicated_weights()
+    masters = gather(engine, "weight")
+    mine = {
+        name
+        for name, weight in start.items()
+        if torch.equal(masters[name], weight)
+        and (name not in used or torch.equal(used[name], weight.to(used[name].dtype)))
+    }
+    return sorted(set.intersection(*gather_objects(mine)))
 
 
 def muon_step(engine: ZeroEngine, world, asked: dict) -> dict:

@@ -20,8 +20,8 @@ from launch.commands import IS_LINUX, Commands
 from launch.demo import MARKER, own_folder
 from launch.demo_picture import Picture, draw
 from launch.demo_results import ExportCheck, Results, complaints, table
-from launch.intervals import t_interval
 from pretrain.errors import PretrainError, UsageError
+from pretrain.intervals import t_interval
 
 RESULTS = Results(
     killed_at=313,
@@ -37,23 +37,6 @@ RESULTS = Results(
     chance=0.05,
     seconds={"data": 20.4, "pretraining": 80.3},
 )
-
-
-@pytest.mark.parametrize(
-    ("values", "mean", "half_width"),
-    [
-        # Student's own sleep data (Biometrika 1908), drug 1: R's t.test gives -0.5297804 to 2.0297804
-        ((0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0), 0.75, 1.2797804),
-        ((1.0, 2.0, 3.0), 2.0, 2.4841377),  # 4.3026527 / sqrt(3)
-        ((0.5, 0.5, 0.5), 0.5, 0.0),
-        ((0.0, 1.0), 0.5, 6.3531024),  # 12.7062047 * sqrt(1/2) / sqrt(2)
-    ],
-)
-def test_the_interval_is_students(values: tuple[float, ...], mean: float, half_width: float) -> None:
-    interval = t_interval(values)
-    assert interval.mean == pytest.approx(mean, abs=1e-12)
-    assert interval.half_width == pytest.approx(half_width, rel=2e-4)  # tables have three decimals
-    assert (interval.low, interval.high) == (mean - interval.half_width, mean + interval.half_width)
 
 
 def test_clear_results_are_nothing_to_complain_about() -> None:

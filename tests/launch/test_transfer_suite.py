@@ -15,13 +15,13 @@ import pytest
 import yaml
 from launching import ROOT, clean_environment
 
-from launch.intervals import MOST_VALUES, T_975, t_interval
 from launch.suite import STARTS, parts_of, read_suite
 from launch.transfer import Book, places
 from launch.transfer_table import GAIN, Outcome, as_csv, as_json, cells_of, markdown
 from pretrain.cli import main
 from pretrain.config.load import load_config
 from pretrain.errors import ConfigError, UsageError
+from pretrain.intervals import t_interval
 from pretrain.metrics.journal import Journal
 
 RECIPE = {
@@ -71,11 +71,6 @@ def write(tmp_path: Path, shards: Path, backbone: Path) -> Any:
 
 def keys(suite: Path) -> dict[tuple[str, str, int], str]:
     return {(part.dataset, part.start, part.seed): part.key for part in parts_of(read_suite(suite))}
-
-
-def test_the_t_quantiles_are_scipys() -> None:
-    stats = pytest.importorskip("scipy.stats")
-    assert [round(stats.t.ppf(0.975, df), 3) for df in range(1, MOST_VALUES)] == list(T_975)
 
 
 def test_a_part_is_each_dataset_with_each_start_and_seed_as_one_would_type_it(

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from pretrain.benchmarks.intervals import MOST_VALUES, T_975, Interval, t_interval
+from pretrain.intervals import MOST_VALUES, T_975, Interval, t_interval
 
 
 def mass_within(t: float, degrees: int) -> float:
@@ -25,11 +25,21 @@ def test_95_per_cent_of_students_density_lie_within_the_table() -> None:
         assert mass_within(t, degrees) == pytest.approx(0.95, abs=5e-6), degrees
 
 
-def test_an_interval_of_three_values_is_the_one_worked_out_by_hand() -> None:
-    found = t_interval([0.10, 0.12, 0.14])  # deviation 0.02, over the root of 3, times 4.3027
-    assert found.mean == pytest.approx(0.12)
-    assert found.half_width == pytest.approx(0.049683, abs=1e-6)
-    assert (found.low, found.high) == pytest.approx((0.070317, 0.169683), abs=1e-6)
+@pytest.mark.parametrize(
+    ("values", "mean", "half_width"),
+    [
+        # Student's own sleep data (Biometrika 1908), drug 1: R's t.test gives -0.5297804 to 2.0297804
+        ((0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0), 0.75, 1.2797804),
+        ((1.0, 2.0, 3.0), 2.0, 2.4841377),  # 4.3026527 / sqrt(3)
+        ((0.5, 0.5, 0.5), 0.5, 0.0),
+        ((0.0, 1.0), 0.5, 6.3531024),  # 12.7062047 * sqrt(1/2) / sqrt(2)
+    ],
+)
+def test_the_interval_is_students(values: tuple[float, ...], mean: float, half_width: float) -> None:
+    interval = t_interval(values)
+    assert interval.mean == pytest.approx(mean, abs=1e-12)
+    assert interval.half_width == pytest.approx(half_width, rel=2.5e-5)  # the table has four decimals
+    assert (interval.low, interval.high) == (mean - interval.half_width, mean + interval.half_width)
 
 
 def test_intervals_that_touch_are_not_apart() -> None:
