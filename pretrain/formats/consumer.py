@@ -87,6 +87,8 @@ def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torc
     found = backbone(images, output_hidden_states=True)
     if model.config.model_type == "swin":
         features = found.pooler_output
+    elif model.config.model_type == "pvt_v2":
+        features = found.last_hidden_state.mean(dim=(2, 3))
     elif pooling == "avg":  # the mean of the patches, then the norm
         features = backbone.layernorm(found.hidden_states[-1][:, 1:].mean(dim=1))
     elif found.pooler_output is not None:  # our pooler passes the class token through

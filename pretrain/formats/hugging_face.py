@@ -1,4 +1,4 @@
-"""Write and read transformers' folders of a ViT (`ViTModel`, `ViTForImageClassification`) and a Swin.
+"""Write and read transformers' folders of a ViT (`ViTModel`, `ViTForImageClassification`), a Swin and a PVT v2.
 
 On disk the names are those of transformers before 5, which newer ones convert while loading, so
 one folder serves both. A bare ViTModel gets a pooler that passes the class token through:
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError, ConfigError, UsageError
-from pretrain.formats import hugging_face_swin
+from pretrain.formats import hugging_face_pvt, hugging_face_swin
 from pretrain.formats.files import write_json, write_tensors
 from pretrain.formats.limits import why_not
 from pretrain.formats.naming import final_norm
@@ -26,6 +26,8 @@ from pretrain.models.spec import BackboneSpec
 LAYER_NORM_EPS = 1e-6  # timm's and ours; transformers' default is 1e-12
 THEIR_EPS = 1e-12  # what Google's ViTs and MAE's have there
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
+STAGED: dict[str, Any] = {"swin": hugging_face_swin, "pvt": hugging_face_pvt}
+PREFIX = {"vit": "vit", "swin": "swin", "pvt": "pvt_v2"}  # of the backbone's tensors beside a head
 
 # timm's name: transformers' name, for all but the fused attention weights
 TOP = {
@@ -61,9 +63,9 @@ def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> N
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """A backbone's tensors in timm's names -> the names of a bare ViTModel, without the pooler, or SwinModel."""
-    if spec.name == "swin":
-        return hugging_face_swin.to_hugging_face(weights)
+    """A backbone's tensors in timm's names -> those of a bare ViTModel, without the pooler, SwinModel or PvtV2Model."""
+    if spec.name in STAGED:
+        return STAGED[spec.name].to_hugging_face(weights)
     renamed = {theirs: weights[ours] for ours, theirs in TOP.items()}
     for i in range(spec.depth):
         for kind in ("weight", "bias"):
@@ -82,8 +84,8 @@ def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[s
 
 def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
     """The way back: transformers' names, old or new -> timm's. What is not the backbone's keeps its name."""
-    if spec.name == "swin":
-        return hugging_face_swin.from_hugging_face(tensors)
+    if spec.name in STAGED:
+        return STAGED[spec.name].from_hugging_face(tensors)
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         name = name.removeprefix("vit.")
@@ -111,11 +113,8 @@ def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict
 
 def hugging_face_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:
     """The contents of config.json."""
-    config = (
-        hugging_face_swin.swin_config(spec, head=head)
-        if spec.name == "swin"
-        else _vit_config(spec, head=head)
-    )
+    make_config = {"swin": hugging_face_swin.swin_config, "pvt": hugging_face_pvt.pvt_config}
+    config = make_config.get(spec.name, _vit_config)(spec, head=head)
     if head:
         names = spec.class_names or tuple(f"LABEL_{i}" for i in range(spec.num_classes or 0))
         config["id2label"] = {str(i): name for i, name in enumerate(names)}
@@ -186,7 +185,7 @@ def write_hugging_face(
     refuse_what_hugging_face_cannot_hold(spec, head=bool(head))
     tensors = to_hugging_face(weights, spec)
     if head:
-        tensors = {f"{spec.name}.{name}": value for name, value in tensors.items()}
+        tensors = {f"{PREFIX[spec.name]}.{name}": value for name, value in tensors.items()}
         tensors.update({f"classifier.{name}": value for name, value in head.items()})
     elif spec.name == "vit":
         tensors["pooler.dense.weight"] = torch.eye(spec.embed_dim)
@@ -197,7 +196,9 @@ def write_hugging_face(
 
 
 def notes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """What of a ViT that is read is not quite the same here."""
+    """What of a backbone that is read is not quite the same here."""
+    if config.get("model_type") == "pvt_v2":
+        return (hugging_face_pvt.NOTE,)
     eps = config.get("layer_norm_eps", THEIR_EPS)
     if config.get("model_type") == "swin" or eps == LAYER_NORM_EPS:
         return ()
@@ -213,10 +214,13 @@ def is_hugging_face(config: Mapping[str, Any]) -> bool:
 def read_hugging_face_config(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, *, where: str
 ) -> BackboneSpec:
-    """The spec of a transformers ViT or Swin folder; CheckpointError where it is not such a one."""
-    if config.get("model_type") == "swin":
-        model = hugging_face_swin.read_swin_config(config, where=where)
-        common = _classes_and_pixels(config, preprocessor or {}, "SwinForImageClassification")
+    """The spec of a transformers ViT, Swin or PVT v2 folder; CheckpointError where it is not such a one."""
+    read_staged = {"swin": hugging_face_swin.read_swin_config, "pvt_v2": hugging_face_pvt.read_pvt_config}
+    kind = config.get("model_type")
+    if kind in read_staged:
+        model = read_staged[kind](config, where=where)
+        with_head = "SwinForImageClassification" if kind == "swin" else "PvtV2ForImageClassification"
+        common = _classes_and_pixels(config, preprocessor or {}, with_head)
         try:
             spec = BackboneSpec.of_recipe(model, common)
         except ConfigError as error:

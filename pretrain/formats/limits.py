@@ -35,7 +35,9 @@ def _why_not_timm(spec: BackboneSpec) -> str | None:
 
 def _why_not_hugging_face(spec: BackboneSpec, *, head: bool) -> str | None:
     if spec.name == "pvt":
-        return "transformers' PVT v2 has another epsilon in its norms behind convolutions than its authors' and timm's"
+        if any(ratio != int(ratio) for ratio in spec.staged_size.mlp_ratios):
+            return "transformers' PVT v2 takes whole numbers as mlp_ratios"
+        return None
     if spec.name == "swin":
         assert spec.window_size is not None, "the spec was checked"
         smallest = math.ceil(spec.grid / 2 ** (len(spec.staged_size.depths) - 1))

@@ -8,17 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from bucket_hosts import BUCKET, bucket_in
 from launched_hosts import Launched, no_process_left, steps_of_attempt, until
 from launching import ROOT, clean_environment
-from services.radosgw import missing_binaries
-from services.required import skip_or_fail
-from services.ssh_hosts import NETWORK, Hosts
+from services.ssh_hosts import Hosts
 from small_run import RECIPE
 
 from launch.plan import checkpoint_bytes
@@ -27,38 +24,6 @@ from pretrain.checkpoint.manifest import committed
 from pretrain.config.load import load_config
 from pretrain.cost import cost_of
 from pretrain.metrics.journal import read_journal
-
-BUCKET = "mine"
-SERVER = ROOT / "tests" / "services" / "radosgw.py"
-
-
-@contextmanager
-def bucket_in(hosts: Hosts, folder: Path) -> Iterator[dict[str, str]]:
-    """Ceph's radosgw at the hosts' switch; the variables by which they find it."""
-    if missing := missing_binaries():
-        skip_or_fail(f"the S3 server is not installed: {', '.join(missing)}")
-    words = [str(SERVER), "--serve", str(folder), "--bucket", BUCKET, "--host", f"{NETWORK}.254"]
-    with (folder.parent / "radosgw.log").open("w") as log:
-        server = subprocess.Popen(
-            hosts.outside([sys.executable, *words]),
-            env=clean_environment(),
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-        )
-    try:
-        variables = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-        assert server.stdout is not None
-        for line in server.stdout:
-            if not line.startswith("export "):
-                break
-            name, _, value = line.removeprefix("export ").strip().partition("=")
-            variables[name] = value
-        assert "AWS_ENDPOINT_URL" in variables, (folder.parent / "radosgw.log").read_text()
-        yield variables
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def processes(hosts: Hosts, name: str, what: str, mark: bytes) -> list[int]:

@@ -166,7 +166,8 @@ def test_a_swin_whose_windows_are_padded_is_refused_for_timm() -> None:
     assert (
         "stage 1 has 18 tokens a side in windows of 4; take an image_size that is a multiple of 128" in reason
     )
-    assert "another epsilon" in str(why_not("hf", PVT, head=False))
+    ratios = dataclasses.replace(PVT, mlp_ratios=(8.0, 8.0, 4.0, 3.5), mlp_ratio=3.5)
+    assert "whole numbers" in str(why_not("hf", ratios, head=False))
     assert "the last has 2 tokens a side" in str(why_not("hf", SWIN, head=False))
 
 

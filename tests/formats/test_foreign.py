@@ -52,6 +52,38 @@ def test_timms_own_folders_are_read_without_their_arguments_and_compute_the_same
         torch.testing.assert_close(out[name], features, atol=1e-4, rtol=0, msg=name)
 
 
+MAKE_TRANSFORMERS_OWN_PVT = """
+from transformers import PvtV2Config, PvtV2ForImageClassification
+torch.manual_seed(0)
+model = PvtV2ForImageClassification(PvtV2Config(num_labels=5)).eval()
+for convolution in (m for m in model.modules() if isinstance(m, torch.nn.Conv2d)):
+    convolution.weight.mul_(0.03)  # so small that the norm's epsilon counts
+model.save_pretrained(PLACE)
+out["features"] = model.pvt_v2(given["images"]).last_hidden_state.mean((2, 3))
+"""
+
+
+def test_transformers_own_pvt_computes_the_same_for_all_the_other_epsilon_of_its_norms(
+    tmp_path: Path, consume: Callable[..., Any]
+) -> None:
+    images = some_images(224, count=1)
+    out, _ = consume(f"PLACE = {str(tmp_path)!r}\n{MAKE_TRANSFORMERS_OWN_PVT}", {"images": images})
+    incoming = read_backbone(tmp_path)
+    assert incoming.head["weight"].shape[0] == 5
+    features = our_features(incoming.spec, incoming.backbone, images)
+    torch.testing.assert_close(out["features"], features, atol=1e-4, rtol=0)
+    as_it_is = {
+        name: value
+        * (0.1**0.5 if ".sr." in name or "embed.proj" in name or "downsample.proj" in name else 1.0)
+        for name, value in incoming.backbone.items()
+    }
+    assert not torch.allclose(
+        out["features"], our_features(incoming.spec, as_it_is, images), atol=1e-4, rtol=0
+    )
+    report = load_into(build_backbone(incoming.spec), incoming)
+    assert "scaled by √10" in str(report)
+
+
 @pytest.mark.parametrize("case", [*CASES, "plain"])
 def test_a_file_of_tensors_alone_goes_into_a_model_that_its_recipe_describes(
     case: str, tmp_path: Path

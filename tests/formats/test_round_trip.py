@@ -1,8 +1,9 @@
 """Every backbone, trained a little, in every format that holds it: its receiver computes the same features, at another
-resolution too, and it comes back into a model bitwise.
+resolution too, and it comes back into a model bitwise (a PVT from transformers' form to within rounding).
 """
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ for case, folder in CASES.items():
     found = backbone(given[case], output_hidden_states=True)
     if config["model_type"] == "swin":
         out[case] = found.pooler_output
+    elif config["model_type"] == "pvt_v2":
+        out[case] = found.last_hidden_state.mean((2, 3))
     elif config["feature_pooling"] == "avg":
         out[case] = backbone.layernorm(found.hidden_states[-1][:, 1:].mean(1))
     else:
@@ -93,6 +96,8 @@ for case, folder in CASES.items():
     out[case] = norm(x[:, 1:].mean(1), "fc_norm") if avg else norm(x, "norm")[:, 0]
     assert sorted(w) == ["head.bias", "head.weight"], sorted(w)
 """
+# Written for another epsilon of the norms behind them: they come back but for rounding.
+SCALED = re.compile(r"(patch_embed\.proj|downsample\.proj|attn\.sr)\.")
 SCRIPTS = {"timm": TIMM, "hf": TRANSFORMERS, "safetensors": PLAIN}
 
 
@@ -140,9 +145,7 @@ def test_its_receiver_computes_the_same_and_it_comes_back_bitwise(
             incoming = read_backbone(trained[name].run)
             sized, weights, resampled = at_size(incoming, image_size, rule=format)
             assert (resampled is not None) == (image_size is not None and spec.name == "vit")
-            if why_not(format, sized, head=False):
-                assert (format, spec.name) == ("hf", "pvt"), "refused, and not known to be"
-                continue
+            assert why_not(format, sized, head=False) is None
             case = f"{name}, {sized.image_size}"
             folder = tmp_path / case
             folder.mkdir()
@@ -160,8 +163,11 @@ def test_its_receiver_computes_the_same_and_it_comes_back_bitwise(
                 state = model.state_dict()
                 assert state.keys() == trained[name].weights.keys()
                 for key, value in trained[name].weights.items():
-                    assert torch.equal(state[key], value), f"{case}: {key}"
-    assert len(folders) == (8 if format == "hf" else 10)
+                    if format == "hf" and spec.name == "pvt" and SCALED.search(key):
+                        torch.testing.assert_close(state[key], value, atol=0, rtol=2**-23)
+                    else:
+                        assert torch.equal(state[key], value), f"{case}: {key}"
+    assert len(folders) == 2 * len(MODELS)
     out, answer = consume(f"CASES = {folders!r}\n{SCRIPTS[format]}", images)
     for case, ours in features.items():
         torch.testing.assert_close(
