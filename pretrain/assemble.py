@@ -59,6 +59,7 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
             seed=config.seed,
             mask_ratio=objective.mask_ratio,
             mask_patch_size=objective.mask_patch_size,
+            target_window=objective.target_window,
         )
     assert num_classes is not None, "classification has classes"
     return Classification(

@@ -23,6 +23,9 @@ class ObjectiveConfig(Section):
     decoder_depth: PositiveInt = 8
     decoder_heads: PositiveInt = 16
     mask_patch_size: PositiveInt = 32  # SimMIM, arXiv:2111.09886: pixels of a masked square's side
+    # SimMIM: the pixels to predict are normalised by mean and deviation of a square around each, so many pixels a side
+    # (the authors' NORM_TARGET: 47 of images of 192)
+    target_window: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -33,6 +36,11 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:
+        if self.target_window is not None and (self.target_window % 2 == 0 or self.target_window < 3):
+            raise ValueError(
+                f"objective.target_window={self.target_window}: a square around a pixel has an odd number of pixels a "
+                "side, 3 at least"
+            )
         if self.class_reduction != "sum" and self.loss != "sigmoid":
             raise ValueError(
                 f"objective.class_reduction={self.class_reduction} is of objective.loss=sigmoid; a softmax has "

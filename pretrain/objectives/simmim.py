@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
@@ -32,6 +33,24 @@ def num_masked_units(num_units: int, mask_ratio: float) -> int:
             f"between 1 and {num_units - 1} are needed: take another ratio, or a smaller objective.mask_patch_size"
         )
     return masked
+
+
+def local_statistics(images_BCHW: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each channel in the square of `window` pixels around each pixel, cut off at the border.
+
+    float32 (B, C, H, W) both; the deviation is that of a sample, of a variance with 1e-6 added: microsoft/SimMIM's
+    norm_targets.
+    """
+    images = images_BCHW.to(torch.float32)
+
+    def average(x_BCHW: Tensor) -> Tensor:
+        return F.avg_pool2d(x_BCHW, window, stride=1, padding=window // 2, count_include_pad=False)
+
+    mean_BCHW = average(images)
+    variance_BCHW = (average(images * images) - mean_BCHW * mean_BCHW).clamp(min=0.0)
+    ones_11HW = torch.ones_like(images[:1, :1])
+    count_11HW = F.avg_pool2d(ones_11HW, window, stride=1, padding=window // 2) * window**2
+    return mean_BCHW, (variance_BCHW * count_11HW / (count_11HW - 1) + 1e-6).sqrt()
 
 
 class PixelHead(nn.Module):
@@ -64,11 +83,20 @@ class SimMIM(nn.Module):
     cut of the batch and not in another. Float32 losses of two cuts then part faster than under MAE (measured: 5e-5 of
     the loss after ten steps at a rate of 1e-3 without warmup; 2e-7 with a smooth loss in its place).
 
+    target_window: the pixels to predict are normalised, each channel by its mean and deviation in a square of so many
+    pixels a side around each; None: as they are. (The authors' NORM_TARGET.)
+
     Raises ConfigError for a mask or an image size that does not fit the backbone.
     """
 
     def __init__(
-        self, backbone: Backbone, *, seed: int, mask_ratio: float = 0.6, mask_patch_size: int = 32
+        self,
+        backbone: Backbone,
+        *,
+        seed: int,
+        mask_ratio: float = 0.6,
+        mask_patch_size: int = 32,
+        target_window: int | None = None,
     ) -> None:
         super().__init__()
         side = backbone.image_size
@@ -90,6 +118,7 @@ class SimMIM(nn.Module):
         self.backbone = backbone
         self.seed = seed
         self.mask_patch_size = mask_patch_size
+        self.target_window = target_window
         self.units = side // mask_patch_size  # a side
         self.num_masked = num_masked_units(self.units**2, mask_ratio)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dims[0]))
@@ -109,7 +138,7 @@ class SimMIM(nn.Module):
         weights_B = batch["weights"].to(torch.float32)
         pixels_BCHW, masked_BU = self._predict(images_BCHW, batch["positions"])
         # float32: differences of bf16 values lose digits where they are small
-        error_BCHW = (pixels_BCHW.to(torch.float32) - images_BCHW.to(torch.float32)).abs()
+        error_BCHW = (pixels_BCHW.to(torch.float32) - self._targets(images_BCHW)).abs()
         p = self.mask_patch_size
         error_BU = error_BCHW.unflatten(3, (-1, p)).unflatten(2, (-1, p)).mean(dim=(1, 3, 5)).flatten(1)
         # where, not a product alone: a pad's error times 0 is NaN if it overflowed
@@ -129,11 +158,22 @@ class SimMIM(nn.Module):
         finally:
             self.train(was_training)
         true_BCHW = images_BCHW.to(torch.float32)
+        pixels_BCHW = pixels_BCHW.to(torch.float32)
+        if self.target_window is not None:  # what was predicted is told beside the image's own light
+            mean_BCHW, deviation_BCHW = local_statistics(images_BCHW, self.target_window)
+            pixels_BCHW = pixels_BCHW * deviation_BCHW + mean_BCHW
         hidden_BCHW = self._spread(masked_BU, self.mask_patch_size)[:, None]
         return (
             torch.where(hidden_BCHW, 0.0, true_BCHW),
-            torch.where(hidden_BCHW, pixels_BCHW.to(torch.float32), true_BCHW),
+            torch.where(hidden_BCHW, pixels_BCHW, true_BCHW),
         )
+
+    def _targets(self, images_BCHW: Tensor) -> Tensor:
+        """The pixels to predict, float32 (B, 3, S, S): the image's, or normalised by what is around each."""
+        if self.target_window is None:
+            return images_BCHW.to(torch.float32)
+        mean_BCHW, deviation_BCHW = local_statistics(images_BCHW, self.target_window)
+        return (images_BCHW.to(torch.float32) - mean_BCHW) / deviation_BCHW
 
     def _predict(self, images_BCHW: Tensor, positions_B: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted pixels (B, 3, S, S), and the masked units (B, U)."""

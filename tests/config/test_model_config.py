@@ -151,7 +151,7 @@ def test_dimensions_that_do_not_go_together_are_refused_when_they_are_resolved()
 @pytest.mark.parametrize(
     ("model", "format", "told"),
     [
-        ({"name": "pvt", "size": "b0"}, "hf", "another epsilon"),
+        ({"name": "pvt", "size": "b0", "mlp_ratios": [8, 8, 4, 3.5]}, "hf", "whole numbers"),
         ({**SWIN, "image_size": 192}, "hf", "the last has 6 tokens a side"),
         ({**SWIN, "image_size": 256}, "timm", "take an image_size that is a multiple of 224"),
         ({**TINY, "num_registers": 4}, "hf", "no registers"),

@@ -12,14 +12,14 @@ from pretrain.errors import ConfigError
 from pretrain.models.pvt import PyramidVisionTransformer
 from pretrain.models.swin import SwinTransformer
 from pretrain.models.vit import VisionTransformer
-from pretrain.objectives.simmim import SimMIM, num_masked_units
+from pretrain.objectives.simmim import SimMIM, local_statistics, num_masked_units
 
 SIDE, UNIT = 64, 16
 SWIN_HEADS = (1, 2, 4, 8)
 BACKBONES = ("vit", "swin", "pvt")
 
 
-def objective(backbone="vit", *, seed=3, **changes):
+def objective(backbone="vit", *, seed=3, target_window=None, **changes):
     torch.manual_seed(0)
     if backbone == "vit":
         built = VisionTransformer(
@@ -37,7 +37,7 @@ def objective(backbone="vit", *, seed=3, **changes):
             num_heads=(1, 2, 4, 8),
             **changes,
         )
-    return SimMIM(built, seed=seed, mask_patch_size=UNIT)
+    return SimMIM(built, seed=seed, mask_patch_size=UNIT, target_window=target_window)
 
 
 def make_batch(count=4, pads=0):
@@ -219,6 +219,34 @@ def test_the_picture_shows_visible_units_as_they_are_and_predictions_elsewhere()
     assert not seen[hidden].any()
     assert torch.equal(made[~hidden], images[~hidden])
     assert torch.equal(made[hidden], pixels[hidden].detach())
+
+
+def test_targets_are_normalised_by_what_is_around_each_pixel():
+    images = 5 + 3 * torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+    mean, deviation = local_statistics(images, 5)
+    for row, column in ((0, 0), (0, 4), (4, 4), (8, 7)):
+        around = images[:, :, max(row - 2, 0) : row + 3, max(column - 2, 0) : column + 3].flatten(2)
+        torch.testing.assert_close(mean[:, :, row, column], around.mean(2))
+        wanted = (around.var(2, unbiased=True) + 1e-6).sqrt()
+        torch.testing.assert_close(deviation[:, :, row, column], wanted, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_with_a_window_the_loss_is_that_of_the_normalised_pixels_and_pictures_are_in_the_images_own(scale):
+    module = shaken(objective(target_window=7), 0.05).eval()
+    plain = shaken(objective(), 0.05).eval()
+    images, batch = make_batch()
+    images = images * scale
+    pixels, units = module._predict(images, batch["positions"])
+    mean, deviation = local_statistics(images, 7)
+    hidden = module._spread(units, UNIT)[:, None].expand_as(images)
+    error = (pixels - (images - mean) / deviation).abs()[hidden].mean()
+    loss, _ = module(images, batch)
+    torch.testing.assert_close(loss / module.count(batch), error)
+    assert abs(loss.item() - plain(images, batch)[0].item()) > 1e-2
+    _, made = module.reconstruct(images, batch["positions"])
+    torch.testing.assert_close(made[hidden], (pixels * deviation + mean)[hidden])
+    assert torch.equal(made[~hidden], images[~hidden])
 
 
 def test_the_whole_step_compiles_without_graph_breaks():
