@@ -148,10 +148,16 @@ def test_dimensions_that_do_not_go_together_are_refused_when_they_are_resolved()
         backbone_spec(config_of(heads))
 
 
+UNEVEN_MLP = {
+    **{"embed_dims": [8, 16], "depths": [1, 1], "stage_heads": [1, 2]},
+    **{"mlp_ratios": [8, 3.5], "sr_ratios": [2, 1]},
+}
+
+
 @pytest.mark.parametrize(
     ("model", "format", "told"),
     [
-        ({"name": "pvt", "size": "b0", "mlp_ratios": [8, 8, 4, 3.5]}, "hf", "whole numbers"),
+        ({**UNEVEN_MLP, "name": "pvt"}, "hf", "whole numbers"),
         ({**SWIN, "image_size": 192}, "hf", "the last has 6 tokens a side"),
         ({**SWIN, "image_size": 256}, "timm", "take an image_size that is a multiple of 224"),
         ({**TINY, "num_registers": 4}, "hf", "no registers"),
