@@ -8,6 +8,7 @@ of a restart; `pretrain_step` and `pretrain_samples` are where the run as a whol
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -77,6 +78,7 @@ class MetricsServer:
             "pretrain_samples", "Positions of the sample order that the run has consumed.", registry=registry
         )
         self._loss = Gauge("pretrain_loss", "Training loss of the last step.", registry=registry)
+        self._loss.set(math.nan)  # 0 would be drawn as a loss before the first step
         self._learning_rate = Gauge(
             "pretrain_learning_rate", "Learning rate of the last step.", registry=registry
         )

@@ -234,3 +234,7 @@ def test_a_real_prometheus_scrapes_the_endpoint_and_answers_queries(server, tmp_
         assert prometheus.query("pretrain_info")[0]["metric"]["model"] == "vit-large"
         [wait] = prometheus.query("pretrain_data_wait_seconds_sum / pretrain_step_seconds_sum")
         assert float(wait["value"][1]) == pytest.approx(0.02)
+
+
+def test_there_is_no_loss_before_the_first_step(server):
+    assert "pretrain_loss NaN" in scrape(server)
