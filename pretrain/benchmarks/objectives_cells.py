@@ -52,7 +52,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 1e-3, "betas": [0.9, 0.999]},
     },
     "simmim": {
-        "objective": {"name": "simmim", "mask_ratio": 0.6, "mask_patch_size": 8},
+        # The paper's 0.6 teaches as much over longer; in a thousand steps, what is asked of whole images gains by masks
+        # that leave more of them.
+        "objective": {"name": "simmim", "mask_ratio": 0.25, "mask_patch_size": 8},
         "optim": {"lr": 1e-3, "betas": [0.9, 0.95]},
     },
     "mae": {

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,24 @@ def declare_torchvision_operators() -> list[torch.library.Library]:
     return libraries
 
 
+def one_by_one(compute: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+    """What `compute` gives, image by image: beside a huge model's weights, what several images need would be seen."""
+    return torch.cat([compute(image) for image in images.split(1)])
+
+
 def run_timm(folder: Path, images: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     import timm
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     # Once more by hand: create_model is not strict when it thinks that it adapts a head.
     strict = model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-    outputs = {"features": model.forward_head(model.forward_features(images), pre_logits=True)}
+    outputs = {
+        "features": one_by_one(
+            lambda x: model.forward_head(model.forward_features(x), pre_logits=True), images
+        )
+    }
     if model.num_classes:
-        outputs["logits"] = model(images)
+        outputs["logits"] = one_by_one(model, images)
     data = timm.data.resolve_model_data_config(model)
     report = {
         "versions": {"timm": timm.__version__},
@@ -84,21 +94,23 @@ def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torc
     model, loading = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
     model.eval()
     backbone = getattr(model, model.base_model_prefix, model)
-    found = backbone(images, output_hidden_states=True)
-    if model.config.model_type == "swin":
-        features = found.pooler_output
-    elif model.config.model_type == "pvt_v2":
-        features = found.last_hidden_state.mean(dim=(2, 3))
-    elif pooling == "avg":  # the mean of the patches, then the norm
-        features = backbone.layernorm(found.hidden_states[-1][:, 1:].mean(dim=1))
-    elif found.pooler_output is not None:  # our pooler passes the class token through
-        features = found.pooler_output
-    else:
-        features = found.last_hidden_state[:, 0]
-    outputs = {"features": features}
+
+    def features_of(image: torch.Tensor) -> torch.Tensor:
+        found = backbone(image, output_hidden_states=pooling == "avg")
+        if model.config.model_type == "swin":
+            return found.pooler_output
+        if model.config.model_type == "pvt_v2":
+            return found.last_hidden_state.mean(dim=(2, 3))
+        if pooling == "avg":  # the mean of the patches, then the norm
+            return backbone.layernorm(found.hidden_states[-1][:, 1:].mean(dim=1))
+        if found.pooler_output is not None:  # our pooler passes the class token through
+            return found.pooler_output
+        return found.last_hidden_state[:, 0]
+
+    outputs = {"features": one_by_one(features_of, images)}
     head = architecture.endswith("ForImageClassification")
     if head:
-        outputs["logits"] = model(images).logits
+        outputs["logits"] = one_by_one(lambda image: model(image).logits, images)
     config = model.config
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     crop = processor.crop_size if processor.do_center_crop else processor.size
@@ -132,9 +144,13 @@ def run_plain(
         known_to_timm["architecture"], num_classes=num_classes, **known_to_timm["model_args"]
     ).eval()
     strict = model.load_state_dict(tensors, strict=True)
-    outputs = {"features": model.forward_head(model.forward_features(images), pre_logits=True)}
+    outputs = {
+        "features": one_by_one(
+            lambda x: model.forward_head(model.forward_features(x), pre_logits=True), images
+        )
+    }
     if num_classes:
-        outputs["logits"] = model(images)
+        outputs["logits"] = one_by_one(model, images)
     report = {
         "versions": {"timm": timm.__version__, "safetensors": safetensors.__version__},
         "missing": list(strict.missing_keys),

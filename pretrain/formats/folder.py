@@ -163,7 +163,8 @@ def _reference(
     """What this project's model computes of the images: features (B, D), and logits (B, K) where there is a head."""
     model = rebuild(spec, weights)
     with torch.inference_mode():
-        features = model.features(chosen.images)
+        # one by one: beside a huge model's weights, what several images need would be seen
+        features = torch.cat([model.features(image) for image in chosen.images.split(1)])
         logits = torch.nn.functional.linear(features, head["weight"], head["bias"]) if head else None
     return features, logits
 
