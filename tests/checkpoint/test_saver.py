@@ -160,7 +160,7 @@ def test_a_rank_killed_at_any_of_five_offsets_leaves_no_writer_and_what_was_comm
         rank = os.fork()
         if rank == 0:
             try:
-                doomed = make_saver(run_dir, state.fill(2), max_bytes_per_second=150_000_000)
+                doomed = make_saver(run_dir, state.fill(2), max_bytes_per_second=30_000_000)
                 doomed.save(facts(2), wait=False)
                 time.sleep(PATIENCE_SECONDS)
             finally:

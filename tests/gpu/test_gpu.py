@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def test_on_a_gpu(stage: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_script_on_a_cpu_passes_all_stages_and_compares_with_timm(tmp_path: Path) -> None:
-    pytest.importorskip("timm")
+    # not imported: the script knows what to do about a torchvision that does not fit
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
     document = run_script(tmp_path / "cpu.json", "--device", "cpu", "--small")
     errors = {name: stage.get("error") for name, stage in document["stages"].items()}
     assert document["ok"], errors

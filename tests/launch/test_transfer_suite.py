@@ -248,7 +248,8 @@ def test_a_suite_that_is_interrupted_goes_on_and_ends_with_its_table(
     environment = {"env": clean_environment(), "cwd": ROOT}
     subprocess.run([*command, "train", str(tmp_path / "pretrain.yaml"), *words], check=True, **environment)
     # one of the starts cannot be: its network is another than the backbone's
-    starts = {"scratch": {}, "linear-probe": {}, "pretrained": {"model.embed_dim": 32}}
+    long = {"train.steps": 300}  # still at work when it is interrupted
+    starts = {"scratch": long, "linear-probe": {}, "pretrained": {"model.embed_dim": 32}}
     suite = write(recipe, init_from=str(pretrained), starts=starts, seeds=[0])
     transfer = [*command, "transfer", str(suite), str(out), "--jobs", "1"]
 
