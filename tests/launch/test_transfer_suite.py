@@ -270,7 +270,9 @@ def test_a_suite_that_is_interrupted_goes_on_and_ends_with_its_table(
     assert table["pretrained"]["mean"] is None
     assert table["scratch"]["mean"] is not None
     [probe] = out.glob("parts/shapes-linear-probe-*")
-    starts_seen = [line for line in (probe / "journal.jsonl").read_text().splitlines() if '"start"' in line]
+    starts_seen = [
+        line for line in (probe / "journal.jsonl").read_text().splitlines() if '"event": "start"' in line
+    ]
     assert len(starts_seen) == 1
     [scratch] = out.glob("parts/shapes-scratch-*")
     assert '"resumed": true' in (scratch / "journal.jsonl").read_text()

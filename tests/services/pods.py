@@ -34,7 +34,9 @@ def unavailable() -> str | None:
     if os.geteuid() != 0:
         return "pods need root"
     if Path("/tmp") in ROOT.parents:
-        return f"a pod has a /tmp of its own, and this checkout, {ROOT}, would not be in it: take another place"
+        return (
+            f"a pod has a /tmp of its own, and this checkout, {ROOT}, would not be in it: take another place"
+        )
     overlay = "mount -t overlay overlay -o lowerdir=/,upperdir=u,workdir=w r"
     mounts = f"mount -t tmpfs tmpfs /mnt && cd /mnt && mkdir u w r && {overlay}"
     probe = ["unshare", "--net", "--mount", "--pid", "--fork", "--mount-proc", "sh", "-c", mounts]
