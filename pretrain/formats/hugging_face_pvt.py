@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
+from pretrain.formats.naming import with_start_renamed
 from pretrain.models.spec import BackboneSpec
 
 LAYER_NORM_EPS = 1e-6  # transformers' default, and ours in blocks and behind stages
@@ -61,9 +62,11 @@ def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 for part, half in zip(("key", "value"), value.chunk(2), strict=True):
                     renamed[f"{place}attention.{part}.{kind}"] = half
             else:
-                renamed[place + _renamed(found[3], BLOCK)] = value
+                renamed[place + with_start_renamed(found[3], BLOCK)] = value
         elif found := _OUR_EMBED.fullmatch(name):
-            renamed[f"encoder.layers.{found[1] or 0}.patch_embedding.{_renamed(found[2], EMBED)}"] = value
+            renamed[
+                f"encoder.layers.{found[1] or 0}.patch_embedding.{with_start_renamed(found[2], EMBED)}"
+            ] = value
         elif found := _OUR_NORM.fullmatch(name):
             renamed[f"encoder.layers.{found[1]}.layer_norm.{found[2]}"] = value
         else:
@@ -88,21 +91,16 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                     found[f"{place}attn.kv.{half[2]}"] = torch.cat(together)
                     continue
             else:
-                ours = place + _renamed(match[3], block)
+                ours = place + with_start_renamed(match[3], block)
         elif match := _THEIR_EMBED.fullmatch(name):
             stage = "patch_embed" if match[1] == "0" else f"stages.{match[1]}.downsample"
-            ours = f"{stage}.{_renamed(match[2], embed)}"
+            ours = f"{stage}.{with_start_renamed(match[2], embed)}"
         elif match := _THEIR_NORM.fullmatch(name):
             ours = f"stages.{match[1]}.norm.{match[2]}"
         elif match := re.fullmatch(r"classifier\.(weight|bias)", name):
             ours = f"head.{match[1]}"
         found[ours] = value / SCALE if _SCALED.search(ours) else value
     return found
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    start = next((start for start in names if name.startswith(start)), None)
-    return name if start is None else names[start] + name.removeprefix(start)
 
 
 def pvt_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.errors import CheckpointError
+from pretrain.formats.naming import with_start_renamed
 from pretrain.models.spec import BackboneSpec
 
 LAYER_NORM_EPS = 1e-5  # transformers' default for Swin, and ours
@@ -55,9 +56,9 @@ def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             for part, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
                 renamed[f"encoder.{found[1]}{ATTENTION}{part}.{found[2]}"] = third
         elif found := re.fullmatch(r"(layers\.\d+\.blocks\.\d+\.)(.+)", name):
-            renamed[f"encoder.{found[1]}{_renamed(found[2], LAYER)}"] = value
+            renamed[f"encoder.{found[1]}{with_start_renamed(found[2], LAYER)}"] = value
         else:
-            renamed[_renamed(name, TOP)] = value
+            renamed[with_start_renamed(name, TOP)] = value
     return renamed
 
 
@@ -84,17 +85,12 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif re.search(rf"{ATTENTION}(key|value)\.", name):
             continue  # with the query
         elif match := re.fullmatch(r"encoder\.(layers\.\d+\.blocks\.\d+\.)(.+)", name):
-            found[f"{match[1]}{_renamed(match[2], layer)}"] = value
+            found[f"{match[1]}{with_start_renamed(match[2], layer)}"] = value
         elif match := re.fullmatch(r"classifier\.(weight|bias)", name):
             found[f"head.{match[1]}"] = value
         else:
-            found[_renamed(name, top)] = value
+            found[with_start_renamed(name, top)] = value
     return found
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    start = next((start for start in names if name.startswith(start)), None)
-    return name if start is None else names[start] + name.removeprefix(start)
 
 
 def swin_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:

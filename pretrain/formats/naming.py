@@ -104,3 +104,9 @@ def listed(names: list[str], most: int = 8) -> str:
     """Names for one line of a message; the count where they are many."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest
+
+
+def with_start_renamed(name: str, starts: Mapping[str, str]) -> str:
+    """`name` with the first of `starts` that it begins with exchanged for what stands beside it; as it is without."""
+    start = next((start for start in starts if name.startswith(start)), None)
+    return name if start is None else starts[start] + name.removeprefix(start)
