@@ -26,7 +26,6 @@ from pretrain.models.spec import BackboneSpec
 LAYER_NORM_EPS = 1e-6  # timm's and ours; transformers' default is 1e-12
 THEIR_EPS = 1e-12  # what Google's ViTs and MAE's have there
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-STAGED: dict[str, Any] = {"swin": hugging_face_swin, "pvt": hugging_face_pvt}
 PREFIX = {"vit": "vit", "swin": "swin", "pvt": "pvt_v2"}  # of the backbone's tensors beside a head
 
 # timm's name: transformers' name, for all but the fused attention weights
@@ -64,8 +63,10 @@ def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> N
 
 def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
     """A backbone's tensors in timm's names -> those of a bare ViTModel, without the pooler, SwinModel or PvtV2Model."""
-    if spec.name in STAGED:
-        return STAGED[spec.name].to_hugging_face(weights)
+    if spec.name == "swin":
+        return hugging_face_swin.to_hugging_face(weights)
+    if spec.name == "pvt":
+        return hugging_face_pvt.to_hugging_face(weights)
     renamed = {theirs: weights[ours] for ours, theirs in TOP.items()}
     for i in range(spec.depth):
         for kind in ("weight", "bias"):
@@ -82,10 +83,17 @@ def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[s
     }
 
 
-def from_hugging_face(tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """The way back: transformers' names, old or new -> timm's. What is not the backbone's keeps its name."""
-    if spec.name in STAGED:
-        return STAGED[spec.name].from_hugging_face(tensors)
+def from_hugging_face(
+    tensors: Mapping[str, Tensor], spec: BackboneSpec, *, unscaled: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The way back: transformers' names, old or new -> timm's. What is not the backbone's keeps its name.
+
+    unscaled: of a PVT, what an export keeps in hugging_face_pvt.UNSCALED.
+    """
+    if spec.name == "swin":
+        return hugging_face_swin.from_hugging_face(tensors)
+    if spec.name == "pvt":
+        return hugging_face_pvt.from_hugging_face(tensors, unscaled)
     plain: dict[str, Tensor] = {}
     for name, value in tensors.items():
         name = name.removeprefix("vit.")
@@ -177,7 +185,8 @@ def write_hugging_face(
     head: Mapping[str, Tensor] | None = None,
     crop_fraction: float = 1.0,
 ) -> None:
-    """Write model.safetensors, config.json and preprocessor_config.json into out_dir, which exists.
+    """Write model.safetensors, config.json and preprocessor_config.json into out_dir, which exists; of a PVT also
+    hugging_face_pvt.UNSCALED.
 
     weights: the backbone's tensors, float32, in timm's names. head: {"weight": (K, D), "bias": (K,)}.
     UsageError for what transformers' ViT does not have, and for a head on average pooling.
@@ -191,6 +200,8 @@ def write_hugging_face(
         tensors["pooler.dense.weight"] = torch.eye(spec.embed_dim)
         tensors["pooler.dense.bias"] = torch.zeros(spec.embed_dim)
     write_tensors(out_dir / "model.safetensors", tensors)
+    if spec.name == "pvt":
+        write_tensors(out_dir / hugging_face_pvt.UNSCALED, hugging_face_pvt.unscaled(weights))
     write_json(out_dir / "config.json", hugging_face_config(spec, head=bool(head)))
     write_json(out_dir / "preprocessor_config.json", preprocessor_config(spec, crop_fraction=crop_fraction))
 

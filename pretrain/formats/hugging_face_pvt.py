@@ -2,8 +2,8 @@
 
 All norms there add one epsilon to the variance, 1e-6; those behind a convolution add 1e-5 here, as the authors' and
 timm's do. A norm of c · x with c² times the epsilon is the norm of x: so these convolutions are written scaled by
-c = √0.1, and scaled back when they are read. Features are the same; the convolutions come back to within float32's
-rounding.
+c = √0.1, and scaled back when they are read. Features are the same. As scaling rounds, an export keeps the convolutions
+as they were in a file of their own, UNSCALED; they are taken from it where they still give what stands in the model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pretrain.models.spec import BackboneSpec
 
 LAYER_NORM_EPS = 1e-6  # transformers' default, and ours in blocks and behind stages
 CONVOLUTION_NORM_EPS = 1e-5  # ours, of models/pvt.py
+UNSCALED = "unscaled.safetensors"  # not of transformers, which does not look at it
 SCALE = math.sqrt(LAYER_NORM_EPS / CONVOLUTION_NORM_EPS)
 NOTE = (
     "convolutions before a norm are scaled by √10, as transformers' norms add 1e-6 to the variance there and ours "
@@ -49,6 +50,11 @@ _THEIR_NORM = re.compile(r"encoder\.layers\.(\d+)\.layer_norm\.(.+)")
 _SCALED = re.compile(r"(patch_embed\.proj|downsample\.proj|attn\.sr)\.(weight|bias)$")
 
 
+def unscaled(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a PVT v2's tensors, in timm's names, that are written scaled: the contents of UNSCALED."""
+    return {name: value for name, value in weights.items() if _SCALED.search(name)}
+
+
 def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A PVT v2's tensors in timm's names -> those of a bare PvtV2Model."""
     renamed: dict[str, Tensor] = {}
@@ -74,8 +80,14 @@ def to_hugging_face(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: transformers' names -> timm's. What is not a PVT's keeps its name."""
+def from_hugging_face(
+    tensors: Mapping[str, Tensor], before: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The way back: transformers' names -> timm's. What is not a PVT's keeps its name.
+
+    before: the contents of UNSCALED; those that the tensors no longer follow from are not taken.
+    """
+    before = before or {}
     plain = {name.removeprefix("pvt_v2."): value for name, value in tensors.items()}
     block, embed = ({theirs: ours for ours, theirs in names.items()} for names in (BLOCK, EMBED))
     found: dict[str, Tensor] = {}
@@ -99,7 +111,12 @@ def from_hugging_face(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             ours = f"stages.{match[1]}.norm.{match[2]}"
         elif match := re.fullmatch(r"classifier\.(weight|bias)", name):
             ours = f"head.{match[1]}"
-        found[ours] = value / SCALE if _SCALED.search(ours) else value
+        if not _SCALED.search(ours):
+            found[ours] = value
+        elif ours in before and torch.equal(before[ours] * SCALE, value):
+            found[ours] = before[ours]
+        else:
+            found[ours] = value / SCALE
     return found
 
 

@@ -28,6 +28,7 @@ from pretrain.formats.hugging_face import (
     notes_of,
     read_hugging_face_config,
 )
+from pretrain.formats.hugging_face_pvt import UNSCALED
 from pretrain.formats.naming import Parts, sort_out, why_left_out
 from pretrain.formats.pickles import read_pickle
 from pretrain.formats.plain import is_plain, read_plain_config
@@ -336,7 +337,10 @@ def _understood(
         kind, preprocessor = "hf", "preprocessor_config.json"
         normalise = _read_json(folder, preprocessor) if folder.exists(preprocessor) else None
         spec = read_hugging_face_config(config, normalise, where=where)
-        tensors = from_hugging_face(tensors, spec)
+        unscaled = None
+        if spec.name == "pvt" and folder.exists(UNSCALED):
+            unscaled = read_tensors(_fetch(folder, UNSCALED), where=join_url(where, UNSCALED))
+        tensors = from_hugging_face(tensors, spec, unscaled=unscaled)
     elif is_plain(config):
         kind, spec = "plain", read_plain_config(config, where=where)
     elif is_timm(config):

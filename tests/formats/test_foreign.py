@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from backbone_samples import SMALL, our_features, random_weights, some_images
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_backbone_variants import CASES, PVT, SWIN
 
 from pretrain.errors import CheckpointError
@@ -50,6 +50,22 @@ def test_timms_own_folders_are_read_without_their_arguments_and_compute_the_same
         assert not incoming.assumed
         features = our_features(incoming.spec, incoming.backbone, images[name])
         torch.testing.assert_close(out[name], features, atol=1e-4, rtol=0, msg=name)
+
+
+def test_a_pvt_that_was_changed_since_its_export_is_read_as_it_is(tmp_path: Path) -> None:
+    weights = random_weights(PVT)
+    write_hugging_face(tmp_path, weights, PVT)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "encoder.layers.1.patch_embedding.proj.weight"
+    tensors[name] = tensors[name] * 2  # somebody has trained on
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = read_backbone(tmp_path).backbone
+    changed = "stages.1.downsample.proj.weight"
+    torch.testing.assert_close(found[changed], 2 * weights[changed])
+    assert all(torch.equal(found[key], weights[key]) for key in weights if key != changed)
+    (tmp_path / "unscaled.safetensors").unlink()  # as of a folder of transformers' own
+    for key, value in read_backbone(tmp_path).backbone.items():
+        torch.testing.assert_close(value, found[key], atol=0, rtol=2**-22)
 
 
 MAKE_TRANSFORMERS_OWN_PVT = """
