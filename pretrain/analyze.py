@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pretrain.analysis.choice import NUM_IMAGES, WHAT, What, spread_samples, why_no_figure
+from pretrain.analysis.choice import WHAT, What, spread_samples, why_no_figure
 from pretrain.analysis.figures import analyze, write
 from pretrain.analysis.picture import require_matplotlib
 from pretrain.data.augment import DeviceTransform, EvalTransform
@@ -37,35 +37,6 @@ from pretrain.derived import is_image_source
 from pretrain.errors import EXIT_FINISHED, DataError, PretrainError, UsageError
 from pretrain.formats.incoming import Incoming, read_backbone
 from pretrain.formats.loading import rebuild
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder, a checkpoint, or an export")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for pictures and CSV files")
-    parser.add_argument(
-        "--what", choices=WHAT, nargs="+", metavar="WHAT", help=f"{', '.join(WHAT)} (default: all there are)"
-    )
-    parser.add_argument("--images", metavar="URL|FOLDER", help="where attention is looked at")
-    parser.add_argument(
-        "--limit",
-        type=_positive,
-        default=NUM_IMAGES,
-        metavar="N",
-        help="images at most (default %(default)s)",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=("ema", "raw"),
-        help="of a run: the average of the weights (the default where there is one), or the weights",
-    )
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N")
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """The `pretrain` command. Finds the command's module, runs it, and turns errors into exit codes.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`; its docstring is its
-help. Only the module of the command that was typed is imported, so that `--help` and the data
-commands start without torch.
+help. Only the module of the command that was typed is imported, and where that loads torch, its
+arguments are in a module of their own, so that `--help` and the data commands start without it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pretrain.signals import ctrl_c_waits
 
 
 class Command(NamedTuple):
-    """`front`, where a command has one, holds its arguments and what can be refused without torch: the module's
-    `run(args, resolved)` is only called for what the front's `resolve(args)` gives back, unless that is None.
+    """`front`, where a command has one, holds its arguments, and may have `resolve(args)` for what can be refused
+    without torch: the module's `run(args, resolved)` is only called for what that gives back, unless it is None.
     """
 
     module: str
@@ -38,19 +38,39 @@ COMMANDS: dict[str, Command] = {
     ),
     "fork": Command("pretrain.fork", "start a new run from a checkpoint of another, with other settings"),
     "evaluate": Command(
-        "pretrain.evaluate", "measure a backbone's features with a kNN, linear, few-shot or dense probe"
+        "pretrain.evaluate",
+        "measure a backbone's features with a kNN, linear, few-shot or dense probe",
+        "pretrain.arguments.evaluate",
     ),
-    "predict": Command("pretrain.predict", "say what is in images, with a trained classifier"),
-    "analyze": Command("pretrain.analyze", "draw attention distances, position embeddings and patch filters"),
-    "export": Command("pretrain.export", "write a backbone that timm or Hugging Face loads as its own"),
+    "predict": Command(
+        "pretrain.predict", "say what is in images, with a trained classifier", "pretrain.arguments.predict"
+    ),
+    "analyze": Command(
+        "pretrain.analyze",
+        "draw attention distances, position embeddings and patch filters",
+        "pretrain.arguments.analyze",
+    ),
+    "export": Command(
+        "pretrain.export",
+        "write a backbone that timm or Hugging Face loads as its own",
+        "pretrain.arguments.export",
+    ),
     "transfer": Command(
         "launch.transfer", "how well a backbone transfers: datasets, seeds and starts in one table"
     ),
     "checkpoints": Command("pretrain.checkpoints", "list, verify and remove a run's checkpoints"),
     "report": Command("pretrain.report", "draw a run's curves from its journal"),
     "compare": Command("pretrain.compare", "lay runs side by side: curves, ends, recipes"),
-    "reconstruct": Command("pretrain.reconstruct", "draw what a masked autoencoder makes of images"),
-    "replay": Command("pretrain.replay", "look at one step's batch again: samples, losses, gradients"),
+    "reconstruct": Command(
+        "pretrain.reconstruct",
+        "draw what a masked autoencoder makes of images",
+        "pretrain.arguments.reconstruct",
+    ),
+    "replay": Command(
+        "pretrain.replay",
+        "look at one step's batch again: samples, losses, gradients",
+        "pretrain.arguments.replay",
+    ),
     "order": Command("data_tools.order", "print which sample stands where in a run, and when it was seen"),
     "data-change": Command(
         "data_tools.data_change", "add, weigh, remove or exclude data of a run that goes on"
@@ -63,17 +83,23 @@ COMMANDS: dict[str, Command] = {
     "data sync": Command("data_tools.sync", "copy a dataset between folders and buckets, verified"),
     "data redact": Command("data_tools.redact", "remove samples from a dataset for good"),
     "benchmark data": Command(
-        "pretrain.benchmarks.data", "images a second by stage, and next to other loaders"
+        "pretrain.benchmarks.data",
+        "images a second by stage, and next to other loaders",
+        "pretrain.arguments.benchmark_data",
     ),
     "benchmark decode": Command(
-        "pretrain.benchmarks.decode", "what framing and decoding cost one core, decoder by decoder"
+        "pretrain.benchmarks.decode",
+        "what framing and decoding cost one core, decoder by decoder",
+        "pretrain.arguments.benchmark_decode",
     ),
     "benchmark order": Command("pretrain.benchmarks.order", "what an epoch's order costs, up to 1e9 samples"),
     "benchmark shuffle": Command(
         "pretrain.benchmarks.shuffle", "how well the order mixes data sorted by class"
     ),
     "benchmark checkpoint": Command(
-        "pretrain.benchmarks.checkpoint", "what saving costs training: the stall, and the steps meanwhile"
+        "pretrain.benchmarks.checkpoint",
+        "what saving costs training: the stall, and the steps meanwhile",
+        "pretrain.arguments.benchmark_checkpoint",
     ),
     "benchmark objectives": Command(
         "pretrain.benchmarks.objectives", "does each objective teach each backbone something; next to timm"
@@ -183,8 +209,8 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
     )
     front.add_arguments(parser)
     args = parser.parse_intermixed_args(arguments)
-    if command.front is None:
-        return front.run(args)
+    if not hasattr(front, "resolve"):
+        return importlib.import_module(command.module).run(args)
     resolved = front.resolve(args)
     if resolved is None:
         return 0

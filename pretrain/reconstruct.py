@@ -29,13 +29,6 @@ GAP = 4  # pixels between pictures
 SMALLEST_SIDE = 112  # smaller images are enlarged, their pixels kept visible
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or one of its checkpoints")
-    parser.add_argument("url", metavar="URL", help="the dataset to take images from")
-    parser.add_argument("out", metavar="OUT.png", type=Path, help="the picture")
-    parser.add_argument("--images", type=int, default=8, metavar="N", help="rows (default %(default)s)")
-
-
 def run(args: argparse.Namespace) -> int:
     if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp") or not args.out.parent.is_dir():
         raise UsageError(f"{args.out}: give a .png file in a folder that is there")

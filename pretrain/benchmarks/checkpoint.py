@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pretrain.arguments.benchmark_checkpoint import PATCH
 from pretrain.checkpoint.manifest import KINDS
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.checkpoint.saver import Saver
@@ -38,29 +39,8 @@ from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
 
 MEAN_STD = (0.5, 0.5, 0.5)
-PATCH = {"tiny": 16, "small": 16, "base": 16, "large": 16, "huge": 14}
 _TURNS = 2  # of each kind of save: at full size each writes gigabytes
 _MOST_STEP_SECONDS = 20.0  # of one turn of steps
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size",
-        choices=list(PATCH),
-        default="large",
-        help="the ViT whose state it is (default: large, 3.6 GB)",
-    )
-    parser.add_argument(
-        "--folder", type=Path, metavar="DIR", help="where to write (default: temporary files)"
-    )
-    parser.add_argument(
-        "--limit",
-        type=float,
-        default=150e6,
-        metavar="B",
-        help="checkpoint.max_bytes_per_second of the limited turn (default 150e6)",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -51,41 +51,6 @@ from pretrain.storage import S3Settings, is_remote, join_url, open_storage
 _SIGNED_SECONDS = 6 * 3600
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("url", nargs="?", help="an indexed dataset: a folder or s3://bucket/prefix")
-    parser.add_argument(
-        "--images", type=_count, default=500, help="of them, at most, for the table by stage (500)"
-    )
-    parser.add_argument("--seconds", type=_positive, default=10.0, help="of each turn of each loader (10)")
-    parser.add_argument("--repeats", type=_count, default=3, help="turns of each loader (3)")
-    parser.add_argument("--size", type=_count, default=224, help="side of the images made (224)")
-    parser.add_argument(
-        "--processes", type=_count, nargs="+", default=[1, 2], help="with how many processes (1 and 2)"
-    )
-    parser.add_argument(
-        "--only", nargs="+", choices=tuple(contestants.CONTESTANTS), help="these loaders (all there are)"
-    )
-    parser.add_argument("--peer-python", help="the Python that litdata and streaming are installed for")
-    parser.add_argument(
-        "--scratch", metavar="URL", help="where in a bucket to put the images in the formats of these two"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not 1 or more")
-    return value
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
-    return value
-
-
 def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="pretrain-benchmark-") as temporary:

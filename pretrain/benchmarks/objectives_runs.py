@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pretrain.benchmarks import objectives_timm
 from pretrain.benchmarks.objectives_cells import IMAGE_SIDE
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
@@ -28,6 +27,7 @@ from pretrain.errors import EXIT_FINISHED, PretrainError, UsageError
 from pretrain.metrics.journal import JOURNAL_NAME, read_events, read_journal, steps_of
 from pretrain.signals import StopSignals
 
+_TIMM_LOOP = Path(__file__).with_name("objectives_timm.py")  # for a Python that may not have this project
 _LOOK_SECONDS = 0.5
 _TAIL_BYTES = 4096
 
@@ -110,7 +110,7 @@ def timm_seed(
     (folder / "log.txt").unlink(missing_ok=True)  # it begins anew, and its last line is the result
     began = time.monotonic()
     finished = _watch(
-        [python, str(objectives_timm.__file__), json.dumps(timm_spec(config, images, num_classes))],
+        [python, str(_TIMM_LOOP), json.dumps(timm_spec(config, images, num_classes))],
         environment=_environment(python, threads),
         log=folder / "log.txt",
         step_of=lambda: int(_last_object(folder / "log.txt").get("step", 0)),
