@@ -8,8 +8,9 @@ is lost ends the attempt; with --least-nodes the run goes on without it when it 
 
 The hosts are looked at first, as by `pretrain launch preflight --quick`: what is wrong there ends it with 2.
 
-Variables that begin as those of storage, NCCL and this project do (and what --export names) go to all hosts through
-ssh's stdin, never on a command line. SIGTERM and Ctrl-C reach all ranks of all hosts at once.
+Variables that begin as those of storage, NCCL, torch's compilers and this project do (and what --export names, such as
+HTTPS_PROXY) go to all hosts through ssh's stdin, never on a command line. SIGTERM and Ctrl-C reach all ranks of all
+hosts at once.
 
 exit codes: 0 finished · 2 wrong usage, or a host that cannot be reached at the start · 3 data · 4 checkpoint ·
 75 interrupted and saved · 130 Ctrl-C · 1 crashed, lost a rank or a host
@@ -73,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
     commands = {host: remote_command(args, node, slots) for node, (host, slots) in enumerate(hosts.items())}
     ssh = shlex.split(args.ssh)
     if args.dry_run:
+        if not args.no_preflight:
+            print("# looked at first; what is wrong there ends it with 2, and nothing is started")
+            for look in preflight.over_ssh(args, hosts).commands:
+                print(shlex.join(look))
+        print("# started on the hosts; variables go through their stdin")
         for host, command in commands.items():
             print(shlex.join([*ssh, host, command]))
         return 0

@@ -41,6 +41,7 @@ from pretrain.errors import ConfigError, UsageError
 from pretrain.metrics.memory import FLOAT32_BYTES, MOMENTS
 from pretrain.recipe import reachable_data
 
+WRITE_MB_A_SECOND = 1000.0  # an assumption: of a node, to its disk or to a store
 IMAGE_BYTES = 110_000  # a photograph of ImageNet as it comes, 500 x 375
 
 
@@ -78,11 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-mb-per-second",
         type=float,
-        default=1000.0,
+        default=WRITE_MB_A_SECOND,
         metavar="R",
-        help="at which a node writes checkpoints (default: 1000)",
+        help=f"at which a node writes checkpoints (default: {WRITE_MB_A_SECOND:.0f})",
     )
     parser.add_argument("--json", action="store_true", help="all of it, in base units")
+    parser.add_argument("--dry-run", action="store_true", help="printing is all that this command does")
     parser.add_argument(
         "--published", action="store_true", help="the model beside what others measured, and stop"
     )

@@ -25,6 +25,9 @@ FORWARDED = (
     "NCCL_",
     "GLOO_",
     "TORCH_",
+    "TORCHINDUCTOR_",
+    "TORCHDYNAMO_",
+    "TRITON_",
     "UCX_",
     "FI_",
     "PYTHON",
@@ -32,6 +35,8 @@ FORWARDED = (
     "HF_",
     "WANDB_",
 )
+# Not HTTP_PROXY and HTTPS_PROXY, which may hold a password that nobody thinks of: --export sends them.
+FORWARDED_NAMES = ("LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR", "NO_PROXY", "no_proxy")
 SSH = "ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3"
 SSH_FAILED = 255
 NO_SUCH_COMMAND = 127
@@ -101,4 +106,8 @@ def forwarded(environment: Mapping[str, str], names: Sequence[str]) -> dict[str,
     for name in names:
         if name not in environment:
             raise UsageError(f"--export {name}: is not set here; set it, or leave the option out")
-    return {name: value for name, value in environment.items() if name.startswith(FORWARDED) or name in names}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(FORWARDED) or name in FORWARDED_NAMES or name in names
+    }

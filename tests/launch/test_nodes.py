@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,12 +16,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from launching import ROOT
 
 from launch.coordinator import Terms
 from launch.hostfile import read_hostfile
 from launch.hosts import remote_command
 from launch.processes import free_port
-from launch.sessions import forwarded
+from launch.sessions import FORWARDED, FORWARDED_NAMES, forwarded
 from launch.worker import DEFAULT_PORT, place, start_coordinator
 from pretrain.checkpoint.attempts import read_attempts
 from pretrain.errors import UsageError
@@ -329,6 +331,8 @@ def test_only_named_variables_go_to_the_hosts_and_none_on_a_command_line(monkeyp
         "HOME": "/root",
         "CUDA_VISIBLE_DEVICES": "0",
         "MINE": "x",
+        "HTTPS_PROXY": "http://me:geheim@proxy:3128",
+        "TORCHELASTIC_RUN_ID": "another launcher's",
     }
     assert forwarded(environment, []) == {"AWS_SECRET_ACCESS_KEY": "geheim"}
     assert forwarded(environment, ["MINE"]) == {"AWS_SECRET_ACCESS_KEY": "geheim", "MINE": "x"}
@@ -341,3 +345,27 @@ def test_only_named_variables_go_to_the_hosts_and_none_on_a_command_line(monkeyp
     command = remote_command(args, 3, 8)
     assert "geheim" not in command
     assert "launch worker 'a recipe.yaml' 'a=b c' --stdio --node-rank 3 --processes 8" in command
+
+
+def test_what_compilers_libraries_and_tls_read_goes_to_the_hosts_too():
+    sent = {
+        "TORCHINDUCTOR_CACHE_DIR": "/fast/inductor",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "TRITON_CACHE_DIR": "/fast/triton",
+        "LD_LIBRARY_PATH": "/opt/ofi/lib",
+        "SSL_CERT_FILE": "/etc/ssl/ours.pem",
+        "NO_PROXY": ".cluster",
+        "no_proxy": ".cluster",
+    }
+    proxies = {"HTTPS_PROXY": "http://me:geheim@proxy:3128", "http_proxy": "http://me:geheim@proxy:3128"}
+    assert forwarded({**sent, **proxies, "LD_PRELOAD": "/x.so"}, []) == sent
+    assert forwarded({**sent, **proxies}, ["HTTPS_PROXY"]) == {**sent, "HTTPS_PROXY": proxies["HTTPS_PROXY"]}
+
+
+def test_the_readme_lists_the_variables_that_hosts_get():
+    readme = (ROOT / "README.md").read_text()
+    listed = readme[readme.index("The hosts get these variables") :].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)\*`", listed)) == set(FORWARDED)
+    named = set(re.findall(r"`([A-Z_]+)`", listed))
+    assert named == {name for name in FORWARDED_NAMES if name.isupper()}
+    assert "`--export HTTPS_PROXY`" in listed
