@@ -57,14 +57,48 @@ def test_the_model_gives_the_worked_numbers_of_vit_h_on_h200(gpus: int, images: 
 
 def test_what_others_published_is_met_as_closely_as_the_table_says() -> None:
     by_what = {(point.source.partition(",")[0], point.what): point for point in points()}
-    efficiencies = [point for point in by_what.values() if point.unit == "%"]
+    efficiencies = [point for point in by_what.values() if point.what.startswith("efficiency")]
     assert len(efficiencies) == 3
     for point in efficiencies:  # 1 to 16 nodes; 768 to 1,024 GPUs; another kind of network
         assert abs(point.error) < (1.0 if "Llama" not in point.source else 3.5), point
     assert abs(by_what["NeMo", "8 GPUs, at its 29 % of 989 TFLOP/s"].error) < 1.0
     # At the utilisation that is hoped for, the model is far above what untuned code reaches, and says so.
     hoped_for = [point for point in by_what.values() if "this command's" in point.what]
-    assert [round(point.error) for point in hoped_for] == [50, 879, 183, 97]
+    assert [round(point.error) for point in hoped_for if point.unit != "%"] == [
+        50,
+        879,
+        183,
+        97,
+    ]  # % of images
+    assert [round(point.error) for point in hoped_for if point.unit == "%"] == [
+        11,
+        5,
+    ]  # points: eager, compiled
+
+
+def test_the_failures_that_others_counted_are_fewer_here_by_those_that_were_planned() -> None:
+    by_what = {point.what: point for point in points()}
+    counted = by_what["interruptions in 54 days of 16,384 GPUs"]
+    assert (counted.published, round(counted.model)) == (466, 416)  # 419 of the 466 were unexpected
+    effective = by_what["effective time of the same: more than"]
+    assert effective.published == 90
+    assert 90 < effective.model < 99
+
+
+def test_what_proves_nothing_is_marked_and_the_readme_says_which_rows_these_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fitted = [point for point in points() if point.fitted]
+    assert main(["launch", "plan", "--published"]) == 0
+    marked = [line for line in capsys.readouterr().out.splitlines() if line.endswith(", fitted")]
+    assert [point.what in line for point, line in zip(fitted, marked, strict=True)] == [True] * len(fitted)
+    assert [(point.source.partition(",")[0], point.what.partition(",")[0]) for point in fitted] == [
+        ("NeMo", "8 GPUs"),
+        ("NeMo", "efficiency"),
+        ("Llama 3 405B", "interruptions in 54 days of 16"),
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert "Three of the rows prove nothing" in readme
 
 
 def test_lost_work_stays_below_what_the_model_promises_at_its_best_interval() -> None:
