@@ -34,7 +34,7 @@ def build_reporter(
             host=config.metrics.host,
             labels={"run": run_dir.name, "rank": str(world.rank), "attempt": str(attempt)},
         )
-        server.set_run(attempt=attempt, world_size=world.world_size)
+        server.set_run(attempt=attempt, world_size=world.world_size, planned_steps=total_steps)
         peak = utilization.peak
         server.set_model_flops(
             utilization.image_flops,

@@ -36,6 +36,9 @@ PHASES = (
     "validate",
     "end",  # training is over, well or not, and the process is not
 )
+LONG_PHASES = ("start", "save", "validate")
+LEAST_END_SECONDS = 60.0  # putting everything away takes as long as it takes, however short the steps are
+UNWATCHED_SECONDS = 600.0, 1800.0  # what an alarm goes by where nobody watches: config's defaults
 BEAT_SECONDS = 0.5
 DUMP_SIGNAL = signal.SIGUSR2  # answered in C, also while the interpreter is held; SIGUSR1 asks a run to stop
 
@@ -70,6 +73,14 @@ def read_sight(memory: mmap.mmap) -> Sight:
     return Sight(changes, PHASES[phase], step, at, beats, started)
 
 
+def limit_of(sight: Sight, *, step_seconds: float, start_seconds: float) -> float:
+    """Seconds without a move that a rank may take where it is."""
+    if sight.phase == "end":
+        return max(step_seconds, LEAST_END_SECONDS)
+    is_first = sight.step <= sight.started  # compilers and caches are warmed in it
+    return start_seconds if is_first or sight.phase in LONG_PHASES else step_seconds
+
+
 class Pulse:
     """Tell `at(phase, step)` at every turn; `watch` has a watchdog look at it. Close it, or let it die with us."""
 
@@ -82,6 +93,7 @@ class Pulse:
             self._memory = mmap.mmap(self._descriptor, _PAGE)
         self._changes = self._step = 0
         self._watchdog: _Watchdog | None = None
+        self._step_seconds, self._start_seconds = UNWATCHED_SECONDS
         self.at("start", 0)
 
     def at(self, phase: str, step: int | None = None) -> None:
@@ -101,6 +113,12 @@ class Pulse:
         """Since the last `at`. From any thread."""
         return monotonic() - read_sight(self._memory).at
 
+    @property
+    def limit_seconds(self) -> float:
+        """How long `idle_seconds` may get in the phase that it is in. From any thread."""
+        sight = read_sight(self._memory)
+        return limit_of(sight, step_seconds=self._step_seconds, start_seconds=self._start_seconds)
+
     def watch(
         self,
         folder: Path,
@@ -118,13 +136,14 @@ class Pulse:
         """
         if step_seconds is None or self._descriptor is None:
             return
+        self._step_seconds, self._start_seconds = step_seconds, max(step_seconds, start_seconds)
         task = {
             "pid": os.getpid(),
             "folder": str(folder),
             "rank": rank,
             "hosts": list(hosts),
             "step_seconds": step_seconds,
-            "start_seconds": max(step_seconds, start_seconds),
+            "start_seconds": self._start_seconds,
         }
         try:
             self._watchdog = _Watchdog(self._memory, self._descriptor, task)

@@ -144,7 +144,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             )
         )
         stack.callback(reporter.close)
-        reporter.watch_idleness(lambda: pulse.idle_seconds)
+        reporter.watch_idleness(lambda: pulse.idle_seconds, lambda: pulse.limit_seconds)
 
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
         objective = build_objective(config, num_classes=data.num_classes)

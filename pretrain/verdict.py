@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.pulse import BEAT_SECONDS, PHASES, Sight
+from pretrain.pulse import BEAT_SECONDS, PHASES, Sight, limit_of
 
-LONG_PHASES = ("start", "save", "validate")
-_LEAST_END_SECONDS = 60.0  # putting everything away takes as long as it takes, however short the steps are
 _LONGEST_LOOK = (
     2.0  # seconds; a longer one means that the watchdog was stopped itself, and its rank perhaps too
 )
@@ -58,10 +56,7 @@ class Stall:
     @property
     def limit(self) -> float:
         """Seconds without a move that the rank may take where it is."""
-        if self.sight.phase == "end":
-            return max(self._step_seconds, _LEAST_END_SECONDS)
-        is_first = self.sight.step <= self.sight.started  # compilers and caches are warmed in it
-        return self._start_seconds if is_first or self.sight.phase in LONG_PHASES else self._step_seconds
+        return limit_of(self.sight, step_seconds=self._step_seconds, start_seconds=self._start_seconds)
 
     @property
     def setting(self) -> str:

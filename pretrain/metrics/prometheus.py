@@ -112,6 +112,9 @@ class MetricsServer:
             "pretrain_attempt", "The run's attempts so far, this one included.", registry=registry
         )
         self._world_size = Gauge("pretrain_world_size", "Ranks of this attempt.", registry=registry)
+        self._planned_steps = Gauge(
+            "pretrain_planned_steps", "The optimizer step that the run is to end at.", registry=registry
+        )
         self._utilization: Gauge | None = None
         self._validation = Gauge(
             "pretrain_validation", "Result of the last validation, by metric.", ["metric"], registry=registry
@@ -183,6 +186,11 @@ class MetricsServer:
             "Time since this process last moved on from one phase of a step to the next.",
             registry=registry,
         )
+        self._idle_limit_seconds = Gauge(
+            "pretrain_idle_limit_seconds",
+            "The longest that this may be in the phase that the process is in: then its watchdog ends it.",
+            registry=registry,
+        )
         self._reading = {
             name: Counter(f"pretrain_{name}", meaning, registry=registry) for name, meaning in READING.items()
         }
@@ -239,9 +247,10 @@ class MetricsServer:
         if self._utilization is not None and utilization is not None:
             self._utilization.set(utilization)
 
-    def set_run(self, *, attempt: int, world_size: int) -> None:
+    def set_run(self, *, attempt: int, world_size: int, planned_steps: int) -> None:
         self._attempt.set(attempt)
         self._world_size.set(world_size)
+        self._planned_steps.set(planned_steps)
 
     def set_model_flops(self, image_flops: float, *, peak_flops: float | None, peak_name: str) -> None:
         """Of one image, forward and backward; and what one rank's device could do a second, if that is known."""
@@ -282,9 +291,10 @@ class MetricsServer:
         """Have the cache's size asked for at each scrape; other processes and runs change it, too."""
         self._cache_bytes.set_function(cached_bytes)
 
-    def watch_idleness(self, idle_seconds: Callable[[], float]) -> None:
-        """Have it asked for at each scrape: it grows while nothing else here is called."""
+    def watch_idleness(self, idle_seconds: Callable[[], float], limit_seconds: Callable[[], float]) -> None:
+        """Have both asked for at each scrape: the first grows while nothing else here is called."""
         self._idle_seconds.set_function(idle_seconds)
+        self._idle_limit_seconds.set_function(limit_seconds)
 
     def set_compute_seconds(self, seconds: Sequence[float], *, hosts: Sequence[str], num_slow: int) -> None:
         """`seconds` and `hosts` in rank order; num_slow: how many ranks are called slow."""

@@ -213,10 +213,10 @@ class Reporter:
         if self._server:
             self._server.set_watchdog_ended_ranks(len(ended))
 
-    def watch_idleness(self, idle_seconds: Callable[[], float]) -> None:
-        """`idle_seconds`: since this process last moved (`Pulse.idle_seconds`); asked for from any thread."""
+    def watch_idleness(self, idle_seconds: Callable[[], float], limit_seconds: Callable[[], float]) -> None:
+        """Since this process last moved, and for how long it may (`Pulse`); asked for from any thread."""
         if self._server:
-            self._server.watch_idleness(idle_seconds)
+            self._server.watch_idleness(idle_seconds, limit_seconds)
 
     def times_of_ranks(self, by_rank: Mapping[str, Sequence[float]], *, step: int, samples: int) -> None:
         """Before `step`: what a step took each rank, in rank order; "compute": to compute before it first waited for

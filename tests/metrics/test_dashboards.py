@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from launching import ROOT, free_port, start_ranks, wait_for_ranks
+from services.custom_resources import problems
 from services.prometheus import need, scraping
 from test_prometheus import observe_everything
 
@@ -60,6 +61,25 @@ def test_each_alert_has_a_case_that_fires_it_and_says_what_to_do() -> None:
         assert rule["annotations"]["runbook"].strip(), f"{rule['alert']} has no runbook"
         assert "{{ $labels.run }}" in rule["annotations"]["summary"]
     assert len(alerts) >= 9
+
+
+def test_each_recording_rule_is_asked_for_in_a_case() -> None:
+    cases = yaml.safe_load(CASES.read_text())["tests"]
+    asked = [test["expr"] for case in cases for test in case["promql_expr_test"]]
+    for record in [rule["record"] for rule in rules() if "record" in rule]:
+        assert any(re.search(rf"(?<![\w:]){re.escape(record)}(?![\w:])", expr) for expr in asked), record
+
+
+def test_the_file_is_the_spec_of_a_prometheus_rule_as_its_operator_takes_it() -> None:
+    document = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PrometheusRule",
+        "metadata": {"name": "pretrain"},
+    }
+    spec = yaml.safe_load(RULES.read_text())
+    assert problems({**document, "spec": spec}) == []
+    wrong = {"groups": [{**spec["groups"][0], "rule_files": []}]}
+    assert problems({**document, "spec": wrong})
 
 
 def test_promtool_reads_every_query_of_the_dashboard(tmp_path: Path) -> None:

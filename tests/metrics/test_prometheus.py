@@ -23,7 +23,7 @@ def server():
 
 
 def observe_everything(server) -> None:
-    server.set_run(attempt=3, world_size=2)
+    server.set_run(attempt=3, world_size=2, planned_steps=5000)
     server.set_model_flops(105e9, peak_flops=989.5e12, peak_name="H100, bf16 dense, datasheet")
     server.watch_commits(None)
     for step in (1, 2, 3):
@@ -49,7 +49,7 @@ def observe_everything(server) -> None:
     server.observe_checkpoint(seconds=3.0, stall_seconds=0.3, size_bytes=10**9, committed_at=1.7e9)
     server.set_validation({"loss": 1.5, "top1": 0.25})
     server.watch_cache(lambda: 123 << 20)
-    server.watch_idleness(lambda: 1.25)
+    server.watch_idleness(lambda: 1.25, lambda: 600.0)
     server.set_compute_seconds([0.2, 0.5, 0.3], hosts=["a", "a", "b"], num_slow=1)
     server.set_watchdog_ended_ranks(2)
     server.set_probes({"knn": 0.5}, falling={"knn": False})
@@ -91,6 +91,7 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_phase_seconds_total[forward][mean]": pytest.approx(0.18),
         "pretrain_attempt": 3,
         "pretrain_world_size": 2,
+        "pretrain_planned_steps": 5000,
         "pretrain_image_flops": 105e9,
         "pretrain_peak_flops[H100, bf16 dense, datasheet]": 989.5e12,
         "pretrain_model_flops_utilization": 0.4,
@@ -109,6 +110,7 @@ def test_the_endpoint_shows_what_was_observed(server):
         "pretrain_slow_ranks": 1,
         "pretrain_watchdog_ended_ranks": 2,
         "pretrain_idle_seconds": 1.25,
+        "pretrain_idle_limit_seconds": 600.0,
         "pretrain_checkpoint_last_commit_timestamp_seconds": 1.7e9,
     }
     assert {name: samples[name] for name in expected} == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from pretrain.config.schema import WatchdogConfig
 from pretrain.pulse import PHASES, Pulse, Sight, read_sight
 from pretrain.verdict import Process, Stall, conclusion, is_in_collective, kind_of, ranks_at_fault
 
@@ -65,6 +66,18 @@ def test_a_pulse_shows_what_it_was_told():
     seen = read_sight(pulse._memory)
     assert (seen.phase, seen.step, seen.started) == ("backward", 109, 100)
     assert 0 <= pulse.idle_seconds < 5
+
+
+def test_a_pulse_knows_how_long_it_may_be_idle_also_where_nobody_watches():
+    pulse = Pulse()
+    defaults = WatchdogConfig()
+    assert pulse.limit_seconds == defaults.start_seconds == 1800.0
+    pulse.at("forward", 0)  # the first step, which may compile
+    assert pulse.limit_seconds == 1800.0
+    pulse.at("forward", 1)
+    assert pulse.limit_seconds == defaults.step_seconds == 600.0
+    pulse.at("validate")
+    assert pulse.limit_seconds == 1800.0
 
 
 @pytest.mark.parametrize(
