@@ -9,7 +9,11 @@ pods anew together when one is lost; `trainjob` is Kubeflow's. --queue gives it 
 k8s/, which `kubectl kustomize` takes as well: see k8s/README.md.
 
 A pod's disk is gone with the pod, so the run needs checkpoint.mirror, or a --claim that all pods share. Credentials
-come from the service account (workload identity) or from a --secret, never from this command line.
+come from the service account (workload identity; --role-arn where the cluster has no webhook for it) or from a
+--secret, never from this command line.
+
+What a node writes of a checkpoint must fit into --save-seconds at --write-mb-per-second, and what is kept of them into
+--runs-gib: refused otherwise, for the pod would be killed or evicted.
 
 exit codes: 0 printed · 2 wrong usage, or a recipe that cannot run in a pod
 """
@@ -25,6 +29,7 @@ from launch import restarts
 from launch.manifest import (
     CACHE_GIB,
     COMPONENTS,
+    GIB,
     MEMORY_GIB_PER_GPU,
     RENDEZVOUS_SECONDS,
     RUNS,
@@ -33,8 +38,10 @@ from launch.manifest import (
     as_text,
     render,
 )
+from launch.plan import WRITE_MB_A_SECOND, checkpoint_bytes
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
+from pretrain.cost import cost_of
 from pretrain.errors import UsageError
 
 _SET_HERE = ("data.cache_dir", "data.cache_bytes", "metrics.host", "metrics.port")
@@ -69,10 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--service-account", metavar="NAME", help="one that is there already (default: one is made)"
     )
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="such as AWS_REGION=…; repeat it"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="such as AWS_DEFAULT_REGION=…; repeat it",
     )
     parser.add_argument(
         "--secret", action="append", default=[], metavar="NAME", help="its keys become variables; repeat it"
+    )
+    parser.add_argument(
+        "--role-arn",
+        metavar="ARN",
+        help="of a role that STS gives for the service account's token; not needed with EKS' annotation",
     )
     parser.add_argument(
         "--rdma", metavar="RESOURCE[=COUNT]", help="InfiniBand or RoCE, as the device plugin calls it"
@@ -94,6 +110,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=RUNS_GIB,
         metavar="N",
         help=f"for {RUNS} on the node's disk, without a claim",
+    )
+    parser.add_argument(
+        "--write-mb-per-second",
+        type=float,
+        default=WRITE_MB_A_SECOND,
+        metavar="R",
+        help=f"at which a node writes checkpoints, and sends them to a mirror (default: {WRITE_MB_A_SECOND:.0f})",
     )
     parser.add_argument(
         "--rendezvous-seconds",
@@ -120,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
         namespace=args.namespace,
         queue=args.queue,
         rdma=None if args.rdma is None else _rdma(args.rdma),
+        role_arn=None if args.role_arn is None else _role(args.role_arn),
         service_account=args.service_account,
         pod_monitor=not args.no_pod_monitor,
     )
@@ -135,8 +159,9 @@ def pods_of(args: argparse.Namespace, config: RunConfig) -> Pods:
             raise UsageError(f"--{option.replace('_', '-')} {value}: give 1 or more")
     if args.memory_gib_per_gpu < 4:
         raise UsageError(f"--memory-gib-per-gpu {args.memory_gib_per_gpu}: 1 of it is shm; give 4 or more")
-    if not args.rendezvous_seconds > 0:
-        raise UsageError(f"--rendezvous-seconds {args.rendezvous_seconds}: give more than 0")
+    for option in ("rendezvous_seconds", "write_mb_per_second"):
+        if not getattr(args, option) > 0:
+            raise UsageError(f"--{option.replace('_', '-')} {getattr(args, option)}: give more than 0")
     name = _name(args.name, config)
     for option in ("namespace", "queue", "service_account"):
         if (value := getattr(args, option)) is not None:
@@ -149,6 +174,7 @@ def pods_of(args: argparse.Namespace, config: RunConfig) -> Pods:
             f"run_dir would be {run_dir} on the pod's own disk, and gone with the pod: set "
             "checkpoint.mirror=s3://…, or give a --claim that all pods share"
         )
+    _check_checkpoints(args, config, is_shared=_below(run_dir, claims))
     _check_urls(config, claims)
     for override in args.overrides:
         if override.partition("=")[0] in _SET_HERE:
@@ -219,6 +245,29 @@ def _below(path: str, claims: Mapping[str, str]) -> bool:
     return any(path == place or path.startswith(f"{place}/") for place in claims)
 
 
+def _check_checkpoints(args: argparse.Namespace, config: RunConfig, *, is_shared: bool) -> None:
+    """A node writes its ranks' part of each; on its own disk it holds those that are kept, and one that is written."""
+    part = checkpoint_bytes(config, cost_of(config, config.objective.num_classes)) / args.nodes
+    rate = args.write_mb_per_second * 1e6
+    seconds = (
+        part / rate * (2 if config.checkpoint.mirror else 1)
+    )  # the mirror's copy is read from the disk's
+    if 0 < args.save_seconds < seconds:  # 0: who asks for it wants no save
+        sent = " and sends it to the mirror" if config.checkpoint.mirror else ""
+        raise UsageError(
+            f"--save-seconds {args.save_seconds:g}: a node writes {part / 1e9:,.1f} GB of a checkpoint{sent}, in "
+            f"{seconds:,.0f} s at {args.write_mb_per_second:g} MB/s, and would be killed meanwhile; give more, or the "
+            "rate that yours reach with --write-mb-per-second"
+        )
+    kept = config.checkpoint.keep_last + (config.checkpoint.keep_best is not None)
+    held = (kept + 1) * part
+    if not is_shared and held > args.runs_gib * GIB:
+        raise UsageError(
+            f"--runs-gib {args.runs_gib}: {kept} checkpoints that are kept, and one that is written, are "
+            f"{held / GIB:,.1f} GiB on a node, and the pod would be evicted; give more, or lower checkpoint.keep_last"
+        )
+
+
 def _check_urls(config: RunConfig, claims: Mapping[str, str]) -> None:
     urls = [("data.train", source.url) for source in config.data.sources]
     probes = config.eval.probes
@@ -248,6 +297,15 @@ def _variables(given: Sequence[str]) -> dict[str, str]:
             )
         variables[name] = value
     return variables
+
+
+def _role(given: str) -> str:
+    # AWS' accounts are numbers; radosgw's have letters, or none, as MinIO's.
+    if not re.fullmatch(r"arn:[\w-]+:iam::\w*:role/[\w+=,.@/-]+", given):
+        raise UsageError(
+            f"--role-arn {given}: give a role's, such as arn:aws:iam::123456789012:role/pretrain"
+        )
+    return given
 
 
 def _rdma(given: str) -> tuple[str, str]:

@@ -24,8 +24,8 @@ COMPONENTS: dict[str, tuple[str, ...]] = {
 }
 RUNS = "/runs"
 MEMORY_GIB_PER_GPU, CACHE_GIB, RUNS_GIB, RENDEZVOUS_SECONDS = 64, 64, 64, 1800.0
+GIB = 1 << 30
 
-_GIB = 1 << 30
 # From the last rank's end to the node's own: those that do not even take SIGKILL, the farewells, and a margin.
 _GRACE_BEYOND_SAVE_SECONDS = 90
 _LOG_GIB, _TMP_GIB, _HOME_GIB = 16, 8, 8
@@ -62,6 +62,7 @@ def render(
     namespace: str | None = None,
     queue: str | None = None,
     rdma: tuple[str, str] | None = None,
+    role_arn: str | None = None,
     service_account: str | None = None,
     pod_monitor: bool = True,
 ) -> list[Document]:
@@ -73,6 +74,9 @@ def render(
     if rdma:
         apply(FOLDER / "components" / "rdma", documents)
         _rename_device(one(documents, "Job"), *rdma)
+    if role_arn:
+        apply(FOLDER / "components" / "web-identity", documents)
+        _set_role(one(documents, "Job"), role_arn)
     for component in COMPONENTS[flavour]:
         apply(FOLDER / "components" / component, documents)
     if queue:
@@ -123,7 +127,7 @@ def _settle(job: Document, pods: Pods) -> None:
     arguments = container["args"]
     for name, value in (
         ("run_dir", pods.run_dir),
-        ("data.cache_bytes", pods.cache_gib * _GIB * 7 // 8),
+        ("data.cache_bytes", pods.cache_gib * GIB * 7 // 8),
         ("--rendezvous-seconds", f"{pods.rendezvous_seconds:g}"),
         ("--save-seconds", f"{pods.save_seconds:g}"),
     ):
@@ -181,6 +185,12 @@ def _rename_device(job: Document, resource: str, count: str) -> None:
     for asked in container["resources"].values():
         del asked["rdma/ib"]
         asked[resource] = count
+
+
+def _set_role(job: Document, role_arn: str) -> None:
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (variable,) = [each for each in container["env"] if each["name"] == "AWS_ROLE_ARN"]
+    variable["value"] = role_arn
 
 
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from services.required import skip_or_fail
 
 from launch.manifest import FOLDER, NAME, Pods, render
 
@@ -50,6 +54,7 @@ def every_manifest() -> Iterator[tuple[str, list[dict[str, Any]]]]:
                 namespace="research",
                 queue="gpus",
                 rdma=("vpc.amazonaws.com/efa", "32"),
+                role_arn="arn:aws:iam::123456789012:role/trainer",
                 service_account="trainer",
                 pod_monitor=False,
             ),
@@ -86,13 +91,61 @@ def container(documents: Any) -> dict[str, Any]:
     return only
 
 
+def volumes(documents: Any) -> dict[str, dict[str, Any]]:
+    """By where they are mounted."""
+    named = {volume["name"]: volume for volume in pod_spec(documents)["volumes"]}
+    mounts = container(documents)["volumeMounts"]
+    assert {mount["name"] for mount in mounts} == set(named)
+    return {mount["mountPath"]: {**named[mount["name"]], **mount} for mount in mounts}
+
+
+def variables(documents: Any, **known: str) -> dict[str, str]:
+    """The container's, those from the pod's own fields as `known` says."""
+    return {
+        each["name"]: each.get("value", known.get(each["name"], "")) for each in container(documents)["env"]
+    }
+
+
+def arguments(documents: Any, **known: str) -> list[str]:
+    """As the container gets them: Kubernetes puts variables in the place of $(NAME), and $( in that of $$(."""
+    values = variables(documents, **known)
+
+    def expanded(text: str) -> str:
+        return re.sub(
+            r"\$\$|\$\((\w+)\)",
+            lambda found: "$" if found[1] is None else values.get(found[1], found[0]),
+            text,
+        )
+
+    return [expanded(text) for text in container(documents)["args"]]
+
+
+def option(documents: Any, name: str) -> str:
+    (value,) = [text.partition("=")[2] for text in arguments(documents) if text.startswith(f"{name}=")]
+    return value
+
+
 def tool(name: str) -> str:
-    """The path of a validator, which stands beside Python or in PATH. Skips where it is not."""
+    """The path of a validator, which stands beside Python or in PATH. Skips where it is not, or fails."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return found
+    if (
+        found is None and name == "kubectl"
+    ):  # Debian 12's is too old to know components, so CI cannot have one
+        pytest.skip("kubectl is not installed")
+    return found or skip_or_fail(f"{name} is not installed")
+
+
+def checkov(framework: str, target: Path) -> dict[str, Any]:
+    """What the security scan says of a file or of the files in a folder. Skips where PRETRAIN_CHECKOV names none."""
+    program = os.environ.get("PRETRAIN_CHECKOV")
+    if program is None:
+        pytest.skip("PRETRAIN_CHECKOV names no checkov")
+    options = ["--framework", framework, "--skip-download", "--quiet", "--compact", "-o", "json"]
+    command = [program, *options, "-d" if target.is_dir() else "-f", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip(), done.stderr
+    return json.loads(done.stdout)
 
 
 def kubectl_kustomize(folder: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What a pod is like, and what the manifests do about it; the command that prints them."""
+"""What a pod is like, and what the manifests do about it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ import re
 import subprocess
 import sys
 import tempfile
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from manifests import (
-    FLAVOURS,
     OVERLAYS,
     RECIPE,
-    by_name,
+    arguments,
     container,
     every_manifest,
     job_spec,
-    kubectl_kustomize,
+    option,
     pod_spec,
-    pods,
     set_spec,
+    variables,
+    volumes,
 )
 
 from launch.kustomize import build
-from launch.manifest import FOLDER, NAME, as_text, render
+from launch.manifest import FOLDER
 from launch.worker import DEFAULT_PORT, place, recipe_digest
-from pretrain.cli import main
 from pretrain.config.load import load_config
 from pretrain.errors import CheckpointError, DataError, UsageError
 
@@ -43,40 +42,6 @@ HOPELESS = sorted({UsageError.exit_code, DataError.exit_code, CheckpointError.ex
 def gib(quantity: str) -> int:
     assert quantity.endswith("Gi")
     return int(quantity[:-2])
-
-
-def volumes(documents: Any) -> dict[str, dict[str, Any]]:
-    """By where they are mounted."""
-    named = {volume["name"]: volume for volume in pod_spec(documents)["volumes"]}
-    mounts = container(documents)["volumeMounts"]
-    assert {mount["name"] for mount in mounts} == set(named)
-    return {mount["mountPath"]: {**named[mount["name"]], **mount} for mount in mounts}
-
-
-def variables(documents: Any, **known: str) -> dict[str, str]:
-    """The container's, those from the pod's own fields as `known` says."""
-    return {
-        each["name"]: each.get("value", known.get(each["name"], "")) for each in container(documents)["env"]
-    }
-
-
-def arguments(documents: Any, **known: str) -> list[str]:
-    """As the container gets them: Kubernetes puts variables in the place of $(NAME), and $( in that of $$(."""
-    values = variables(documents, **known)
-
-    def expanded(text: str) -> str:
-        return re.sub(
-            r"\$\$|\$\((\w+)\)",
-            lambda found: "$" if found[1] is None else values.get(found[1], found[0]),
-            text,
-        )
-
-    return [expanded(text) for text in container(documents)["args"]]
-
-
-def option(documents: Any, name: str) -> str:
-    (value,) = [text.partition("=")[2] for text in arguments(documents) if text.startswith(f"{name}=")]
-    return value
 
 
 # What becomes of an exit code. Kubernetes' rules are applied as its documentation says: the first that matches.
@@ -247,7 +212,8 @@ def test_pods_keep_to_the_restricted_standard_but_for_ipc_lock_with_rdma(documen
     assert only["securityContext"]["capabilities"]["drop"] == ["ALL"]
     assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
     assert all(
-        {"emptyDir", "configMap", "persistentVolumeClaim"} & volume.keys() for volume in pod["volumes"]
+        {"emptyDir", "configMap", "persistentVolumeClaim", "projected"} & volume.keys()
+        for volume in pod["volumes"]
     )
     with_rdma = any("/" in name and name != "nvidia.com/gpu" for name in only["resources"]["limits"])
     assert only["securityContext"]["capabilities"].get("add", []) == (["IPC_LOCK"] if with_rdma else [])
@@ -258,7 +224,8 @@ def test_pods_keep_to_the_restricted_standard_but_for_ipc_lock_with_rdma(documen
 def test_no_credentials_are_in_a_manifest_and_the_api_servers_are_not_mounted(documents: Any) -> None:
     assert pod_spec(documents)["automountServiceAccountToken"] is False
     assert pod_spec(documents)["serviceAccountName"] not in ("", "default")
-    assert not re.search(r"SECRET|ACCESS_KEY|PASSWORD|TOKEN", " ".join(variables(documents)))
+    names = variables(documents).keys() - {"AWS_WEB_IDENTITY_TOKEN_FILE"}  # a path
+    assert not re.search(r"SECRET|ACCESS_KEY|PASSWORD|TOKEN", " ".join(names))
     for document in documents:
         if document["kind"] == "ServiceAccount":
             assert document["automountServiceAccountToken"] is False
@@ -336,147 +303,49 @@ def test_a_user_without_a_line_in_passwd_has_a_name_a_home_and_places_to_write()
         assert done.stdout.split() == ["pretrain", f"{folder}/home/pretrain", f"{folder}/tmp"]
 
 
-# The command.
+# What a pod reaches. A policy's rules are applied as Kubernetes' documentation says: any that admits will do.
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.replace("/runs/pretrain-run", "runs/Mae_L16"))
-    return path
+def reaches(
+    policy: dict[str, Any],
+    port: int,
+    protocol: str = "TCP",
+    *,
+    address: str | None = None,
+    namespace: str | None = None,
+) -> bool:
+    """Whether a pod may go to `address`, or to a pod in `namespace` that is none of the run's."""
 
+    def is_there(peer: dict[str, Any]) -> bool:
+        if address is not None:
+            block = peer.get("ipBlock")
+            return block is not None and ip_address(address) in ip_network(block["cidr"])
+        labels = peer.get("namespaceSelector", {"matchLabels": None})["matchLabels"]
+        return labels == {"kubernetes.io/metadata.name": namespace}
 
-def printed(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, Any]]:
-    options = ["--nodes", "4", "--gpus-per-node", "8", "--image", "registry.example/vit:1"]
-    code = main(["launch", "k8s", *options, *map(str, words)])
-    captured = capsys.readouterr()
-    assert code == 0, captured.err
-    return list(yaml.safe_load_all(captured.out))
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: object, **changed: str) -> str:
-    options = {"nodes": "4", "gpus-per-node": "8", "image": "registry.example/vit:1", **changed}
-    code = main(
-        ["launch", "k8s", *map(str, words), *(f"--{name}={value}" for name, value in options.items())]
+    return any(
+        ("to" not in rule or any(map(is_there, rule["to"])))
+        and ("ports" not in rule or {"port": port, "protocol": protocol} in rule["ports"])
+        for rule in policy["spec"]["egress"]
     )
-    captured = capsys.readouterr()
-    assert (code, captured.out) == (2, "")
-    return captured.err
 
 
-def test_the_command_prints_all_that_the_run_needs_under_one_name(recipe: Path, capsys: Any) -> None:
-    documents = printed(
-        capsys, recipe, "optim.base_lr=1e-4", "--namespace", "research", "--env", "AWS_REGION=eu-1"
-    )
-    assert {(d["kind"], d["metadata"]["name"], d["metadata"]["namespace"]) for d in documents} == {
-        (kind, "mae-l16", "research")
-        for kind in ("ServiceAccount", "NetworkPolicy", "PodMonitor", "ConfigMap", "JobSet")
-    }
-    assert NAME not in as_text(documents).replace(RECIPE, "").replace("s3://bucket/runs/pretrain-run", "")
-    (only,) = [d for d in documents if d["kind"] == "ConfigMap"]
-    assert only["data"] == {"recipe.yaml": recipe.read_text()}  # as it was written, comments too
-    words = arguments(documents)
-    assert words[:3] == ["/etc/pretrain/recipe.yaml", "optim.base_lr=1e-4", "run_dir=/runs/mae-l16"]
-    assert variables(documents)["AWS_REGION"] == "eu-1"
-    assert container(documents)["image"] == "registry.example/vit:1"
-    assert container(documents)["resources"]["limits"]["nvidia.com/gpu"] == "8"
-    assert container(documents)["resources"]["requests"]["cpu"] == str(8 * (12 + 2))
-
-
-def test_the_flavour_follows_the_number_of_nodes_unless_it_is_said(recipe: Path, capsys: Any) -> None:
-    def kinds(*words: object) -> set[str]:
-        return {document["kind"] for document in printed(capsys, recipe, *words)}
-
-    assert "JobSet" in kinds()
-    assert "Job" in kinds("--nodes", "1")
-    assert {"TrainJob", "TrainingRuntime"} <= kinds("--flavour", "trainjob")
-    assert "Job" in kinds("--flavour", "job", "--no-pod-monitor", "--service-account", "trainer")
-    assert not {"PodMonitor", "ServiceAccount"} & kinds("--no-pod-monitor", "--service-account", "trainer")
-
-
-@pytest.mark.parametrize("flavour", FLAVOURS)
-def test_a_queue_starts_the_run_when_it_may(recipe: Path, flavour: str, capsys: Any) -> None:
-    documents = printed(capsys, recipe, "--flavour", flavour, "--queue", "gpus")
-    queued = [d for d in documents if "kueue.x-k8s.io/queue-name" in d["metadata"].get("labels", {})]
-    assert [d["kind"] for d in queued] == [
-        {"job": "Job", "jobset": "JobSet", "trainjob": "TrainJob"}[flavour]
-    ]
-    assert queued[0]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
-    assert queued[0]["spec"]["suspend"] is True
-
-
-def test_a_pods_own_disk_is_no_place_for_a_run_without_a_mirror(recipe: Path, capsys: Any) -> None:
-    said = refused(capsys, recipe, "checkpoint.mirror=null")
-    assert "gone with the pod" in said
-    assert "checkpoint.mirror=s3://" in said
-    claimed = printed(capsys, recipe, "checkpoint.mirror=null", "--claim", "runs")
-    assert volumes(claimed)["/runs"]["persistentVolumeClaim"] == {"claimName": "runs"}
-    assert option(claimed, "run_dir") == "/runs/mae-l16"
-    elsewhere = printed(
-        capsys, recipe, "checkpoint.mirror=null", "run_dir=/shared/a/b", "data.train=/data/in1k",
-        "--claim", "lake:/data", "--claim", "fast:/shared",
-    )  # fmt: skip
-    assert option(elsewhere, "run_dir") == "/shared/a/b"
-    assert volumes(elsewhere)["/data"]["persistentVolumeClaim"] == {"claimName": "lake"}
-    assert volumes(elsewhere)["/runs"]["emptyDir"]
-
-
-def test_a_store_on_a_port_of_its_own_is_let_through(recipe: Path, capsys: Any) -> None:
-    documents = printed(capsys, recipe, "--env", "AWS_ENDPOINT_URL=http://rgw.storage:7480")
-    (policy,) = [d for d in documents if d["kind"] == "NetworkPolicy"]
-    assert {"ports": [{"port": 7480, "protocol": "TCP"}]} in policy["spec"]["egress"]
-
-
-def test_a_dollar_in_an_override_reaches_the_run_as_it_was_typed(recipe: Path, capsys: Any) -> None:
-    documents = printed(capsys, recipe, "data.train=s3://bucket/$(NNODES)", "--env", "ODD=$(NNODES)")
-    assert "data.train=s3://bucket/$$(NNODES)" in container(documents)["args"]
-    assert "data.train=s3://bucket/$(NNODES)" in arguments(documents)
-
-
-def test_kubectl_reads_the_text_as_we_meant_it(recipe: Path, tmp_path: Path, capsys: Any) -> None:
-    odd = ["A=1e3", "B=y", "C=0x10", "D=true", "E=", "F=~", "G=1_000", "H=2001:db8::1", "I=a: b # c", "J=0o7"]
-    documents = printed(capsys, recipe, *(word for text in odd for word in ("--env", text)))
-    (tmp_path / "all.yaml").write_text(as_text(documents))
-    (tmp_path / "kustomization.yaml").write_text("resources: [all.yaml]\n")
-    assert by_name(kubectl_kustomize(tmp_path)) == by_name(documents)
-    assert variables(documents).items() >= dict(text.split("=", 1) for text in odd).items()
-
-
-@pytest.mark.parametrize(
-    ("words", "changed", "said"),
-    [
-        ([], {"image": "registry.example:5000/vit"}, "name a tag that stays"),
-        ([], {"image": "vit:latest"}, "name a tag that stays"),
-        ([], {"nodes": "0"}, "--nodes 0"),
-        ([], {"name": "Mae_L"}, "--name Mae_L"),
-        ([], {"name": "a" * 41}, "40 at most"),
-        ([], {"queue": "no such queue"}, "--queue"),
-        (["data.train=shards"], {}, "data.train=shards is not there in a pod"),
-        (["init_from=/home/me/run"], {}, "init_from=/home/me/run is not there in a pod"),
-        (["metrics.port=1"], {}, "metrics.port=1: the manifest sets this key"),
-        (["--env", "AWS_SECRET_ACCESS_KEY=geheim"], {}, "for all to read"),
-        (["--env", "no"], {}, "give NAME=VALUE"),
-        (["--claim", "runs:/tmp"], {}, "no path of its own"),
-        ([], {"rdma": "infiniband"}, "--rdma infiniband"),
-        (["optim.rate=1"], {}, "optim.rate"),
-    ],
-)  # fmt: skip
-def test_what_would_fail_in_the_cluster_is_refused_here(
-    recipe: Path, words: list[str], changed: dict[str, str], said: str, capsys: Any
-) -> None:
-    text = refused(capsys, recipe, *words, **changed)
-    assert said in text
-    assert "geheim" not in text
-
-
-def test_the_grace_follows_the_time_for_a_save(recipe: Path, capsys: Any) -> None:
-    documents = printed(capsys, recipe, "--save-seconds", "600", "--max-restarts", "1")
-    assert option(documents, "--save-seconds") == "600"
-    assert option(documents, "--max-restarts") == "1"
-    assert pod_spec(documents)["terminationGracePeriodSeconds"] >= 645
-
-
-def test_without_the_command_the_bases_recipe_runs_as_it_is() -> None:
-    config = load_config(FOLDER / "base/recipe.yaml")
-    assert config.checkpoint.mirror
-    assert render(pods(nodes=1), recipe=RECIPE, flavour="job")
+@every
+def test_names_and_the_bucket_are_reached_and_not_much_else(documents: Any) -> None:
+    (policy,) = [each for each in documents if each["kind"] == "NetworkPolicy"]
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    for protocol in ("UDP", "TCP"):
+        assert reaches(policy, 53, protocol, namespace="kube-system")
+        assert reaches(policy, 53, protocol, address="169.254.20.10")  # NodeLocal DNSCache
+        assert reaches(policy, 53, protocol, address="169.254.169.254")  # GKE with Cloud DNS
+        assert reaches(policy, 5353, protocol, namespace="openshift-dns")
+        assert not reaches(policy, 53, protocol, address="192.0.2.1")
+        assert not reaches(policy, 5353, protocol, namespace="kube-system")
+    assert reaches(policy, 443, address="192.0.2.1")  # the bucket, wherever it is
+    assert not reaches(policy, 443, "UDP", address="192.0.2.1")
+    assert reaches(policy, 80, address="169.254.170.23")  # EKS Pod Identity
+    for port in (80, 988, 22):  # the machine's own metadata and credentials
+        assert not reaches(policy, port, address="169.254.169.254")
+        assert not reaches(policy, port, address="169.254.169.252")
+    assert not reaches(policy, 8080, address="192.0.2.1")
+    assert not reaches(policy, 6443, namespace="default")

@@ -26,6 +26,7 @@ def test_what_we_build_is_what_kubectl_builds(overlay: str) -> None:
         ("trainjob", "trainjob", {}),
         ("kueue", "jobset", {"queue": "pretrain"}),
         ("rdma", "jobset", {"rdma": ("rdma/ib", "1")}),
+        ("web-identity", "jobset", {"role_arn": "arn:aws:iam::123456789012:role/pretrain"}),
     ],
 )
 def test_the_command_asked_for_what_an_overlay_says_prints_that_overlay(
