@@ -70,9 +70,11 @@ class Cluster:
         if self._flavour == "job":
             job, spec = kinds["Job"]["metadata"]["name"], kinds["Job"]["spec"]
             subdomain = spec["template"]["spec"]["subdomain"]
-        else:  # as JobSet names them
-            name = kinds["JobSet"]["metadata"]["name"]
-            (replicated,) = kinds["JobSet"]["spec"]["replicatedJobs"]
+        else:  # as JobSet names them; the trainer makes a JobSet of a TrainJob's runtime, by the TrainJob's name
+            is_set = self._flavour == "jobset"
+            name = kinds["JobSet" if is_set else "TrainJob"]["metadata"]["name"]
+            made = kinds["JobSet"] if is_set else kinds["TrainingRuntime"]["spec"]["template"]
+            (replicated,) = made["spec"]["replicatedJobs"]
             job, subdomain = f"{name}-{replicated['name']}-0", name
             spec = replicated["template"]["spec"]
         pod = Pod(
@@ -122,7 +124,7 @@ def metrics(cluster: Cluster, pod: Pod, network: PodNetwork) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("cluster", ["job", "jobset"], indirect=True)
+@pytest.mark.parametrize("cluster", ["job", "jobset", "trainjob"], indirect=True)
 def test_the_manifests_containers_train_over_a_lost_pod_and_a_drained_one_to_the_end(
     cluster: Cluster, network: PodNetwork, request: pytest.FixtureRequest
 ) -> None:
