@@ -180,6 +180,10 @@ def test_a_real_run_of_two_ranks_answers_every_query_and_fires_an_alert(tmp_path
             # What the query says is what the run's own numbers say.
             [flops] = prometheus.query("pretrain_image_flops * pretrain_images_per_second")
             assert float(flops["value"][1]) > 0
+            [planned] = prometheus.query("run:pretrain_planned_steps:max")
+            assert float(planned["value"][1]) == 100_000
+            [limit] = prometheus.query("pretrain_idle_limit_seconds")
+            assert float(limit["value"][1]) in (600, 1800)  # of a step; of a validation, a save
             shares = prometheus.query('run_phase:pretrain_phase_seconds:share5m{run="run"}')
             assert {share["metric"]["phase"] for share in shares} == {
                 "data",
