@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pretrain.bests import Bests
 from pretrain.checkpoint.best import BestWatch
@@ -25,6 +24,7 @@ from pretrain.metrics.reporter import Reporter
 from pretrain.models.build import build_backbone
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
+from pretrain.objectives.contract import Objective, as_module
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.simmim import SimMIM
 from pretrain.optim.parameter_groups import without_gradients
@@ -32,7 +32,7 @@ from pretrain.optimizer import average_builder, layer_scale, optimizer_builder
 from pretrain.signals import ctrl_c_waits
 
 
-def build_objective(config: RunConfig, *, num_classes: int | None) -> Classification | MAE | SimMIM:
+def build_objective(config: RunConfig, *, num_classes: int | None) -> Objective:
     """The objective with fresh float32 weights that depend on `config.seed` alone."""
     torch.manual_seed(config.seed)
     objective = config.objective
@@ -73,11 +73,11 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Classifica
     )
 
 
-def build_engine(config: RunConfig, objective: nn.Module, *, world: World, split: Split) -> Engine:
+def build_engine(config: RunConfig, objective: Objective, *, world: World, split: Split) -> Engine:
     """DeepSpeed when a launcher started this process, accelerate when it runs alone."""
     build_optimizer = optimizer_builder(config, world.device)
     if config.optim.train_last_blocks is not None:
-        without_gradients(objective, layer_scale(config))
+        without_gradients(as_module(objective), layer_scale(config))
     build_average = average_builder(config)
     # Imported here: each is there only where it is needed, and takes seconds.
     if world.launched:

@@ -190,9 +190,10 @@ def gather_tensors(values: torch.Tensor) -> list[torch.Tensor]:
     """Each rank's `values`, of one shape and type, in rank order, on every rank."""
     if not dist.is_initialized():
         return [values]
-    gathered = [torch.empty_like(values) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, values)
-    return gathered
+    world_size = dist.get_world_size()
+    gathered = values.new_empty(world_size * values.numel())
+    dist.all_gather_into_tensor(gathered, values.flatten())
+    return list(gathered.view(world_size, *values.shape))
 
 
 def gather_rows(rows: torch.Tensor, *, world: World, piece_bytes: int = 64 << 20) -> torch.Tensor:

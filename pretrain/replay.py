@@ -26,7 +26,7 @@ from pretrain.assemble import build_objective
 from pretrain.assemble_data import Data, build_device_transform, build_mixing, build_train_loader
 from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.load import load_weights
-from pretrain.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from pretrain.checkpoint.manifest import EMA, MANIFEST_NAME, Manifest, read_manifest
 from pretrain.checkpoint.run_directory import write_whole
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import open_samples
@@ -148,17 +148,21 @@ def _weights(
             )
         manifest = read_manifest(folder)
         missing, unexpected = objective.load_state_dict(load_weights(folder), strict=False)
-        lacking = set(missing) - {name for name, _ in objective.named_buffers()}
+        lacking = set(missing) & {name for name, p in objective.named_parameters() if p.requires_grad}
         if lacking or unexpected:
             raise CheckpointError(
                 f"{folder}: is of another network: {sorted(lacking | set(unexpected))[:3]}; give one of this run's"
             )
+        if objective.teacher is not None:
+            objective.teacher.load_state_dict(load_weights(folder, kind=EMA), strict=False)
         return manifest, str(folder)
     if existing.config.init_from:
         load_into(
             objective.backbone,
             read_backbone(existing.config.init_from, trust_pickle=existing.config.init_trust_pickle),
         )
+        if objective.teacher is not None:
+            objective.teacher.load_state_dict(objective.state_dict(), strict=False)
         return None, f"the run's first weights, from {existing.config.init_from}"
     return None, "the run's first weights, of its seed"
 

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from pretrain.engine.fragments import Fragment
-
-
-class Objective(Protocol):
-    """What an engine trains: an nn.Module with a `backbone`, whose loss is a sum (see objectives/)."""
-
-    backbone: nn.Module
-
-    def count(self, batch: Any) -> float:
-        """What the loss sum of `batch`, on the host, will be divided by. Looks at no device."""
-        ...
-
-    def train(self, mode: bool = True) -> Any: ...
-
-    def eval(self) -> Any: ...
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+from pretrain.objectives.contract import Objective
 
 
 class Engine(Protocol):
     """One optimizer step is: `forward` and `backward` for each micro-batch, then `step`.
 
-    module: the objective, on `device`. Its parameters keep their names.
+    module: the objective, on `device`. Its parameters keep their names. Its teacher, where it has one, is the average
+        of the weights from the start, after each step that was not skipped, and after `publish_weights`.
     zero_stage: 0 where state is not sharded.
     skipped: did the last `step` leave everything as it was, because the gradient was not finite?
     averages: is an average of the weights (EMA) kept?

@@ -11,13 +11,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from pretrain.objectives.contract import Objective, as_module
 
-def compile_blocks(objective: nn.Module, *, backend: str = "inductor") -> int:
+
+def compile_blocks(objective: Objective, *, backend: str = "inductor") -> int:
     """Compile, at their first use, the blocks of backbone and decoder. Returns how many.
 
     A block is compiled anew for each shape and each of training and validation. `backend`: torch.compile's.
     """
-    blocks = list(repeated_blocks(objective))
+    blocks = list(repeated_blocks(as_module(objective)))
     for block in blocks:
         block.compile(backend=backend)
     return len(blocks)

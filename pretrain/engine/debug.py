@@ -21,6 +21,8 @@ from pretrain.engine.fragments import (
     set_optimizer_steps,
     views,
 )
+from pretrain.engine.teacher import average_copy, check_teacher
+from pretrain.objectives.contract import Objective
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.parameter_groups import set_learning_rates
 
@@ -32,7 +34,7 @@ class AccelerateEngine:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         precision: str,
@@ -40,6 +42,7 @@ class AccelerateEngine:
         device: torch.device,
         build_average: Callable[[list[torch.Tensor]], WeightAverage] | None = None,
     ) -> None:
+        check_teacher(objective, zero_stage=self.zero_stage, averages=build_average is not None)
         self._is_bf16 = precision == "bf16"
         self._accelerator = Accelerator(
             mixed_precision="bf16" if self._is_bf16 else "no", cpu=device.type == "cpu"
@@ -56,6 +59,8 @@ class AccelerateEngine:
         prepare_state(self._optimizer, masters)
         self._average = build_average(masters) if build_average else None
         self.averages = self._average is not None
+        self._teacher = average_copy(objective, self.fragments(), world=None)
+        self.publish_weights()
         self._updates = 0  # as the optimizer counts them, on the host
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,6 +87,8 @@ class AccelerateEngine:
             self._updates += 1
             if self._average is not None:
                 self._average.update(self._updates)
+            if self._teacher is not None:
+                self._teacher.refresh()
         self._stepper.zero_grad()
         return norm.detach().float()
 
@@ -102,7 +109,8 @@ class AccelerateEngine:
         return {}  # there is nobody to compare with
 
     def publish_weights(self) -> None:
-        """The fragments are the weights themselves."""
+        if self._teacher is not None:  # the fragments are the weights themselves
+            self._teacher.refresh()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

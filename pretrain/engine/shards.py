@@ -1,4 +1,4 @@
-"""What DeepSpeed holds of the training state at each ZeRO stage: masters and moments, as fragments. Called by zero.py."""
+"""What DeepSpeed holds of the training state at each ZeRO stage, masters and moments. Called by zero.py."""
 
 from __future__ import annotations
 

@@ -28,7 +28,9 @@ from pretrain.engine.fragments import (
     share,
 )
 from pretrain.engine.shards import shards_of
+from pretrain.engine.teacher import average_copy, check_teacher
 from pretrain.errors import AskedToStopError, UsageError
+from pretrain.objectives.contract import Objective, as_module
 from pretrain.optim.ema import WeightAverage
 from pretrain.optim.lamb import Lamb
 from pretrain.optim.muon import Muon
@@ -90,7 +92,7 @@ class ZeroEngine:
 
     def __init__(
         self,
-        objective: nn.Module,
+        objective: Objective,
         *,
         build_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
         config: Mapping[str, Any],
@@ -104,7 +106,8 @@ class ZeroEngine:
         _quieten()
         deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
         self.zero_stage = int(config["zero_optimization"]["stage"])
-        optimizer = build_optimizer(objective)
+        check_teacher(objective, zero_stage=self.zero_stage, averages=build_average is not None)
+        optimizer = build_optimizer(as_module(objective))
         if isinstance(optimizer, Muon) and self.zero_stage > 0:
             optimizer = _muon_of_shards(optimizer)
         try:
@@ -135,6 +138,9 @@ class ZeroEngine:
             fragment.tensors["weight"].copy_(source)
         if self._average is not None:
             self._average.restart()
+        self._teacher = average_copy(
+            objective, self.fragments(), world=None if self.zero_stage == 0 else world
+        )
         self.publish_weights()
 
     def forward(self, images: torch.Tensor, batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -172,6 +178,8 @@ class ZeroEngine:
             self._updates += 1
             if self._average is not None:
                 self._average.update(self._updates)
+            if self._teacher is not None:
+                self._teacher.refresh()
         return torch.as_tensor(norm, dtype=torch.float32, device=self.device).detach()
 
     def fragments(self) -> list[Fragment]:
@@ -189,6 +197,11 @@ class ZeroEngine:
         return {name: parameter.detach().view(-1) for name, parameter in self._trained.items()}
 
     def publish_weights(self) -> None:
+        self._publish()
+        if self._teacher is not None:
+            self._teacher.refresh()
+
+    def _publish(self) -> None:
         self._shards.publish()
         barrier()
 
@@ -196,7 +209,7 @@ class ZeroEngine:
     def averaged_weights(self) -> Iterator[None]:
         assert self._average is not None, "the run keeps an average"
         self._average.swap()
-        self.publish_weights()
+        self._publish()
         by_all = True
         try:
             yield
@@ -208,7 +221,7 @@ class ZeroEngine:
         finally:
             self._average.swap()
             if by_all:
-                self.publish_weights()
+                self._publish()
 
     @property
     def optimizer_steps(self) -> int:

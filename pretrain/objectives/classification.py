@@ -76,6 +76,8 @@ class Classification(nn.Module):
     `head.bias`; the head's weights come from torch's global generator.
     """
 
+    teacher: None = None
+
     def __init__(
         self,
         backbone: Backbone,

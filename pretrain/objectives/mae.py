@@ -107,6 +107,8 @@ class MAE(nn.Module):
     leave untrained.
     """
 
+    teacher: None = None
+
     def __init__(
         self,
         backbone: VisionTransformer,

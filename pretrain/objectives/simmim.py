@@ -89,6 +89,8 @@ class SimMIM(nn.Module):
     Raises ConfigError for a mask or an image size that does not fit the backbone.
     """
 
+    teacher: None = None
+
     def __init__(
         self,
         backbone: Backbone,
