@@ -169,7 +169,7 @@ def parts_of(suite: Suite) -> list[Part]:
                 words = tuple(f"{key}={json.dumps(value)}" for key, value in {**chosen, **own}.items())
                 # the folder's name holds a digest of the rest: any will do to check it
                 config = overridden(
-                    recipe, [*words, "run_dir=."], source=f"{suite.recipe}, for {dataset}, {start}"
+                    recipe, [*words, "run_dir=PART"], source=f"{suite.recipe}, for {dataset}, {start}"
                 )
                 if config.objective.name != "classification":
                     raise ConfigError(

@@ -6,6 +6,7 @@ Everything wrong is found here, before anything is written or joined, without im
 from __future__ import annotations
 
 import copy
+import os
 import re
 import types
 import typing
@@ -73,7 +74,9 @@ def overridden(recipe: Mapping[str, Any], overrides: Sequence[str], *, source: s
     changed = copy.deepcopy(dict(recipe))
     for override in overrides:
         _apply_override(changed, override)
-    return parse_config(changed, source=source)
+    config = parse_config(changed, source=source)
+    _check_start(config, source)
+    return config
 
 
 def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
@@ -100,6 +103,28 @@ def parse_config(recipe: Mapping[str, Any], *, source: str) -> RunConfig:
             "export.formats=[timm], or export by hand with --no-head"
         )
     return config
+
+
+def _check_start(config: RunConfig, source: str) -> None:
+    """Not a part of parse_config: a run that was once started so is looked at and exported as it is."""
+    if not config.init_from:
+        return
+    for key, own in (("run_dir", config.run_dir), ("checkpoint.mirror", config.checkpoint.mirror)):
+        if own is not None and _is_of_run(config.init_from, own):
+            raise ConfigError(
+                f"{source}: init_from={config.init_from} is of the run's own {key}={own}: a run does not begin with "
+                "what it is to make. Give it a place of its own, for example run_dir=runs/finetune; to go on with the "
+                "run that is there, leave init_from out"
+            )
+
+
+def _is_of_run(path: str, run: str) -> bool:
+    """Is it the run's folder or mirror, or what a run keeps there?"""
+    path, run = (
+        place.rstrip("/") if place.startswith("s3://") else os.path.realpath(place.removeprefix("file://"))
+        for place in (path, run)
+    )
+    return path == run or path.startswith((f"{run}/checkpoints/", f"{run}/exports/"))
 
 
 def with_defaults(config: Mapping[str, Any], model: type[BaseModel] = RunConfig) -> dict[str, Any]:

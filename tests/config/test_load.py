@@ -94,6 +94,46 @@ def test_what_only_fails_together_is_refused_too(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("run_dir", "init_from", "more", "refused"),
+    [
+        ("runs/a", "runs/a", [], True),
+        ("runs/a", "./runs/b/../a/", [], True),
+        ("runs/a", "file://{here}/runs/a", [], True),
+        ("{here}/runs/a", "runs/a", [], True),
+        ("runs/a", "link", [], True),
+        ("runs/a", "runs/a/checkpoints/step-00000003", [], True),
+        ("runs/a", "runs/a/exports/timm", [], True),
+        ("runs/a", "s3://bucket/a/", ["checkpoint.mirror=s3://bucket/a"], True),
+        ("runs/a", "s3://bucket/ab", ["checkpoint.mirror=s3://bucket/a"], False),
+        ("runs/a", "runs/ab", [], False),
+        ("runs", "runs/a", [], False),
+        ("runs/a", "runs", [], False),
+    ],
+)
+def test_a_run_that_begins_with_itself_is_refused_and_one_that_begins_with_another_is_not(
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_dir: str,
+    init_from: str,
+    more: list[str],
+    refused: bool,
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "a")
+    monkeypatch.chdir(tmp_path)
+    words = [word.format(here=tmp_path) for word in (f"run_dir={run_dir}", f"init_from={init_from}", *more)]
+    if not refused:
+        load_config(recipe, words)
+        return
+    with pytest.raises(ConfigError, match=r"is of the run's own .* run_dir=runs/finetune") as caught:
+        load_config(recipe, words)
+    assert caught.value.exit_code == 2
+    # What was once started so is read as it is, to be looked at and exported.
+    stored = {**RECIPE, "run_dir": "runs/a", "init_from": "runs/a"}
+    assert parse_config(stored, source="RUN/config.yaml").init_from == "runs/a"
+
+
+@pytest@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (
