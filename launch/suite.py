@@ -31,7 +31,7 @@ Overrides = dict[str, Any]  # recipe keys, as "train.steps": 100
 # What each start means in a recipe, besides init_from; a suite's own overrides come after.
 STARTS: dict[StartName, Overrides] = {
     "pretrained": {},
-    "scratch": {},
+    "scratch": {"init_head": False},  # which a recipe may ask of its init_from
     # longer than any run: the backbone stays, bit for bit, and gives the same features of an image each time
     "linear-probe": {"optim.freeze_backbone_steps": 10**9, "model.drop_path_rate": 0.0},
 }

@@ -19,6 +19,8 @@ from pretrain.config.schema import RunConfig
 from pretrain.derived import Split, backbone_spec, s3_settings
 from pretrain.distributed import World
 from pretrain.engine.base import Engine
+from pretrain.formats.incoming import Incoming, read_backbone
+from pretrain.formats.loading import LoadReport, check_head, load_into
 from pretrain.judge import Judge, SpikeRule
 from pretrain.metrics.reporter import Reporter
 from pretrain.models.build import build_backbone
@@ -71,6 +73,26 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Objective:
         head_bias=objective.head_bias,
         seed=config.seed,
     )
+
+
+def read_start(config: RunConfig, *, num_classes: int | None) -> Incoming | None:
+    """What a run without a checkpoint begins with, of init_from; None for one that begins anew.
+
+    Raises as read_backbone, and CheckpointError where init_head asks for a class head that does not fit.
+    """
+    if not config.init_from:
+        return None
+    incoming = read_backbone(config.init_from, trust_pickle=config.init_trust_pickle)
+    if config.init_head:
+        assert num_classes is not None, "classification has classes"
+        check_head(incoming, num_classes)
+    return incoming
+
+
+def start_from(config: RunConfig, objective: Objective, incoming: Incoming) -> LoadReport:
+    """Put what was read into the objective, its class head only where init_head says so. Raises as load_into."""
+    head = as_module(objective).get_submodule("head") if config.init_head else None
+    return load_into(objective.backbone, incoming, head=head)
 
 
 def build_engine(config: RunConfig, objective: Objective, *, world: World, split: Split) -> Engine:

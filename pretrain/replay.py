@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pretrain.assemble import build_objective
+from pretrain.assemble import build_objective, read_start, start_from
 from pretrain.assemble_data import Data, build_device_transform, build_mixing, build_train_loader
 from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.load import load_weights
@@ -35,8 +35,6 @@ from pretrain.datasets import ExistingRun, open_run
 from pretrain.derived import cache_dir, num_classes_for, s3_settings, split_batch
 from pretrain.distributed import World
 from pretrain.errors import CheckpointError, UsageError
-from pretrain.formats.incoming import read_backbone
-from pretrain.formats.loading import load_into
 from pretrain.history import history_of
 from pretrain.inspection import Findings, inspect
 from pretrain.metrics.journal import JOURNAL_NAME, read_journal, steps_of
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = build_objective(config, num_classes=data.num_classes)
-    manifest, weights = _weights(existing, args.checkpoint, start, objective)
+    manifest, weights = _weights(existing, args.checkpoint, start, objective, num_classes=data.num_classes)
     world = World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
     loader = build_train_loader(config, data, world=world, split=split_batch(config, 1), workers=0)
     steps = loader.steps(start)
@@ -137,7 +135,12 @@ def _for_one_device(config: RunConfig, global_batch_size: int) -> RunConfig:
 
 
 def _weights(
-    existing: ExistingRun, named: Path | None, start: int, objective: Any
+    existing: ExistingRun,
+    named: Path | None,
+    start: int,
+    objective: Any,
+    *,
+    num_classes: int | None,
 ) -> tuple[Manifest | None, str]:
     """Load what is nearest to the step into `objective`: (its manifest, what it is, in words)."""
     folder = named if named is not None else _newest_before(existing.run_dir, start)
@@ -156,11 +159,9 @@ def _weights(
         if objective.teacher is not None:
             objective.teacher.load_state_dict(load_weights(folder, kind=EMA), strict=False)
         return manifest, str(folder)
-    if existing.config.init_from:
-        load_into(
-            objective.backbone,
-            read_backbone(existing.config.init_from, trust_pickle=existing.config.init_trust_pickle),
-        )
+    incoming = read_start(existing.config, num_classes=num_classes)
+    if incoming is not None:
+        start_from(existing.config, objective, incoming)
         if objective.teacher is not None:
             objective.teacher.load_state_dict(objective.state_dict(), strict=False)
         return None, f"the run's first weights, from {existing.config.init_from}"

@@ -30,6 +30,8 @@ from pretrain.assemble import (
     build_objective,
     build_saver,
     open_mirror,
+    read_start,
+    start_from,
 )
 from pretrain.assemble_data import build_device_transform, build_mixing, build_train_loader, open_data
 from pretrain.assemble_evaluations import build_evaluations, open_evaluation_data
@@ -56,8 +58,6 @@ from pretrain.distributed import (
 from pretrain.engine.compiled import compile_blocks
 from pretrain.errors import EXIT_FINISHED, PretrainError, exit_code_of
 from pretrain.finish import export_at_the_end
-from pretrain.formats.incoming import read_backbone
-from pretrain.formats.loading import load_into
 from pretrain.judge import Fault
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.objectives.classification import check_labels
@@ -124,12 +124,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             print(f"{run_dir} is finished at step {done}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
     resuming = from_main(world, lambda: has_checkpoint(run_dir))
-    init_from = None if resuming else config.init_from
-    incoming = (
-        together(lambda: read_backbone(init_from, trust_pickle=config.init_trust_pickle))
-        if init_from
-        else None
-    )
+    incoming = None if resuming else together(lambda: read_start(config, num_classes=data.num_classes))
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
@@ -149,7 +144,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         # The network and its state: fresh, from init_from, or from the newest sound checkpoint.
         objective = build_objective(config, num_classes=data.num_classes)
         if incoming is not None:
-            report = str(load_into(objective.backbone, incoming))
+            report = str(start_from(config, objective, incoming))
             reporter.event("init", note=report, report=report)
         if config.train.compile and not debug:
             compile_blocks(objective)

@@ -41,6 +41,7 @@ FREE_KEYS = {
     "run_dir": "the folder may be moved, or named another way",
     "init_from": "ignored once the run has a checkpoint",
     "init_trust_pickle": "",
+    "init_head": "",
     "model.drop_path_rate": "",
     "model.drop_path_mode": "",
     "data.train": "where the shards lie; which they are and their weights must stay (`pretrain data-change`)",
@@ -65,7 +66,13 @@ FREE_KEYS = {
     "watchdog": "",
     "deepspeed": "ZeRO stage, buckets …",
 }
-_WITHOUT_MEANING = ("run_dir", "init_from", "init_trust_pickle", "metrics.host")  # for what is trained
+_WITHOUT_MEANING = (
+    "run_dir",
+    "init_from",
+    "init_trust_pickle",
+    "init_head",
+    "metrics.host",
+)  # for what is trained
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

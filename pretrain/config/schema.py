@@ -154,6 +154,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None
     init_trust_pickle: bool = False  # init_from may be a .pth, whose origin is trusted
+    init_head: bool = False  # of init_from: its class head comes along, too; of as many classes
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig
@@ -171,6 +172,14 @@ class RunConfig(Section):
     def _check(self) -> RunConfig:
         if self.objective.name in ("mae", "simmim"):
             self._check_masked()
+        if self.init_head and self.objective.name != "classification":
+            raise ValueError(
+                f"init_head=true is of a class head, and objective.name={self.objective.name} has none; leave it out"
+            )
+        if self.init_head and not self.init_from:
+            raise ValueError(
+                "init_head=true takes the class head of init_from along; give init_from, or leave init_head out"
+            )
         stage = self.deepspeed.get("zero_optimization", {})
         if self.train.compile and isinstance(stage, dict) and stage.get("stage") == 3:
             raise ValueError(

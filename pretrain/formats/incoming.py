@@ -44,7 +44,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 RECORD = "export.json"  # what our own exports say about their origin
 MIRROR_RECORD = "run.json"  # what makes a folder or prefix the mirror of a run
-RECIPE = ("seed", "init_from", "model", "objective", "data", "train", "optim", "deepspeed")
+RECIPE = ("seed", "init_from", "init_head", "model", "objective", "data", "train", "optim", "deepspeed")
 PLACES = ("train", "val", "cache_dir", "cache_bytes", "workers", "prefetch_bytes")
 PROBE_FACTS = (
     "probe",

@@ -52,7 +52,7 @@ class LoadReport:
 
 
 def load_into(backbone: Backbone, incoming: Incoming, *, head: nn.Module | None = None) -> LoadReport:
-    """Copy incoming's weights into backbone, and its class head into `head` if one is given and fits.
+    """Copy incoming's weights into backbone, and its class head into `head` where one is given.
 
     Position embeddings of another image size are resampled by timm's rule (bicubic, antialiased, in
     float32, the class token's aside), Swin's bias tables of another window bicubic. With another pooling the final
@@ -61,8 +61,10 @@ def load_into(backbone: Backbone, incoming: Incoming, *, head: nn.Module | None 
 
     Raises CheckpointError, and changes nothing, when a tensor is missing, has another shape, has no
     place to go, or when the same weights would mean another function (other heads, learned positions
-    where they are fixed, rotary positions on another grid).
+    where they are fixed, rotary positions on another grid); and as check_head, where `head` is given.
     """
+    if head is not None:
+        check_head(incoming, dict(head.named_parameters())["bias"].shape[0])
     target = {**dict(backbone.named_parameters()), **_persistent_buffers(backbone)}
     found = dict(incoming.backbone)
     carried = _carried_norm(backbone, incoming.spec)
@@ -116,6 +118,26 @@ def load_into(backbone: Backbone, incoming: Incoming, *, head: nn.Module | None 
     return _copy(backbone, incoming, head, values, resampled, ignored)
 
 
+def check_head(incoming: Incoming, num_classes: int) -> None:
+    """Raises CheckpointError where incoming has no class head, or one of another number of classes."""
+    if not incoming.head:
+        raise CheckpointError(
+            f"{incoming.source} holds no class head, and init_head=true asks for it; leave init_head out, and a new "
+            "one is trained"
+        )
+    theirs = incoming.head["bias"].shape[0]
+    if theirs != num_classes:
+        wider = (
+            f", or set objective.num_classes={theirs} if its first classes are these"
+            if theirs > num_classes
+            else ""
+        )
+        raise CheckpointError(
+            f"{incoming.source} has a class head of {theirs} classes, and this run has {num_classes}: init_head=true "
+            f"takes one along as it is; leave init_head out, and a new one is trained{wider}"
+        )
+
+
 def _carried_norm(backbone: Backbone, spec: BackboneSpec) -> dict[str, str]:
     """Where a ViT's final norm comes from when it is pooled another way: {ours: theirs}."""
     if not isinstance(backbone, VisionTransformer):
@@ -152,18 +174,11 @@ def _copy(
     resampled: Mapping[str, str],
     ignored: dict[str, str],
 ) -> LoadReport:
-    new: list[str] = []
-    head_values: dict[str, Tensor] = {}
     head_target = {} if head is None else dict(head.named_parameters())
-    if head_target:
-        fits = {name: value.shape for name, value in incoming.head.items()} == {
-            name: value.shape for name, value in head_target.items()
-        }
-        head_values = incoming.head if fits else {}
-        new = [] if fits else [f"head.{name}" for name in head_target]
-    if incoming.head and not head_values:
-        why = "not asked for" if head is None else "of another shape than the model's"
-        ignored.update({f"head.{name}": f"the class head was {why}" for name in incoming.head})
+    head_values = {name: incoming.head[name] for name in head_target}
+    if head is None:
+        why = "the class head was not asked for"
+        ignored.update({f"head.{name}": why for name in incoming.head})
     target = {**dict(backbone.named_parameters()), **_persistent_buffers(backbone)}
     with torch.no_grad():
         for name, value in values.items():
@@ -171,7 +186,7 @@ def _copy(
         for name, value in head_values.items():
             head_target[name].copy_(value)
     loaded = [name for name in values if name not in resampled] + [f"head.{name}" for name in head_values]
-    new += [name for name in target if name not in values]
+    new = [name for name in target if name not in values]
     return LoadReport(
         source=str(incoming.source),
         loaded=tuple(loaded),

@@ -133,7 +133,28 @@ def test_a_run_that_begins_with_itself_is_refused_and_one_that_begins_with_anoth
     assert parse_config(stored, source="RUN/config.yaml").init_from == "runs/a"
 
 
-@pytest@pytest.mark.parametrize(
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["init_head=true"], "init_head=true takes the class head of init_from along; give init_from"),
+        (
+            ["init_head=true", "init_from=x", "objective.name=mae"],
+            "objective.name=mae has none; leave it out",
+        ),
+        (["init_head=true", "init_from=x", "objective.name=simmim"], "objective.name=simmim has none"),
+    ],
+)
+def test_a_class_head_is_not_taken_along_where_there_is_none(
+    recipe: Path, overrides: list[str], told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told) as caught:
+        load_config(
+            recipe, [*overrides, "model.image_size=64", "model.patch_size=16", "objective.mask_patch_size=32"]
+        )
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
     ("overrides", "told"),
     [
         (

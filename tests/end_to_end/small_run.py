@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from accelerate.state import AcceleratorState
 from launching import ROOT, clean_environment
 
+from pretrain.cli import main
 from pretrain.metrics.journal import read_journal, steps_of
 
 RECIPE = {
@@ -37,6 +40,16 @@ def pretrain(*arguments: str, timeout: float = 120, **environment: str) -> subpr
         env=clean_environment(**environment),
         cwd=ROOT,
     )
+
+
+def train(recipe: Path, *overrides: str) -> int:
+    """`pretrain train` in this process: a start of Python for each would take longer than all of them."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before, in another precision
+    try:
+        return main(["train", str(recipe), *overrides])
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        torch.use_deterministic_algorithms(False)
 
 
 def losses(run_dir: Path) -> dict[int, float]:

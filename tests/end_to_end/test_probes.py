@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from accelerate.state import AcceleratorState
-from small_run import RECIPE, losses
+from small_run import RECIPE, losses, train
 
 from pretrain.analysis.choice import WHAT
 from pretrain.cli import main
@@ -53,16 +51,6 @@ def write(
     }
     path.write_text(yaml.safe_dump(sections))
     return path
-
-
-def train(recipe: Path, *overrides: str) -> int:
-    """`pretrain train` in this process: a start of Python for each would take longer than all of them."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # of a run before, in another precision
-    try:
-        return main(["train", str(recipe), *overrides])
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        torch.use_deterministic_algorithms(False)
 
 
 def probes_of(run_dir: Path) -> list[dict[str, Any]]:

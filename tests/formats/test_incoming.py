@@ -168,18 +168,29 @@ for size in (2, 5, 9): out[str(size)] = resample_abs_pos_embed(given["pos"], [si
         torch.testing.assert_close(resample_pos_embed(positions, size, 1, rule="timm"), out[str(size)])
 
 
-def test_the_class_head_is_loaded_when_asked_for_and_new_when_it_does_not_fit(folder: Path) -> None:
+def test_the_class_head_is_loaded_when_asked_for_and_must_be_of_as_many_classes(folder: Path) -> None:
     incoming = read_backbone(folder)
-    fitting, other = (LinearHead(in_features=SMALL.embed_dim, num_classes=n) for n in (3, 4))
+    fitting, wider, narrower = (LinearHead(in_features=SMALL.embed_dim, num_classes=n) for n in (3, 4, 2))
     report = load_into(build_backbone(SMALL), incoming, head=fitting)
     assert same(state(fitting), random_head(SMALL))
     assert {"head.weight", "head.bias"} <= set(report.loaded)
     assert (report.new, report.ignored) == ((), {})
-    before = state(other)
-    report = load_into(build_backbone(SMALL), incoming, head=other)
-    assert same(state(other), before)
-    assert report.new == ("head.weight", "head.bias")
-    assert "another shape" in report.ignored["head.weight"]
+
+    for head, told in (
+        (
+            wider,
+            "a class head of 3 classes, and this run has 4.*leave init_head out, and a new one is trained$",
+        ),
+        (narrower, "of 3 classes, and this run has 2.*or set objective.num_classes=3"),
+    ):
+        backbone = build_backbone(SMALL)
+        before = state(head), state(backbone)
+        with pytest.raises(CheckpointError, match=told):
+            load_into(backbone, incoming, head=head)
+        assert same(state(head), before[0])
+        assert same(state(backbone), before[1])
+    with pytest.raises(CheckpointError, match="holds no class head"):
+        load_into(build_backbone(SMALL), dataclasses.replace(incoming, head={}), head=fitting)
 
 
 def test_the_other_pooling_takes_the_final_norm_along(folder: Path) -> None:
