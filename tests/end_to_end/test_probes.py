@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import signal
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from launching import free_port
+from prometheus_client.parser import text_string_to_metric_families
 from small_run import RECIPE, losses, train
 
 from pretrain.analysis.choice import WHAT
@@ -17,6 +20,7 @@ from pretrain.cli import main
 from pretrain.compare import final_values, read_runs
 from pretrain.curves import read_curves
 from pretrain.metrics.journal import read_journal
+from pretrain.metrics.prometheus import MetricsServer
 from pretrain.probes import suite
 from pretrain.report import summarize
 
@@ -182,6 +186,31 @@ def test_a_continued_network_is_probed_at_step_0_and_a_resume_takes_up_what_was_
     assert (fall["step"], fall["probe"], fall["below"], fall["reference"]) == (3, "knn", "best", 1.0)
     table = summarize(read_curves(tmp_path / "more"))
     assert "knn below its best at step 3" in table["probes that fell"]
+
+
+def test_all_results_of_the_default_probes_stand_at_the_endpoint_while_the_run_is_there(
+    shards: Path, val: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port, close, scraped = free_port(), MetricsServer.close, []
+
+    def read_first(server: MetricsServer) -> None:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            scraped.append(answer.read().decode())
+        close(server)
+
+    monkeypatch.setattr(MetricsServer, "close", read_first)
+    probes = {"every_steps": 2, "linear": True, "dense": True}  # few_shot as it is by default
+    recipe = write(tmp_path / "default.yaml", shards, val, probes, metrics={"port": port})
+    assert train(recipe) == 0
+    at_end = {r["probe"]: r["top1"] for r in probes_of(tmp_path / "default") if r["step"] == STEPS}
+    assert list(at_end) == ["knn", "few_shot_5", "few_shot_10", "few_shot_25", "linear", "dense"]
+    [text] = scraped
+    shown: dict[str, dict[str, float]] = {"pretrain_probe_accuracy": {}, "pretrain_probe_falling": {}}
+    for family in text_string_to_metric_families(text):
+        if family.name in shown:
+            shown[family.name] = {sample.labels["probe"]: sample.value for sample in family.samples}
+    assert shown["pretrain_probe_accuracy"] == at_end
+    assert shown["pretrain_probe_falling"].keys() == at_end.keys()
 
 
 def test_probes_work_in_bf16_and_under_deterministic_algorithms(
