@@ -12,7 +12,7 @@ import pytest
 from pretrain.config.load import load_config
 from pretrain.config.schema import ObjectiveConfig, RunConfig
 from pretrain.cost import GPU_FLOPS, cost_of
-from pretrain.derived import backbone_spec
+from pretrain.derived import backbone_spec, check_exports
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PATHS = sorted(CONFIGS.rglob("*.yaml"))
@@ -87,6 +87,7 @@ def begun_with(config: RunConfig) -> Path | None:
 def test_a_recipe_and_its_command_agree_on_the_run_and_what_it_begins_with_and_name_its_data(
     path: Path,
 ) -> None:
+    check_exports(config_of(path))
     config, commanded = (
         config_of(path),
         load_config(path, command(path)),
