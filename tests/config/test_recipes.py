@@ -191,7 +191,7 @@ def readme_rows() -> dict[str, TableRow]:
 
 def percentages(text: str) -> set[str]:
     """As written: 87.10 and 87.1 differ."""
-    return set(re.findall(r"([\d.]+) %", text))
+    return set(re.findall(r"([\d.]+(?: ± [\d.]+)?) %", text))
 
 
 def test_readmes_table_has_a_row_for_every_recipe_and_for_nothing_else() -> None:
