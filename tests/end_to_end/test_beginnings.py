@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from small_run import RECIPE, train
 
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed
+from pretrain.cli import main
 from pretrain.formats.folder import WRITERS
 from pretrain.formats.incoming import Incoming, read_backbone
 from pretrain.metrics.journal import read_journal
@@ -89,6 +91,18 @@ def test_the_class_head_comes_along_bitwise_where_it_is_asked_for(
 
     assert train(recipe, *STILL, *trust, f"run_dir={tmp_path / 'new'}") == 0
     assert not torch.equal(weights_of(tmp_path / "new")["head.weight"], before["head.weight"])
+
+
+def test_replay_begins_with_the_head_that_the_run_began_with(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path / "tuned.yaml", shards, init_from=str(trained), init_head=True)
+    run = tmp_path / "tuned"
+    assert train(recipe, "train.steps=1") == 0
+    assert main(["replay", str(run), "--step", "1"]) == 0
+    replayed = json.loads((run / "replays/step-1/replay.json").read_text())
+    assert replayed["weights"] == f"the run's first weights, from {trained}"
+    assert replayed["loss"] == pytest.approx(replayed["journal"]["loss"], rel=1e-5)
 
 
 def test_a_head_of_other_classes_and_a_source_without_one_are_refused_and_nothing_is_written(
