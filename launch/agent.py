@@ -24,7 +24,7 @@ _TICK_SECONDS = 1.0
 
 class Agent:
     """Serves one coordinator. `silence_seconds`: after which that counts as lost. `says_why`: why all ended, for a node
-    whose output is not seen where the coordinator's is."""
+    whose output is not seen where the coordinator's is. `records_end`: see `run_ranks`."""
 
     def __init__(
         self,
@@ -39,11 +39,12 @@ class Agent:
         patience: Patience,
         silence_seconds: float,
         says_why: bool = True,
+        records_end: bool = True,
     ) -> None:
         self._channel, self._inbox = channel, inbox
         self._node, self._processes, self._command = node, processes, command
         self._recipe, self._run_dir, self._patience = recipe, run_dir, patience
-        self._silence_seconds, self._says_why = silence_seconds, says_why
+        self._silence_seconds, self._says_why, self._records_end = silence_seconds, says_why, records_end
         self._variables: dict[str, str] = {}
         self._is_lost = False
         self.asked: int | None = None  # the signal that asked this node to stop
@@ -103,6 +104,7 @@ class Agent:
             run_dir=self._run_dir,
             patience=self._patience,
             link=self,
+            records_end=self._records_end,
         )
         if not self._is_lost:
             self._channel.say("result", **as_message(outcome))

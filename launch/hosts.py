@@ -32,6 +32,7 @@ from launch.examination import examine
 from launch.family import say
 from launch.hostfile import read_hostfile
 from launch.inbox import Inbox
+from launch.local import add_train_arguments, train_options
 from launch.restarts import Decision, stopped_code
 from launch.sessions import (
     NO_SUCH_COMMAND,
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preflight.add_ssh_arguments(parser)
     worker.add_terms(parser)
     restarts.add_arguments(parser)
+    add_train_arguments(parser)
     parser.add_argument(
         "--no-preflight",
         action="store_true",
@@ -119,6 +121,7 @@ def remote_command(args: argparse.Namespace, node: int, slots: int) -> str:
     options = [
         *("--stdio", "--node-rank", str(node), "--processes", str(slots)),
         *("--save-seconds", f"{args.save_seconds:g}", "--silence-seconds", f"{args.silence_seconds:g}"),
+        *train_options(args),
     ]
     return on_host(args.python, ["launch", "worker", args.config, *args.overrides, *options])
 

@@ -26,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from launch import restarts
+from launch.local import add_train_arguments, train_options
 from launch.manifest import (
     CACHE_GIB,
     COMPONENTS,
@@ -130,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="printing is all that this command does")
     restarts.add_arguments(parser)
+    add_train_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -193,6 +195,7 @@ def pods_of(args: argparse.Namespace, config: RunConfig) -> Pods:
         save_seconds=args.save_seconds,
         rendezvous_seconds=args.rendezvous_seconds,
         max_restarts=args.max_restarts,
+        options=train_options(args),
         overrides=[text for text in args.overrides if not text.startswith("run_dir=")],
         run_dir=run_dir,
         claims=claims,

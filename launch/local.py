@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--processes", type=int, metavar="N", help="ranks to start (default: one a CUDA device, else 1)"
     )
     restarts.add_arguments(parser)
+    add_train_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and the plan")
 
 
@@ -47,8 +48,9 @@ def run(args: argparse.Namespace) -> int:
         )
     restarts.check_arguments(args)
     config = load_config(args.config, args.overrides)  # before anything is started
+    options = train_options(args)
     processes = choose_processes(args.processes, cuda_devices())
-    command = train_command(args.config, args.overrides)
+    command = train_command(args.config, args.overrides, options)
     run_dir, cores = Path(config.run_dir), count_cores()
 
     def environments(number: int) -> list[dict[str, str]]:
@@ -62,16 +64,42 @@ def run(args: argparse.Namespace) -> int:
     def attempt(inbox: Inbox, number: int) -> Outcome:
         patience = Patience(save_seconds=args.save_seconds)
         environment = environments(number)
-        return run_ranks(command, environments=environment, inbox=inbox, run_dir=run_dir, patience=patience)
+        return run_ranks(
+            command,
+            environments=environment,
+            inbox=inbox,
+            run_dir=run_dir,
+            patience=patience,
+            records_end=not args.overfit_one_batch,
+        )
 
     with Inbox() as inbox:
-        return restarts.keep_running(attempt, run_dir=run_dir, max_restarts=args.max_restarts, inbox=inbox)
+        max_restarts = restarts.allowed(args)
+        return restarts.keep_running(attempt, run_dir=run_dir, max_restarts=max_restarts, inbox=inbox)
 
 
-def train_command(config: str, overrides: Sequence[str]) -> list[str]:
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is passed on to `pretrain train` (see recipe.py there)."""
+    parser.add_argument("--profile", type=int, metavar="N", help="trace N steps of rank 0 (RUN/profile)")
+    parser.add_argument(
+        "--overfit-one-batch",
+        action="store_true",
+        help="the first batch at every step: its loss must fall. No checkpoints, and never started again",
+    )
+
+
+def train_options(args: argparse.Namespace) -> list[str]:
+    """Those of `add_train_arguments`, as they were given. Raises UsageError."""
+    if args.profile is not None and args.profile < 1:
+        raise UsageError(f"--profile {args.profile}: give the number of steps to trace, 1 or more")
+    profile = [] if args.profile is None else [f"--profile={args.profile}"]
+    return [*profile, *(["--overfit-one-batch"] if args.overfit_one_batch else [])]
+
+
+def train_command(config: str, overrides: Sequence[str], options: Sequence[str] = ()) -> list[str]:
     """What runs as each rank."""
     # Not pretrain.train, which has begun to import torch before it can mind Ctrl-C.
-    return [sys.executable, "-m", "pretrain.cli", "train", config, *overrides]
+    return [sys.executable, "-m", "pretrain.cli", "train", config, *overrides, *options]
 
 
 def base_environment(number: int, variables: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:

@@ -34,7 +34,8 @@ _PLAIN = re.compile(r"[A-Za-z_/][\w./-]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Pods:
-    """What the manifest is to say of the pods. `claims`: by where they are mounted."""
+    """What the manifest is to say of the pods. `claims`: by where they are mounted. `options`: further ones of
+    `launch worker`."""
 
     name: str
     nodes: int
@@ -47,6 +48,7 @@ class Pods:
     save_seconds: float = 120.0
     rendezvous_seconds: float = RENDEZVOUS_SECONDS
     max_restarts: int = restarts.DEFAULT_RESTARTS
+    options: Sequence[str] = ()
     overrides: Sequence[str] = ()
     run_dir: str = f"{RUNS}/{NAME}"
     claims: Mapping[str, str] = field(default_factory=dict)
@@ -135,6 +137,7 @@ def _settle(job: Document, pods: Pods) -> None:
         arguments[number] = f"{name}={value}"
     if pods.max_restarts != restarts.DEFAULT_RESTARTS:
         arguments.append(f"--max-restarts={pods.max_restarts}")
+    arguments += pods.options
     # Kubernetes replaces $(NAME) in arguments; $$ is a $.
     arguments[1:1] = [override.replace("$(", "$$(") for override in pods.overrides]
     gpus = pods.gpus_per_node

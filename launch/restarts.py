@@ -44,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def allowed(args: argparse.Namespace) -> int:
+    """Restarts in a row. One batch leaves no checkpoint to go on from, and what became of it is what was asked for."""
+    return 0 if args.overfit_one_batch else int(args.max_restarts)
+
+
 def check_arguments(args: argparse.Namespace) -> None:
     """Raises UsageError."""
     for name, value in (("--max-restarts", args.max_restarts), ("--save-seconds", args.save_seconds)):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from launch import restarts
+from launch.local import add_train_arguments, train_options
 from pretrain import __version__
 from pretrain.config.load import load_config
 from pretrain.errors import EXIT_INTERRUPTED, UsageError
@@ -129,6 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="printing is all that this command does")
     restarts.add_arguments(parser)
+    add_train_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,6 +160,7 @@ def run(args: argparse.Namespace) -> int:
         f"--save-seconds={args.save_seconds:g}",
         f"--rendezvous-seconds={args.rendezvous_seconds:g}",
         f"--max-restarts={args.max_restarts}",
+        *train_options(args),
     ]
     cpus_per_gpu = args.cpus_per_gpu or config.data.workers + _CPUS_BESIDE_WORKERS
     batch = Batch(

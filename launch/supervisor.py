@@ -123,6 +123,7 @@ def run_ranks(
     run_dir: Path | None = None,
     patience: Patience = Patience(),  # noqa: B008 - frozen
     link: Link | None = None,
+    records_end: bool = True,
 ) -> Outcome:
     """Run `command` once for each whole environment, as the rank that its RANK says, and wait for all.
 
@@ -133,7 +134,8 @@ def run_ranks(
     - Rank 0 writes to our own stdout and stderr; what the others write comes to stderr, each line
       after `[rank N]`.
 
-    How a rank ended is what it recorded in `run_dir`, else how its process did. Leaves no process behind: whatever
+    How a rank ended is what it recorded in `run_dir`, else how its process did. records_end: ranks that all end with 0
+    are believed only where the run is recorded as finished there. Leaves no process behind: whatever
     the ranks started is ended as well. For the main thread of a Linux process. Raises OSError when the command cannot
     be started.
     """
@@ -159,7 +161,7 @@ def run_ranks(
         ended=tuple(_ended(rank, records.get(rank.number), began) for rank in ranks),
         ctrl_c=family.ctrl_c_count > 0,
         terminated=family.terminated,
-        finished=left is None or left.finished,
+        finished=left is None or left.finished or not records_end,
         left=left,
     )
 

@@ -33,7 +33,15 @@ from launch.channel import Channel, Listener
 from launch.coordinator import Coordinator, Terms
 from launch.family import Patience, say
 from launch.inbox import ENDING_SIGNALS, Inbox
-from launch.local import choose_processes, cuda_devices, describe, rank_environments, train_command
+from launch.local import (
+    add_train_arguments,
+    choose_processes,
+    cuda_devices,
+    describe,
+    rank_environments,
+    train_command,
+    train_options,
+)
 from launch.processes import count_cores, die_with_parent
 from launch.restarts import Decision, stopped_code
 from pretrain.config.load import as_yaml, load_config
@@ -70,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_terms(parser)
     restarts.add_arguments(parser)
+    add_train_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be started, and the place")
     parser.add_argument(
         "--stdio", action="store_true", help=argparse.SUPPRESS
@@ -118,7 +127,7 @@ def terms_of(args: argparse.Namespace, nodes: int) -> Terms:
         rendezvous_seconds=args.rendezvous_seconds,
         silence_seconds=args.silence_seconds,
         end_seconds=args.save_seconds + 120.0,  # what ranks may take, and what ending the last of them may
-        max_restarts=args.max_restarts,
+        max_restarts=restarts.allowed(args),
     )
 
 
@@ -145,6 +154,7 @@ def run(args: argparse.Namespace) -> int:
 def describe_node(args: argparse.Namespace, *, nodes: int, node: int, address: str, port: int) -> str:
     """What this node would start. Raises UsageError for a wrong recipe or number of processes."""
     load_config(args.config, args.overrides)
+    command = train_command(args.config, args.overrides, train_options(args))
     processes = choose_processes(args.processes, cuda_devices())
     # How many ranks the others have is known when they meet: here they are taken to be alike.
     environments = rank_environments(
@@ -161,7 +171,7 @@ def describe_node(args: argparse.Namespace, *, nodes: int, node: int, address: s
     meets = "listens for the others" if node == 0 else "meets node 0"
     return (
         f"# node {node} of {nodes}: {meets} at {address}:{port}; the ranks' own port is chosen then\n"
-        f"{describe(train_command(args.config, args.overrides), environments)}"
+        f"{describe(command, environments)}"
     )
 
 
@@ -308,6 +318,7 @@ def meet(inbox: Inbox, address: str, port: int, deadline: float) -> Channel | in
 def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Channel], Agent]:
     """What makes this node's agent for a channel. Raises UsageError for a wrong recipe or number of processes."""
     config = load_config(args.config, args.overrides)
+    command = train_command(args.config, args.overrides, train_options(args))
     processes = choose_processes(args.processes, cuda_devices())
 
     def make(channel: Channel) -> Agent:
@@ -316,12 +327,13 @@ def agents(args: argparse.Namespace, inbox: Inbox, *, node: int) -> Callable[[Ch
             inbox,
             node=node,
             processes=processes,
-            command=train_command(args.config, args.overrides),
+            command=command,
             recipe=recipe_digest(config),
             run_dir=Path(config.run_dir),
             patience=Patience(save_seconds=args.save_seconds),
             silence_seconds=args.silence_seconds,
             says_why=not args.stdio and node != 0,
+            records_end=not args.overfit_one_batch,
         )
 
     return make

@@ -28,6 +28,7 @@ from pretrain.storage import RetryPolicy, S3Settings, default_cache_bytes, is_re
 
 # One device debugs on few samples at a time: fewer open chunks, seconds to the first step.
 DEBUG_LANES = 8
+DEBUG_BATCH_SIZE = 32  # at most: with anomaly checks a step of thousands would take minutes
 
 
 def s3_settings(config: RunConfig) -> S3Settings:

@@ -7,8 +7,9 @@ train.py when a launcher starts it directly.
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pretrain.checkpoint.compatibility import changed_keys, config_differences, resume_help
@@ -18,6 +19,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.cost import GPU_FLOPS, Cost, cost_of, state_of
 from pretrain.datasets import RunData, first_datasets, newest_manifest, open_run_data
 from pretrain.derived import (
+    DEBUG_BATCH_SIZE,
     Split,
     analysis_choice,
     backbone_spec,
@@ -60,7 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--debug",
         action="store_true",
-        help="one device, no worker processes, anomaly checks, first batches described and drawn (RUN/debug)",
+        help=f"one device, no worker processes, {DEBUG_BATCH_SIZE} images a step at most (unless "
+        "train.global_batch_size is given here), anomaly checks, first batches described and drawn (RUN/debug)",
     )
     parser.add_argument(
         "--profile",
@@ -87,7 +90,12 @@ def resolve(args: argparse.Namespace) -> RunConfig | None:
     Raises ConfigError for a wrong one.
     """
     trust = ["init_trust_pickle=true"] if args.trust_pickle else []
-    config = load_config(args.config, [*args.overrides, *trust])
+    overrides = [*args.overrides, *trust]
+    config = load_config(args.config, overrides)
+    if args.debug and (batch_size := _small_batch(config, args.overrides)):
+        kept = f"train.global_batch_size={config.train.global_batch_size}"
+        print(f"--debug: {batch_size} images a step; {kept} keeps the recipe's", file=sys.stderr)
+        config = load_config(args.config, [*overrides, f"train.global_batch_size={batch_size}"])
     if args.world_size is not None and not args.dry_run:
         raise ConfigError(
             f"--world-size={args.world_size} is for --dry-run; a launcher decides the run's ranks"
@@ -101,6 +109,19 @@ def resolve(args: argparse.Namespace) -> RunConfig | None:
         return config
     print(describe(config, world_size=world_size))
     return None
+
+
+def _small_batch(config: RunConfig, overrides: Sequence[str]) -> int | None:
+    """Images of a step that one device is not long at; None where the recipe's are to stay: they are few, somebody has
+    said how many, or the run has steps of another size already, which is what is to be looked at.
+    """
+    batch_size = min(config.train.global_batch_size, DEBUG_BATCH_SIZE)
+    said = any(override.partition("=")[0] in ("train", "train.global_batch_size") for override in overrides)
+    if said or batch_size == config.train.global_batch_size:
+        return None
+    manifest = newest_manifest(Path(config.run_dir))
+    began_with = manifest.config["train"]["global_batch_size"] if manifest else batch_size
+    return batch_size if began_with == batch_size else None
 
 
 def describe(config: RunConfig, *, world_size: int) -> str:

@@ -124,3 +124,30 @@ def test_a_missing_recipe_is_refused_with_2(tmp_path):
 def test_the_supervisor_itself_never_imports_torch():
     program = "import sys, launch.local; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_what_looks_for_faults_is_passed_on_to_every_rank_by_each_launcher(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "run_dir: run\nmodel: {size: tiny}\ndata: {train: nowhere}\n"
+        "train: {global_batch_size: 64, steps: 10}\ncheckpoint: {mirror: 's3://b/runs'}\n"
+    )
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("h0 slots=2\n")
+    cluster = ["--nodes", "2", "--gpus-per-node", "8"]
+    commands = {
+        "local": ["--processes", "2", "--dry-run"],
+        "worker": ["--nodes", "1", "--node-rank", "0", "--dry-run"],
+        "hosts": ["--hostfile", str(hostfile), "--dry-run"],
+        "slurm": [*cluster, "--time", "10:00:00"],
+        "k8s": ["data.train=s3://b/x", *cluster, "--image", "i:1"],
+    }
+    for name, words in commands.items():
+        asked = ["launch", name, str(recipe), *words, "--profile", "5", "--overfit-one-batch"]
+        done = pretrain(*asked)
+        assert done.returncode == 0, done.stderr
+        assert "--profile=5" in done.stdout, name
+        assert "--overfit-one-batch" in done.stdout, name
+        plain = pretrain(*asked[:-3])
+        assert "--profile" not in plain.stdout, name
+    assert pretrain("launch", "local", str(recipe), "--profile", "0").returncode == 2

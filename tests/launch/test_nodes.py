@@ -340,11 +340,18 @@ def test_only_named_variables_go_to_the_hosts_and_none_on_a_command_line(monkeyp
         forwarded(environment, ["NOT_THERE"])
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "geheim")
     args = argparse.Namespace(
-        config="a recipe.yaml", overrides=["a=b c"], python="/p", save_seconds=1.0, silence_seconds=2.0
+        config="a recipe.yaml",
+        overrides=["a=b c"],
+        python="/p",
+        save_seconds=1.0,
+        silence_seconds=2.0,
+        profile=5,
+        overfit_one_batch=True,
     )
     command = remote_command(args, 3, 8)
     assert "geheim" not in command
     assert "launch worker 'a recipe.yaml' 'a=b c' --stdio --node-rank 3 --processes 8" in command
+    assert command.endswith(" --profile=5 --overfit-one-batch")
 
 
 def test_what_compilers_libraries_and_tls_read_goes_to_the_hosts_too():
