@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.channel import Listener
-from launch.checks import FAILED, OK, UNKNOWN
+from launch.checks import FAILED, OK, UNKNOWN, WARNING
 from launch.conductor import Conductor, StoppedError
 from launch.findings import (
     Finding,
     compare_clocks,
+    compare_devices,
     compare_recipes,
     compare_versions,
     judge_folder,
     judge_space,
+    judge_store_clocks,
 )
 from launch.inbox import Inbox
 from launch.plan import checkpoint_bytes
@@ -54,18 +56,23 @@ class Examined:
     def failed(self) -> list[Finding]:
         return [one for one in self.findings if one.status == FAILED]
 
+    @property
+    def warnings(self) -> list[Finding]:
+        return [one for one in self.findings if one.status == WARNING]
+
 
 def examine(
     hosts: Hosts,
     config: RunConfig,
     *,
     variables: Mapping[str, str],
-    full: bool,
+    reads: bool,
+    adds: bool,
     seconds: float,
     listener: Listener | None = None,
 ) -> Examined:
-    """variables: for the hosts, through their stdin. full: with the slow checks. listener: where hosts that are not
-    started from here connect.
+    """variables: for the hosts, through their stdin. reads: the stores are asked, too. adds: all ranks add a vector up.
+    listener: where hosts that are not started from here connect.
     """
     started = time.monotonic()
     with Inbox() as inbox:
@@ -78,7 +85,7 @@ def examine(
                 session = Session.start(hosts.names[number], command, variables=variables, prefix=prefix)
                 conductor.sessions[number] = session
                 conductor.adopt(session.channel, number)
-            findings = _findings(conductor, hosts, config, full=full)
+            findings = _findings(conductor, hosts, config, reads=reads, adds=adds)
             code = UsageError.exit_code if any(one.status == FAILED for one in findings) else 0
             conductor.dismiss(code)
         except StoppedError as stopped:
@@ -89,7 +96,9 @@ def examine(
     return Examined(names=hosts.names, findings=findings, seconds=time.monotonic() - started)
 
 
-def _findings(conductor: Conductor, hosts: Hosts, config: RunConfig, *, full: bool) -> list[Finding]:
+def _findings(
+    conductor: Conductor, hosts: Hosts, config: RunConfig, *, reads: bool, adds: bool
+) -> list[Finding]:
     names = hosts.names
     conductor.meet(conductor.seconds_left() / 2)  # one that does not come must not take the others' time
     there = conductor.there
@@ -101,15 +110,21 @@ def _findings(conductor: Conductor, hosts: Hosts, config: RunConfig, *, full: bo
             "look",
             there,
             seconds=conductor.seconds_left(),
-            fields=lambda _: {"world_size": world_size, "full": full},
+            fields=lambda _: {"world_size": world_size, "reads": reads},
         )
         looks = {names[number]: looked[number] for number in sorted(looked)}
         if looks:
-            findings = [*compare_recipes(looks), *compare_versions(looks), *findings]
+            findings = [
+                *compare_recipes(looks),
+                *compare_versions(looks),
+                *compare_devices(looks),
+                *findings,
+                *judge_store_clocks(looks),
+            ]
             for host, each in looks.items():
                 findings += [Finding(one["name"], host, one["status"], one["said"]) for one in each["checks"]]
             findings += _folder(conductor, config, looks)
-            findings += _network(conductor, hosts, looked, config, full=full)
+            findings += _network(conductor, hosts, looked, config, adds=adds)
     lost = [
         Finding("host", names[number], FAILED, f"{why}; see what it said above, and the hostfile")
         for number, why in sorted(conductor.lost.items())
@@ -166,7 +181,7 @@ def _network(
     looked: Mapping[int, Mapping[str, Any]],
     config: RunConfig,
     *,
-    full: bool,
+    adds: bool,
 ) -> list[Finding]:
     """Do the others reach the first host, and how fast do all add up a vector?"""
     there = conductor.there
@@ -190,11 +205,11 @@ def _network(
             findings.append(Finding("network", host, FAILED, why))
         else:
             findings.append(Finding("network", host, OK, f"reaches {hosts.address}"))
-    if not full:
+    if not adds:
         return findings
-    cuda = {number: int(looked.get(number, {}).get("cuda", 0)) for number in there}
-    if len({bool(count) for count in cuda.values()}) > 1:
-        without = ", ".join(conductor.names[number] for number, count in cuda.items() if not count)
+    cuda = {number: bool(looked.get(number, {}).get("gpus")) for number in there}
+    if len(set(cuda.values())) > 1:
+        without = ", ".join(conductor.names[number] for number, has in cuda.items() if not has)
         why = f"only some hosts have CUDA devices, {without} has none"
         return [*findings, Finding("all-reduce", "", FAILED, why)]
     # On CPUs the ranks of one host do not need its network card.

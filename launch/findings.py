@@ -8,9 +8,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.checks import FAILED, OK
+from launch.checks import FAILED, OK, WARNING
 
-CLOCK_SECONDS = 5.0  # S3 refuses signatures from 15 minutes on; logs of hosts are read side by side
+CLOCK_SECONDS = 5.0  # logs of hosts are read side by side
+STORE_CLOCK_SECONDS = 300.0  # S3 refuses signatures from 15 minutes on, and a clock that runs away goes on
 _NAMES_SHOWN = 4
 
 
@@ -56,6 +57,35 @@ def compare_versions(looks: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     return findings
 
 
+def compare_devices(looks: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """GPUs on all hosts or on none; of one kind, under one driver. Nothing to say where there are none."""
+    kinds = {
+        host: tuple(sorted(set(each["gpus"]))) for host, each in looks.items() if each["gpus"] is not None
+    }
+    if not any(kinds.values()):
+        return []
+    common = odd_ones({host: kind for host, kind in kinds.items() if kind})[0]
+    driver, other_drivers = odd_ones(
+        {host: each["driver"] for host, each in looks.items() if kinds.get(host)}
+    )
+    shown = {host: " and ".join(kind) for host, kind in kinds.items()}
+    usual = next(shown[host] for host, kind in kinds.items() if kind == common)
+    findings = []
+    for host, kind in kinds.items():
+        if not kind:
+            why = f"no CUDA device, elsewhere {usual}; see nvidia-smi there, or leave the host out"
+            findings.append(Finding("GPUs", host, FAILED, why))
+        elif kind != common:
+            why = f"{shown[host]}, elsewhere {usual}: all wait for the slowest, and memory is as the smallest has it"
+            findings.append(Finding("GPUs", host, WARNING, why))
+        elif host in other_drivers:
+            why = f"driver {other_drivers[host] or 'unknown'}, elsewhere {driver or 'unknown'}; give all the same"
+            findings.append(Finding("GPUs", host, WARNING, why))
+        else:
+            findings.append(Finding("GPUs", host, OK, f"{shown[host]}, driver {driver or 'unknown'}"))
+    return findings
+
+
 def compare_recipes(looks: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     read = {host: each["recipe"] for host, each in looks.items() if each["recipe"]}
     odd = odd_ones(read)[1] if read else {}
@@ -82,6 +112,25 @@ def compare_clocks(offsets: Mapping[str, tuple[float, float]]) -> list[Finding]:
             findings.append(Finding("clock", host, FAILED, why))
         else:
             findings.append(Finding("clock", host, OK, "agrees within 5 s"))
+    return findings
+
+
+def judge_store_clocks(looks: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Each host's clock against that of the store it asked; nothing of hosts that asked none."""
+    findings = []
+    for host, each in looks.items():
+        if not (clock := each.get("store_clock")):
+            continue
+        off = abs(clock["offset"]) - clock["within"]
+        way = "ahead of" if clock["offset"] > 0 else "behind"
+        said = f"{abs(clock['offset']):,.0f} s {way} {clock['store']}"
+        if off > STORE_CLOCK_SECONDS:
+            why = f"{said}, which refuses requests from 900 s on; set it, and let NTP keep it"
+            findings.append(Finding("store's clock", host, FAILED, why))
+        elif off > CLOCK_SECONDS:
+            findings.append(Finding("store's clock", host, WARNING, f"{said}; let NTP keep it"))
+        else:
+            findings.append(Finding("store's clock", host, OK, f"agrees with {clock['store']} within 5 s"))
     return findings
 
 

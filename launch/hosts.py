@@ -6,7 +6,8 @@ The hostfile has a line a host, `NAME slots=N`, as DeepSpeed's. ssh must get to 
 `pretrain launch worker` in the folder that this was typed in, with the same Python, so both must be there. A host that
 is lost ends the attempt; with --least-nodes the run goes on without it when it does not come back in time.
 
-The hosts are looked at first, as by `pretrain launch preflight --quick`: what is wrong there ends it with 2.
+The hosts are looked at first, as by `pretrain launch preflight`: what is wrong there ends it with 2. It takes some
+seconds; only with --full-preflight do all ranks add a vector up as well, which takes half a minute.
 
 Variables that begin as those of storage, NCCL, torch's compilers and this project do (and what --export names, such as
 HTTPS_PROXY) go to all hosts through ssh's stdin, never on a command line. SIGTERM and Ctrl-C reach all ranks of all
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     restarts.add_arguments(parser)
     add_train_arguments(parser)
     parser.add_argument(
+        "--full-preflight", action="store_true", help="with the all-reduce between all ranks, too"
+    )
+    parser.add_argument(
         "--no-preflight",
         action="store_true",
         help="do not look at the hosts before the run is started on them",
@@ -100,13 +104,15 @@ def run(args: argparse.Namespace) -> int:
 def _look_first(
     args: argparse.Namespace, slots: Mapping[str, int], config: RunConfig, variables: Mapping[str, str]
 ) -> int:
-    """The quick part of `pretrain launch preflight`. The exit code; 0 when nothing is wrong."""
+    """`pretrain launch preflight`, what takes long only where it is asked for. The exit code: 0 for nothing wrong."""
     hosts = preflight.over_ssh(args, slots)
-    examined = examine(hosts, config, variables=variables, full=False, seconds=_LOOK_SECONDS)
+    examined = examine(
+        hosts, config, variables=variables, reads=True, adds=args.full_preflight, seconds=_LOOK_SECONDS
+    )
     if examined.stopped is not None:
         say(f"{signal.Signals(examined.stopped).name}: no rank is running, ending")
         return stopped_code(examined.stopped)
-    for one in examined.failed:
+    for one in [*examined.warnings, *examined.failed]:
         about = "" if one.check == "host" else f"{one.check}: "
         say(f"{one.host or 'all hosts'}: {about}{one.said}")
     if examined.failed:

@@ -5,10 +5,12 @@ examples:
   pretrain launch preflight configs/mae/vit_large_patch16.yaml --hostfile hosts.txt      all hosts, over ssh
   pretrain launch preflight RECIPE --nodes 4 …           in each pod or task, as `pretrain launch worker` is started
 
-On every host: the recipe parses and is the same, package versions and this project's code are the same, GPUs and their
-memory against what the model needs, ports free; the run's folder can be written, has room, is in use by nobody, and is
-one folder for all hosts or has a mirror; index and shards are there, and how fast they are read; a mirror keeps two
-from creating one object; clocks agree; the first host is reached by the others; how fast all ranks add up a vector.
+On every host: the recipe parses and is the same, package versions and this project's code are the same, GPUs and
+their memory against what the model needs, their kind and driver the same, ports free; the run's folder can be written,
+has room, is in use by nobody, and is one folder for all hosts or has a mirror; index and shards of all that is trained
+on, validated and probed are there, and how fast they are read; what init_from names is there; a mirror keeps two from
+creating one object, and how fast it is; clocks agree with each other and with the bucket's; the first host is reached
+by the others; how fast all ranks add up a vector. A warning is for what a run can live with.
 
 It takes about half a minute and never more than --seconds. What could not be looked at is "unknown", with the reason.
 It leaves nothing behind.
@@ -32,7 +34,7 @@ from pathlib import Path
 from launch import worker
 from launch.agent import take_over_stdio
 from launch.channel import Channel, Listener
-from launch.checks import UNKNOWN
+from launch.checks import UNKNOWN, WARNING
 from launch.examination import Examined, Hosts, examine
 from launch.findings import table
 from launch.hostfile import read_hostfile
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="no data, no mirror, no all-reduce: what `launch hosts` does first",
+        help="no data, no mirror, no all-reduce (`launch hosts` leaves out the last only)",
     )
     parser.add_argument("--json", action="store_true", help="the findings as JSON")
     parser.add_argument("--dry-run", action="store_true", help="print what would be started")
@@ -116,9 +118,9 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(shlex.join(command) for command in hosts.commands))
         return 0
     variables = forwarded(os.environ, args.export)
-    return report(
-        args, examine(hosts, config, variables=variables, full=not args.quick, seconds=args.seconds)
-    )
+    slow = not args.quick
+    examined = examine(hosts, config, variables=variables, reads=slow, adds=slow, seconds=args.seconds)
+    return report(args, examined)
 
 
 def over_ssh(args: argparse.Namespace, slots: Mapping[str, int]) -> Hosts:
@@ -151,8 +153,11 @@ def report(args: argparse.Namespace, examined: Examined) -> int:
         print(table(examined.findings, examined.names))
         failed = len(examined.failed)
         said = f"{failed} finding(s) that a run would fail by" if failed else "nothing is wrong"
-        unknown = sum(one.status == UNKNOWN for one in examined.findings)
-        more = f", {unknown} could not be looked at" if unknown else ""
+        unknown, warnings = (
+            sum(one.status == status for one in examined.findings) for status in (UNKNOWN, WARNING)
+        )
+        more = f", {warnings} to think about" if warnings else ""
+        more += f", {unknown} could not be looked at" if unknown else ""
         print(f"\n{len(examined.names)} host(s), {examined.seconds:.1f} s: {said}{more}")
     return UsageError.exit_code if examined.failed else 0
 
@@ -179,8 +184,9 @@ def _as_node(args: argparse.Namespace, config: RunConfig) -> int:
     command = [args.python, "-m", "pretrain.cli", *_probe_words(args, 0, processes)]
     names = [f"node {number}" for number in range(nodes)]
     hosts = Hosts(names=names, commands=[command], address=address)
+    slow = not args.quick
     examined = examine(
-        hosts, config, variables={}, full=not args.quick, seconds=args.seconds, listener=listener
+        hosts, config, variables={}, reads=slow, adds=slow, seconds=args.seconds, listener=listener
     )
     return report(args, examined)
 

@@ -3,7 +3,7 @@
 Over a channel (see channel.py) the host says `ready` once, and answers each of what the conductor asks with a message
 of the same name:
 
-    look       recipe, versions and code to compare, free space, and the checks that a host can do alone
+    look       recipe, versions, code and devices to compare, free space, and the checks that a host can do alone
     clock      its time
     write      a nonce into the run's folder · read: is it there? · unwrite: remove it
     listen     a port that it listens on until `deaf` · connect: reach another's
@@ -13,7 +13,6 @@ of the same name:
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -26,11 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.channel import Channel, Message
-from launch.checks import Place, code_digest, cuda_devices, free_space, look, made, versions
+from launch.checks import Place, made
 from launch.inbox import ENDING_SIGNALS, Inbox
 from launch.local import base_environment, rank_environments
+from launch.looks import of_host, of_recipe
 from launch.processes import count_cores, die_with_parent, free_port
-from pretrain.config.load import as_yaml, load_config
+from pretrain.config.load import load_config
 from pretrain.errors import EXIT_CRASHED, PretrainError
 
 _NONCE_SECONDS = 5.0  # a network mount may show a new file late
@@ -88,22 +88,15 @@ class Probe:
         return None
 
     def _look(self, body: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {"versions": versions(), "code": code_digest()}
+        found = of_host()
         try:
             config = load_config(self._recipe, self._overrides)
         except PretrainError as error:
             return {**found, "recipe": None, "why": str(error), "checks": []}
-        found["recipe"] = hashlib.sha256(as_yaml(config).encode()).hexdigest()
         place = Place(
-            node=self._node, processes=self._processes, world_size=body["world_size"], full=body["full"]
+            node=self._node, processes=self._processes, world_size=body["world_size"], reads=body["reads"]
         )
-        free, kept = free_space(config)
-        checks = look(config, place)
-        try:
-            cuda = len(cuda_devices())
-        except (OSError, subprocess.TimeoutExpired):
-            cuda = 0  # the check of devices has said why
-        return {**found, "free_bytes": free, "kept": kept, "checks": checks, "cuda": cuda}
+        return {**found, **of_recipe(config, place)}
 
     def _run_dir(self) -> Path:
         return Path(load_config(self._recipe, self._overrides).run_dir)

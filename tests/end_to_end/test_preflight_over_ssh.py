@@ -133,6 +133,12 @@ def test_hosts_are_looked_at_over_ssh_and_what_is_wrong_with_one_is_named(
         assert "nothing was started" in done.stderr
         assert not any(run_dir.iterdir())
 
+    # Nor where its data are not there, which the quick part would not see.
+    done = launch(hosts, "hosts", recipe, f"data.val={tmp_path / 'nowhere'}")
+    assert done.returncode == 2
+    assert f"h2: data: {tmp_path / 'nowhere'} has no index" in done.stderr
+    assert "nothing was started" in done.stderr
+
     hosts.cut("h1")
     done = launch(hosts, "preflight", recipe, "--quick")
     assert done.returncode == 2
