@@ -66,7 +66,9 @@ def _patch_probes(module) -> None:
                 while time.monotonic() < until:
                     time.sleep(0.2)
                     moved()
-        return knn_top1(*arguments, moved=moved)
+        top1 = knn_top1(*arguments, moved=moved)
+        lower = any(fault["what"] == "low_probe" and steps_done >= fault["step"] for fault in FAULTS)
+        return 0.0 if lower else top1
 
     module.knn_top1 = faulty_knn
 
@@ -84,7 +86,8 @@ def hang(fault) -> None:
 
 
 def slow(fault) -> None:
-    time.sleep(fault["seconds"])
+    if steps_done >= fault.get("step", 0):
+        time.sleep(fault["seconds"])
 
 
 def load(fault) -> None:
@@ -105,7 +108,7 @@ def elsewhere(_) -> None:
 
 _real_time = time.time
 WHAT = {f.__name__: f for f in (hold, hang, slow, load, clock)}
-WHAT.update(dict.fromkeys(("hang_in_data", "hang_in_probe", "long_probe"), elsewhere))
+WHAT.update(dict.fromkeys(("hang_in_data", "hang_in_probe", "long_probe", "low_probe"), elsewhere))
 FAULTS = [
     fault
     for fault in json.loads(os.environ.get("INJECT", "[]"))
