@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -190,6 +191,51 @@ def test_hosts_train_together_save_when_told_to_and_no_secret_is_on_a_command_li
     finally:
         run.process.kill()
         run.process.wait()
+
+
+def worker_on(hosts: Hosts, name: str) -> int:
+    """The process that `pretrain launch hosts` has started there over ssh."""
+    found = []
+    for pid in hosts.pids(name):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if {b"launch", b"worker", b"--stdio"} <= {*words}:
+                found.append(pid)
+    return min(found)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_worker_of_one_host_lets_all_save_at_one_step_and_ends_with_75(
+    hosts: Hosts, recipe: Path, tmp_path: Path
+) -> None:
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    run = Launched(hosts, recipe, log)
+    try:
+        until(
+            lambda: len(steps_of_attempt(run_dir, 1)) >= 4,
+            "steps of the first attempt",
+            [log],
+            alive=run.process,
+        )
+        os.kill(worker_on(hosts, "h1"), signal.SIGTERM)
+        assert run.process.wait(PATIENCE_SECONDS) == 75, log.read_text()
+        until(lambda: no_process_left(hosts), "the end of all processes", [log])
+    finally:
+        run.process.kill()
+        run.process.wait()
+    [line] = read_attempts(run_dir)
+    assert (line["exit_code"], line["restart"], line["world_size"], line["steps_lost"]) == (75, False, 3, 0)
+    records = exit_records(run_dir, 1)
+    assert {rank: (record["host"], record["code"]) for rank, record in records.items()} == {
+        0: ("h0", 75),
+        1: ("h1", 75),
+        2: ("h2", 75),
+    }
+    # Nobody had done more than what was saved.
+    step = line["checkpoint_step"]
+    assert {record["reason"] for record in records.values()} == {f"asked to stop, saved at step {step}"}
+    assert line["last_step"] == step
+    assert committed(run_dir)[-1].name == f"step-{step:08d}"
 
 
 @pytest.mark.slow
