@@ -45,6 +45,7 @@ PACKAGES = (
 )
 CHECK_SECONDS = 30.0  # of one check; a disk that does not answer must not hold up the rest
 WRITE_BYTES = 4 << 20
+_TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -111,29 +112,44 @@ def code_digest() -> str:
 def run_folder(config: RunConfig, place: Place) -> Check:
     """Can it be written to, and is no other attempt at it?"""
     run_dir = Path(config.run_dir)
-    with made(run_dir):
-        if place.node == 0 and (holder := _holder(run_dir)):
-            return Check("run folder", FAILED, f"{run_dir} is in use by {holder}; wait for it, or stop it")
-        path = run_dir / f".preflight-{secrets.token_hex(6)}"
-        started = time.monotonic()
+    if place.node == 0 and (holder := _holder(run_dir)):
+        return Check("run folder", FAILED, f"{run_dir} is in use by {holder}; wait for it, or stop it")
+    try:
+        seconds = written(run_dir)
+    except OSError as error:
+        return Check("run folder", FAILED, f"{run_dir} cannot be written: {error.strerror}; free some space")
+    return Check("run folder", OK, f"{run_dir}: written at {rate(WRITE_BYTES / seconds)}")
+
+
+def written(folder: Path) -> float:
+    """Seconds that WRITE_BYTES took to be on its disk; nothing is left there. Raises OSError."""
+    for tries_left in reversed(range(_TRIES)):
         try:
-            with path.open("wb") as file:
-                file.write(os.urandom(WRITE_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            seconds = time.monotonic() - started
-        except OSError as error:
-            return Check(
-                "run folder", FAILED, f"{run_dir} cannot be written: {error.strerror}; free some space"
-            )
-        finally:
-            path.unlink(missing_ok=True)
-        return Check("run folder", OK, f"{run_dir}: written at {rate(WRITE_BYTES / seconds)}")
+            with made(folder):
+                return _write(folder / f".preflight-{secrets.token_hex(6)}")
+        except FileNotFoundError:  # another host has made the folder, and taken it away again
+            if not tries_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _write(path: Path) -> float:
+    started = time.monotonic()
+    try:
+        with path.open("wb") as file:
+            file.write(os.urandom(WRITE_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        return time.monotonic() - started
+    finally:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Within it the folder is there; what was made for that is removed again, where it is still empty."""
+    """Within it the folder is there; what was made for that is removed again, where it is still empty: of hosts that
+    share it, one that makes it may be done while another is at work there, and an empty folder be left.
+    """
     missing = list(itertools.takewhile(lambda path: not path.exists(), [folder, *folder.parents]))
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -146,9 +162,14 @@ def made(folder: Path) -> Iterator[None]:
 
 def free_space(config: RunConfig) -> tuple[int, int]:
     """(bytes free where the run's folder is to be, checkpoints that lie there)."""
-    run_dir = Path(config.run_dir).absolute()
-    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
-    return shutil.disk_usage(there).free, len(committed(run_dir)) if run_dir.exists() else 0
+    run_dir = Path(config.run_dir)
+    return free_bytes(run_dir), len(committed(run_dir)) if run_dir.exists() else 0
+
+
+def free_bytes(folder: Path) -> int:
+    """Where it is, or would be made."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
 
 
 def _holder(run_dir: Path) -> str | None:

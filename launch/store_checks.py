@@ -9,14 +9,13 @@ import contextlib
 import itertools
 import os
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from launch.checks import FAILED, OK, WRITE_BYTES, Check, gb, made, rate
+from launch.checks import FAILED, OK, Check, free_bytes, gb, rate, written
 from pretrain.checkpoint.courses import standing
 from pretrain.checkpoint.manifest import CHECKPOINTS, MANIFEST_NAME
 from pretrain.config.schema import RunConfig
@@ -90,16 +89,12 @@ def read_rate(storage: Storage, shards: list[tuple[str, int]], seconds: float) -
 
 def cache(config: RunConfig) -> Check:
     folder = cache_dir(config)
-    with made(folder):
-        path = folder / f".preflight-{secrets.token_hex(6)}"
-        try:
-            path.write_bytes(os.urandom(WRITE_BYTES))
-        except OSError as error:
-            why = f"data.cache_dir={folder} cannot be written: {error.strerror}; choose another"
-            return Check("cache", FAILED, why)
-        finally:
-            path.unlink(missing_ok=True)
-        return Check("cache", OK, f"{folder}: {gb(shutil.disk_usage(folder).free)} free")
+    try:
+        written(folder)
+    except OSError as error:
+        why = f"data.cache_dir={folder} cannot be written: {error.strerror}; choose another"
+        return Check("cache", FAILED, why)
+    return Check("cache", OK, f"{folder}: {gb(free_bytes(folder))} free")
 
 
 def mirror(config: RunConfig) -> Check:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 import yaml
 from launching import ROOT, clean_environment, free_port
 
-from launch.checks import FAILED, OK, UNKNOWN, WARNING, Check, Place, bounded, code_digest, versions
+from launch.checks import FAILED, OK, UNKNOWN, WARNING, Check, Place, bounded, code_digest, versions, written
 from launch.device_checks import driver_version, fits, kinds, needed_bytes
 from launch.examination import Examined
 from launch.findings import (
@@ -146,6 +147,19 @@ def test_a_model_that_does_not_fit_is_refused_by_the_memory_that_is_there(tmp_pa
     status, said = found(checks(config, PLACE))["devices"]
     assert status == "failed"
     assert "micro_batch_size" in said
+
+
+def test_hosts_that_share_a_folder_which_is_not_there_yet_do_not_take_it_from_each_other(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / "shared" / "runs" / "a"
+    with ThreadPoolExecutor(8) as hosts:
+        seconds = [*hosts.map(lambda _: written(folder), range(48))]
+    assert all(one > 0 for one in seconds)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "and nothing is left"
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=r"Not a directory|File exists"):
+        written(tmp_path / "file")
 
 
 def test_a_little_too_much_memory_by_a_model_is_no_reason_not_to_start() -> None:
