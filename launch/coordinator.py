@@ -75,6 +75,7 @@ class Coordinator:
         self._nodes: dict[int, Node] = {}
         self._strangers: set[Channel] = set()  # connected, and have not said who they are
         self._not_awaited: set[int] = set()  # did not come in time; welcome, should they come
+        self._members: set[int] = set()  # of the attempt that is under way
         # What was heard, and is still to be acted on.
         self._asked: list[tuple[Node | None, int]] = []  # to stop: by whom (None: here), by which signal
         self._failed: list[tuple[Node, str]] = []
@@ -174,6 +175,7 @@ class Coordinator:
                     lost = lost or f"{gone.channel.name} {why}"
                     for node in running:
                         node.channel.say("lost", why=f"{gone.channel.name} {why}")
+        self._members = set()
         outcome = _merged([node.outcome for node in members if node.outcome])
         return replace(
             outcome,
@@ -189,6 +191,7 @@ class Coordinator:
         counts = [int(each["processes"]) for each in facts]
         self._failed.clear()
         self._gone.clear()
+        self._members = {node.number for node in members}
         for place, node in enumerate(members):
             node.facts = node.outcome = None
             node.channel.say(
@@ -250,6 +253,10 @@ class Coordinator:
             self._strangers.discard(channel)
             channel.name = self._places.name(number)
             node = self._nodes[number] = Node(number, channel)
+            if self._members and number not in self._members:
+                say(
+                    f"{channel.name} is there again, and taken in at the next start; SIGTERM to a rank brings it about"
+                )
         node.facts = body
 
     def _has(self, node: Node) -> bool:
