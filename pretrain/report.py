@@ -84,7 +84,7 @@ def summarize(curves: Curves) -> dict[str, str]:
         "state": "finished" if curves.finished else "not finished",
         "attempts": f"{len(curves.attempts)}" + _resumed(curves),
         "last step": f"{curves.steps[-1]:,} ({curves.samples[-1]:,} samples)",
-        "time in attempts": format_duration(curves.seconds),
+        "time without starts": format_duration(curves.seconds),
         "effective training": str(curves.effective),
         **curves.restarts,
     }

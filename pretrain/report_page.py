@@ -99,7 +99,8 @@ def tiles(curves: Curves, attempts: Sequence[Mapping[str, Any]]) -> list[tuple[s
         found.append((f"{loss:.4g}", "loss, the last step's", _PLAIN))
     for name, (_, metric) in curves.validation.items():
         if (last := _last(metric)) is not None:
-            found.append((f"{last:.4g}", f"validation {name}", _PLAIN))
+            shown = f"{last:.1%}" if name.endswith("top1") else f"{last:.4g}"  # beside probes' shares
+            found.append((shown, f"validation {name}", _PLAIN))
     for name, (_, top1) in curves.probes.items():
         if (last := _last(top1)) is not None:
             fell = any(probe == name for _, probe, _ in curves.falls)

@@ -14,8 +14,8 @@ import numpy as np
 from pretrain.curves import Curves, half_life_of, is_lower_better, smooth
 from pretrain.errors import UsageError
 
-_OF_A_PANEL = ("validation ", "probe ", "in ")  # what means something in one panel alone
 _PHASES = {"data": "waiting for data", "forward": "forward", "backward": "backward", "optimizer": "optimizer"}
+_OF_A_PANEL = ("validation ", "probe ", *_PHASES.values())  # what means something in one panel alone
 _PHASE_COLORS = ("tab:orange", "tab:blue", "tab:cyan", "tab:green")
 _MOST_STACKED = 1000  # steps; an area is not simplified when it is drawn, as a line is
 
@@ -174,7 +174,7 @@ def _draw_panel(axes: Any, panel: _Panel, curves: Curves, *, is_bottom: bool, is
         axes.stackplot(
             curves.steps[thin],
             *(part[thin] for part in panel.stack.values()),
-            labels=[f"in {name}" for name in panel.stack],
+            labels=[*panel.stack],
             colors=_PHASE_COLORS,
             alpha=0.85,
         )

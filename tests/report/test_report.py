@@ -288,7 +288,7 @@ def test_a_steps_time_is_drawn_by_phase(tmp_path):
     curves = read_curves(tmp_path)
     panels = draw_panels(curves)
     assert {"Where a step's time goes", "Model FLOPs utilisation"} <= panels.keys()
-    assert b">in backward<" in panels["Where a step's time goes"]
+    assert b">backward<" in panels["Where a step's time goes"]
     assert summarize(curves)["utilisation"] == "25.0% of the named peak (median)"
 
 
