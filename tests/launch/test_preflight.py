@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from launching import ROOT, clean_environment, free_port
 
+from launch import checks as checks_module
 from launch.checks import FAILED, OK, UNKNOWN, WARNING, Check, Place, bounded, code_digest, versions, written
 from launch.device_checks import driver_version, fits, kinds, needed_bytes
 from launch.examination import Examined
@@ -149,14 +149,22 @@ def test_a_model_that_does_not_fit_is_refused_by_the_memory_that_is_there(tmp_pa
     assert "micro_batch_size" in said
 
 
-def test_hosts_that_share_a_folder_which_is_not_there_yet_do_not_take_it_from_each_other(
-    tmp_path: Path,
+def test_a_folder_that_another_host_has_made_and_taken_away_again_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "shared" / "runs" / "a"
-    with ThreadPoolExecutor(8) as hosts:
-        seconds = [*hosts.map(lambda _: written(folder), range(48))]
-    assert all(one > 0 for one in seconds)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "and nothing is left"
+    folder = tmp_path / "shared" / "run"
+    write, taken = checks_module._write, []
+
+    def late(path: Path) -> float:
+        if len(taken) < 3:
+            taken.append(path)
+            path.parent.rmdir()
+        return write(path)
+
+    monkeypatch.setattr(checks_module, "_write", late)
+    assert written(folder) > 0
+    assert len(taken) == 3
+    assert not any(tmp_path.iterdir()), "and nothing is left"
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(OSError, match=r"Not a directory|File exists"):
         written(tmp_path / "file")

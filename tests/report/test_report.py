@@ -18,6 +18,7 @@ from pretrain.errors import UsageError
 from pretrain.metrics.effective import counted_seconds, effective_time
 from pretrain.metrics.journal import Journal
 from pretrain.report import summarize
+from pretrain.report_page import tiles
 from pretrain.report_picture import draw, draw_panels
 
 BLUE, RED, ORANGE = (
@@ -98,6 +99,8 @@ def test_the_command_draws_the_picture_and_prints_the_table(tmp_path, capsys):
     assert table["validation top1"] == "0.4020 at last, 0.4020 best (step 40)"
     assert table["images/s"] == "64.0 (median)"
     assert table["waiting for data"] == "10.0% of step time"
+    shown = {what: value for value, what, _ in tiles(read_curves(tmp_path), [])}
+    assert (shown["validation loss"], shown["validation top1"]) == ("0.5", "40.2%")
     assert table["picture"] == str(tmp_path / "picture.png")
     colors = colors_of(tmp_path / "picture.png")
     assert colors[BLUE] > 2000
