@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
-from gpu import run
+from gpu import run, wheels
 from launching import ROOT, clean_environment
+from PIL import Image
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 ON_CPU = Namespace(device="cpu", small=True, photographs=None)
 
 
-def run_script(out: Path, *arguments: str) -> dict:
+def run_script(out: Path, *arguments: str, cwd: Path = ROOT) -> dict:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "gpu" / "run.py"), "--out", str(out), *arguments],
         capture_output=True,
         text=True,
         env=clean_environment(),
+        cwd=cwd,
         timeout=290,
     )
     document = json.loads(out.read_text())
@@ -76,3 +80,59 @@ def test_a_stage_that_fails_or_hangs_loses_nothing_of_the_others(
     document = json.loads((tmp_path / "out.json").read_text())
     assert not document["ok"]
     assert document["speed"]["vit_large_patch16"]["ours"]["utilisation_of_measured"] == 0.2
+
+
+@pytest.mark.parametrize("missing", ["timm", "torchvision"])
+def test_where_timm_cannot_be_imported_the_stage_says_so_in_a_line(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / missing
+    package.mkdir()
+    (package / "__init__.py").write_text(f'raise ModuleNotFoundError("No module named {missing}")\n')
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    stage = run.run_stage("speed vit_large_patch16 timm", ON_CPU, seconds=100)
+    assert not stage["ok"]
+    assert stage["error"].startswith("timm is absent (No module named")
+    assert missing in stage["error"]
+    assert "Traceback" not in stage["error"]
+
+
+@pytest.mark.parametrize("package", ["accelerate", "boto3", "deepspeed", "timm", "torchvision", "webdataset"])
+def test_what_a_wheel_imports_comes_as_a_wheel_or_is_there(package: str) -> None:
+    there = {"torch", "numpy"}
+    known = there | set(wheels.BINARY) | set(wheels.SOURCE_ONLY)
+    try:
+        wanted = metadata.requires(package) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"{package} is not installed")
+    needed = {
+        re.split(r"[^\w.-]", one)[0].lower().replace("_", "-") for one in wanted if "extra ==" not in one
+    }
+    assert needed <= known
+    assert package in known
+
+
+@pytest.mark.timeout(200)
+def test_photographs_in_a_folder_named_from_here_are_trained_on(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path / "photographs" / "all"
+    folder.mkdir(parents=True)
+    for number in range(64):
+        # smooth, so that there is something to predict
+        small = torch.rand(3, 3, 3, generator=generator).mul(255).byte().numpy()
+        Image.fromarray(small).resize((48, 48)).save(folder / f"{number}.png")
+    arguments = ["--device", "cpu", "--small", "--only", "learns", "--photographs", "photographs"]
+    document = run_script(tmp_path / "cpu.json", *arguments, cwd=tmp_path)
+    assert document["ok"], document["stages"]["learns"]["error"]
+    assert document["stages"]["learns"]["result"]["steps"] == 40
+
+
+def test_a_folder_of_photographs_that_is_not_there_is_refused_at_once(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "gpu" / "run.py"), "--out", "x", "--photographs", "none"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 2
+    assert "none is not a folder" in done.stderr

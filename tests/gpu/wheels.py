@@ -23,11 +23,12 @@ PYTHON = "3.12"
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (39, 35, 34, 31, 28, 27, 26, 24, 17, 12, 5)]
 PLATFORMS += ["manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64"]
 SOURCE_ONLY = ("deepspeed",)
+# timm imports torchvision: one whose binary is for another torch than the machine's will do (see timm_side.py)
 BINARY = """
     accelerate annotated-types boto3 botocore braceexpand certifi charset-normalizer einops hjson
     huggingface-hub idna jmespath msgpack ninja packaging pillow prometheus-client psutil py-cpuinfo pydantic
-    pydantic-core python-dateutil pyyaml requests s3transfer safetensors six timm tqdm typing-inspection
-    typing-extensions urllib3 webdataset
+    pydantic-core python-dateutil pyyaml requests s3transfer safetensors six timm torchvision tqdm
+    typing-extensions typing-inspection urllib3 webdataset
 """.split()  # noqa: SIM905
 
 
