@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 from pretrain.objectives.contract import Objective, as_module
+
+# torch keeps the compiled forms of all blocks of a kind under one code object, 8 of them unless told otherwise, and
+# runs what comes after these uncompiled, in silence. A Swin of four stages has 8 in training (four widths, shifted or
+# not) and as many in validation, a PVT half of it, and torch may try a form with free sizes in between.
+COMPILED_FORMS = 64
 
 
 def compile_blocks(objective: Objective, *, backend: str = "inductor") -> int:
@@ -19,6 +25,9 @@ def compile_blocks(objective: Objective, *, backend: str = "inductor") -> int:
 
     A block is compiled anew for each shape and each of training and validation. `backend`: torch.compile's.
     """
+    # torch's own setting, for torch.compile's argument of that name is newer than 2.10; whoever asked for more has it
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, COMPILED_FORMS)
     blocks = list(repeated_blocks(as_module(objective)))
     for block in blocks:
         block.compile(backend=backend)
