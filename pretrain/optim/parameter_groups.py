@@ -12,9 +12,11 @@ from torch import nn
 
 BACKBONE, HEAD = "backbone.", "head."  # of an objective's parameters
 
-# embeddings and tokens: decay would pull them to zero, not to smoothness (timm's no_weight_decay)
+# Embeddings and tokens: decay would pull them to zero, not to smoothness (timm's no_weight_decay). `latent` is the
+# query of attention pooling, a token like them: big_vision, whose ViT-g has it, decays kernels alone; timm decays it.
 NEVER_DECAYED = frozenset(
-    {"cls_token", "pos_embed", "reg_token", "dist_token", "mask_token", "relative_position_bias_table"}
+    {"cls_token", "pos_embed", "reg_token", "dist_token", "mask_token", "latent"}
+    | {"relative_position_bias_table"}
 )
 
 

@@ -40,6 +40,22 @@ def test_the_groups_equal_timms_for_a_vision_transformer(position_embedding):
     assert {group["weight_decay"]: [id(p) for p in group["params"]] for group in groups} == wanted
 
 
+def test_with_attention_pooling_the_groups_equal_timms_but_for_its_query_which_does_not_decay():
+    import_timm()
+    from timm.optim import param_groups_weight_decay
+
+    module = backbone(pooling="map", num_registers=2)
+    theirs = param_groups_weight_decay(
+        module, 0.05, no_weight_decay_list=("pos_embed", "cls_token", "reg_token", "dist_token")
+    )
+    name_of = {id(p): name for name, p in module.named_parameters()}
+    wanted = {name_of[id(p)]: group["weight_decay"] for group in theirs for p in group["params"]}
+    groups = parameter_groups(module, weight_decay=0.05)
+    got = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    assert got == wanted | {"attn_pool.latent": 0.0}
+    assert wanted["attn_pool.latent"] == 0.05
+
+
 def test_names_stand_beside_their_parameters_and_cover_all_of_them():
     module = MAE(backbone(), seed=0, decoder_dim=16, decoder_depth=1, decoder_heads=2)
     groups = parameter_groups(module, weight_decay=0.05)
