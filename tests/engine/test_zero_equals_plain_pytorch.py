@@ -11,6 +11,7 @@ import torch
 import zero_worker as worker
 from accelerate.state import AcceleratorState
 from launching import run_ranks
+from timm_reference import import_timm
 
 from pretrain.checkpoint.courses import find_newest
 from pretrain.checkpoint.load import CheckpointReader, load_fragments
@@ -38,6 +39,10 @@ CASES = {
     # all but the head, the norm before it and the last block stays
     **{f"float32 stage {s} last block": float32(s, last_block=True) for s in (1, 2, 3)},
     "float32 stage 2 lamb last block": float32(2, optimizer="lamb", last_block=True),
+    "float32 stage 2 warmed average": float32(2, ema=True, ema_warmup=True),
+    "float32 stage 3 warmed average": float32(3, ema=True, ema_warmup=True),
+    "float32 stage 1 lamb average": float32(1, optimizer="lamb", ema=True),
+    "float32 stage 2 lamb warmed average": float32(2, optimizer="lamb", ema=True, ema_warmup=True),
     "float32 stage 0 muon": float32(0, optimizer="muon", ema=True),
     **{
         f"bf16 stage {s}": {"stage": s, "precision": "bf16", "batch_size": 16, "micro": 8, "ema": True}
@@ -76,9 +81,13 @@ TRANSFERS = {
 
 @cache
 def plain_pytorch(
-    batch_size: int, optimizer: str = "adamw", rules: bool = False, last_block: bool = False
+    batch_size: int,
+    optimizer: str = "adamw",
+    rules: bool = False,
+    last_block: bool = False,
+    ema_warmup: bool = False,
 ) -> dict:
-    """Mean loss over the whole batch, torch's own clipping, its AdamW and Muon or our Lamb, no engine.
+    """Mean loss over the whole batch, torch's own clipping, its AdamW and Muon, our Lamb or timm's, no engine.
 
     last_block: what is before it is frozen the plain way, by requires_grad.
     """
@@ -106,6 +115,9 @@ def plain_pytorch(
             steppers[name] = torch.optim.Muon(
                 [parameter], lr=0.0, weight_decay=worker.WEIGHT_DECAY, momentum=worker.MOMENTUM
             )
+        elif optimizer == "timm's lamb":
+            group = {"params": [parameter], "weight_decay": decay_of[name]}
+            steppers[name] = timms_lamb()([group], lr=0.0, betas=worker.BETAS, max_grad_norm=None)
         elif optimizer == "lamb":
             group = {"params": [parameter], "names": [name], "weight_decay": decay_of[name]}
             steppers[name] = worker.Lamb([group], lr=0.0, betas=worker.BETAS)
@@ -127,8 +139,9 @@ def plain_pytorch(
         for stepper in steppers.values():
             stepper.step()
         losses.append(float(loss.detach()))
+        kept = min(0.9, (2 + step) / (11 + step)) if ema_warmup else 0.9
         for name, parameter in named.items():
-            average[name] = 0.9 * average[name] + 0.1 * parameter.detach()
+            average[name] = kept * average[name] + (1 - kept) * parameter.detach()
     weights = {name: p.detach().flatten().clone() for name, p in named.items()}
     objective.eval()
     batch = worker.global_batch(99, 16)
@@ -147,7 +160,15 @@ def expected_of(case: str) -> dict:
         asked.get("optimizer", "adamw"),
         asked.get("rules", False),
         asked.get("last_block", False),
+        asked.get("ema_warmup", False),
     )
+
+
+def timms_lamb() -> type[torch.optim.Optimizer]:
+    import_timm()
+    import timm.optim
+
+    return timm.optim.Lamb
 
 
 def is_before_last_block(name: str) -> bool:
@@ -227,6 +248,21 @@ def test_ten_steps_of_lamb_on_shards_stay_within_1e_6_of_lamb_on_whole_parameter
     assert (
         torch.cat(list(apart.values())).norm() / torch.cat(list(expected["weights"].values())).norm() < 1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "case", [name for name in CASES if name.startswith("float32") and CASES[name].get("optimizer") == "lamb"]
+)
+def test_ten_steps_of_lamb_on_shards_stay_within_1e_5_of_timms_on_whole_parameters(
+    results: dict, case: str
+) -> None:
+    asked, got = CASES[case], results[case]
+    rules, last_block = asked.get("rules", False), asked.get("last_block", False)
+    expected = plain_pytorch(16, "timm's lamb", rules, last_block)
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    for name, weight in expected["weights"].items():
+        apart = (torch.tensor(got["weights"][name]) - weight).norm()
+        assert apart < 1e-5 * weight.norm() + 1e-6, name
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name.startswith("bf16")])

@@ -118,6 +118,7 @@ def build_engine(
     rules: bool = False,
     last_block: bool = False,
     ema: bool = False,
+    ema_warmup: bool = False,
 ) -> ZeroEngine:
     objective = make_objective()
     if last_block:
@@ -138,7 +139,7 @@ def build_engine(
         build_optimizer=partial(make_optimizer, optimizer=optimizer, rules=rules, last_block=last_block),
         config=config,
         world=world,
-        build_average=partial(WeightAverage, decay=EMA_DECAY, warmup=False) if ema else None,
+        build_average=partial(WeightAverage, decay=EMA_DECAY, warmup=ema_warmup) if ema else None,
     )
 
 
