@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+FLOAT32_BYTES = 4
 LAYER_NORM_STATISTICS_BYTES = 8  # a token: mean and deviation, float32
 
 
@@ -85,10 +86,12 @@ class Blocks:
         values = 2.0 * N * D  # the residual stream before each norm
         values += Q * D + N * D  # what the norms give
         values += Q * D + 2 * T * D + Q * D  # query, key, value; the attention's output
-        if not fused_attention:  # the scaled query, and each score's probability
-            values += Q * D + float(Q) * self._keys * self.num_heads
-        if self.qk_norm:
-            values += Q * D + T * D
+        if not fused_attention:  # each score's probability
+            values += float(Q) * self._keys * self.num_heads
+        if (
+            self.qk_norm
+        ):  # query, key and value in one piece, two of which the norms need, beside what they give
+            values += Q * D + 2 * T * D
         if self.layer_scale:
             values += 2 * N * D
         if self.sr_ratio > 1:
@@ -103,6 +106,10 @@ class Blocks:
         """
         values = self.kept_values(fused_attention=fused_attention) * value_bytes
         statistics = 2 * LAYER_NORM_STATISTICS_BYTES * self.num_tokens
+        if self.qk_norm:
+            statistics += LAYER_NORM_STATISTICS_BYTES * (self._queries + self._key_tokens) * self.num_heads
+        if self.sr_ratio > 1:
+            statistics += LAYER_NORM_STATISTICS_BYTES * self._key_tokens
         if fused_attention:
             statistics += 4 * self._queries * self.num_heads  # the softmax's normaliser
         return self.depth * self.computed * (values + statistics)
@@ -114,7 +121,10 @@ class Blocks:
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """Blocks, and all that is not in them. `out_dim`: width of the features; `out_tokens`: of the last map's tokens."""
+    """Blocks, and all that is not in them. `out_dim`: width of the features; `out_tokens`: of the last map's tokens.
+
+    other_kept_float32: values kept in float32 whatever the activations are, as losses are computed.
+    """
 
     blocks: Sequence[Blocks]
     other_flops: float
@@ -122,6 +132,7 @@ class Network:
     other_kept_values: float
     out_dim: int
     out_tokens: int
+    other_kept_float32: float = 0.0
     more: Sequence[Network] = field(default=())  # a decoder, a head
 
     def flops(self) -> float:
@@ -139,7 +150,7 @@ class Network:
         """What the backward needs of one image's forward: a model. recompute_blocks: of blocks only their inputs are
         kept, and one block whole while its backward runs.
         """
-        total = self.other_kept_values * value_bytes
+        total = self.other_kept_values * value_bytes + self.other_kept_float32 * FLOAT32_BYTES
         whole = [
             one.kept_bytes(value_bytes=value_bytes, fused_attention=fused_attention) for one in self.blocks
         ]

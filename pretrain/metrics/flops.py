@@ -79,9 +79,10 @@ def head_network(*, in_features: int, num_classes: int | None) -> Network:
         blocks=[],
         other_flops=2.0 * in_features * K,
         other_parameters=linear(in_features, K) if K else 0,
-        other_kept_values=4.0 * K,  # logits and their softmax, in float32
+        other_kept_values=0.0,
         out_dim=K,
         out_tokens=1,
+        other_kept_float32=2.0 * K,  # logits and their softmax
     )
 
 
@@ -105,10 +106,10 @@ def mae_decoder_network(
         blocks=[blocks],
         other_flops=2.0 * num_visible * encoder_dim * E + 2.0 * num_tokens * E * pixels,
         other_parameters=E + linear(encoder_dim, E) + 2 * E + linear(E, pixels),
-        # the norm; the prediction, its error and the target, the latter two in float32
-        other_kept_values=2.0 * num_tokens * E + 5.0 * num_patches * pixels,
+        other_kept_values=2.0 * num_tokens * E,  # the norm
         out_dim=pixels,
         out_tokens=num_tokens,
+        other_kept_float32=float(num_patches) * pixels,  # the error, to be squared
     )
 
 
@@ -121,9 +122,10 @@ def simmim_network(*, backbone: Network, mask_dim: int, stride: int) -> Network:
         blocks=[],
         other_flops=2.0 * backbone.out_tokens * backbone.out_dim * pixels,
         other_parameters=mask_dim + linear(backbone.out_dim, pixels),
-        other_kept_values=5.0 * backbone.out_tokens * pixels,
+        other_kept_values=0.0,
         out_dim=pixels,
         out_tokens=backbone.out_tokens,
+        other_kept_float32=float(backbone.out_tokens) * pixels,  # the error, whose sign is needed
     )
 
 

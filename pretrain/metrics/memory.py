@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT32_BYTES = 4
+from pretrain.metrics.blocks import FLOAT32_BYTES
+
 # Muon has one of matrices, and two of what is no matrix: the upper bound
 MOMENTS = {"adamw": 2, "lamb": 2, "muon": 2}
 
@@ -45,9 +46,12 @@ def state_bytes(
     # In float32 at stage 0 the weights are their own masters.
     masters = 0 if stage == 0 and not bf16 else FLOAT32_BYTES
     moments = MOMENTS[optimizer] * FLOAT32_BYTES
-    gradients = parameters * low / (world_size if stage >= 2 else 1)
-    if bf16 and accumulates:  # stage 1 adds up all of them, stages 2 and 3 their own part
-        gradients += parameters * FLOAT32_BYTES / (world_size if stage >= 2 else 1)
+    part = parameters / world_size if stage >= 2 else parameters  # whose gradients a rank keeps
+    gradients = part * low
+    if accumulates and bf16:  # stage 3 adds up at once, the others when a micro-batch is done
+        gradients = part * (FLOAT32_BYTES + (low if stage < 3 else 0))
+    elif accumulates and stage == 2:  # so far, and of this micro-batch
+        gradients += part * low
     return StateBytes(
         weights=parameters * low / (world_size if stage >= 3 else 1),
         gradients=gradients,

@@ -31,7 +31,7 @@ def swin_network(
     patch_inputs = CHANNELS * patch_size**2
     other_flops = 2.0 * side**2 * patch_inputs * dim
     other = linear(patch_inputs, dim) + 2 * dim
-    kept = float(image_size**2 * CHANNELS) + 2.0 * side**2 * dim
+    kept = float(image_size**2 * CHANNELS) + side**2 * dim  # a norm's input; what it gives is the blocks'
     stages = []
     for stage, (dim, depth, heads, hidden_dim) in enumerate(
         zip(embed_dims, depths, num_heads, hidden_dims, strict=True)
@@ -87,7 +87,7 @@ def pvt_network(
         side = (side + 2 * (kernel // 2) - kernel) // stride + 1
         other_flops += 2.0 * side**2 * channels * kernel**2 * dim
         other += linear(channels * kernel**2, dim) + 2 * dim + 2 * dim  # the stage's last norm, too
-        kept += 4.0 * side**2 * dim
+        kept += 3.0 * side**2 * dim  # what goes into the patches' norm, and into and out of the stage's
         stages.append(
             Blocks(
                 depth=depth,
