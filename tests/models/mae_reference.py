@@ -1,4 +1,4 @@
-"""transformers' ViTMAEForPreTraining and ViTModel with the weights of ours."""
+"""transformers' ViTMAEForPreTraining and ViTModel with the weights of ours; fixed positions are their own."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def copy_block(theirs: Any, ours: Any) -> None:
 
 def copy_encoder(theirs: Any, ours: VisionTransformer) -> None:
     theirs.embeddings.cls_token.copy_(ours.cls_token)
-    theirs.embeddings.position_embeddings.copy_(ours.pos_embed)
+    if isinstance(
+        ours.pos_embed, torch.nn.Parameter
+    ):  # a fixed table stays theirs, so that it is compared, too
+        theirs.embeddings.position_embeddings.copy_(ours.pos_embed)
     theirs.embeddings.patch_embeddings.projection.load_state_dict(ours.patch_embed.proj.state_dict())
     for layer, block in zip(theirs.layers, ours.blocks, strict=True):
         copy_block(layer, block)
@@ -50,6 +53,13 @@ def transformers_vit(ours: VisionTransformer) -> Any:
     return theirs.eval()
 
 
+def make_tables(theirs: Any, num_patches: int) -> None:
+    """Both fixed tables of positions by transformers' own code; its constructor alone (5.23) leaves them at zero."""
+    theirs.vit.embeddings.patch_embeddings.projection._is_hf_initialized = False  # else it returns at once
+    theirs.vit.embeddings.initialize_weights()
+    theirs.decoder.initialize_weights(num_patches)
+
+
 @torch.no_grad()
 def transformers_mae(ours: MAE) -> Any:
     transformers = import_transformers()
@@ -64,10 +74,10 @@ def transformers_mae(ours: MAE) -> Any:
         norm_pix_loss=ours.normalize_pixels,
     )
     theirs = transformers.ViTMAEForPreTraining(config)
+    make_tables(theirs, ours.num_patches)
     copy_encoder(theirs.vit, ours.backbone)
     decoder = theirs.decoder
     decoder.mask_token.copy_(ours.decoder.mask_token)
-    decoder.decoder_pos_embed.copy_(ours.decoder.pos_embed)
     decoder.decoder_embed.load_state_dict(ours.decoder.embed.state_dict())
     for layer, block in zip(decoder.decoder_layers, blocks, strict=True):
         copy_block(layer, block)

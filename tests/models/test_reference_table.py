@@ -11,7 +11,5 @@ QUICK = ("pvt_b0",)
 )
 def test_outputs_and_parameters_of_published_sizes_equal_the_references(name):
     for row in compare(name):
-        assert row.difference <= 1e-4 * max(row.scale, 1.0), row
-        # transformers counts fixed positions of MAE as parameters, and Swin's and PVT's as we do
-        if not name.startswith("mae"):
-            assert row.parameters == row.their_parameters, row
+        assert row.difference <= 1e-5 * row.scale, row
+        assert row.parameters == row.their_parameters, row
