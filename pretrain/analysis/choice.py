@@ -7,6 +7,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from pretrain.models.sizes import SWINS
+
 What = Literal["attention-distance", "position-embedding", "patch-filters"]
 WHAT: tuple[What, ...] = ("attention-distance", "position-embedding", "patch-filters")
 NUM_IMAGES = 128  # as many as ViT's authors averaged over
@@ -14,10 +16,10 @@ _CHUNKS = 8  # that images are taken from: a dataset in a bucket is not read thr
 
 
 def why_no_figure(what: What, *, name: str, position_embedding: str) -> str | None:
-    """Why a network has no such figure; None where it has. name: "vit", "swin" or "pvt"."""
+    """Why a network has no such figure; None where it has. name: of the recipe's model."""
     if what != "position-embedding":
         return None
-    if name == "swin":
+    if name in SWINS:
         return "a Swin has no position embeddings, only a bias for each offset between two tokens of a window"
     if name == "pvt":
         return (

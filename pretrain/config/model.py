@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from pretrain.config.section import Fraction, PositiveFloats, PositiveInts, Section
+from pretrain.config.section import Fraction, NonNegativeInts, PositiveFloats, PositiveInts, Section
 
 # As models/sizes.py has them, which this cannot import; a test holds both against each other.
 MODEL_SIZES = {
     "vit": ("tiny", "small", "base", "large", "huge", "giant"),
     "swin": ("tiny", "small", "base", "large"),
+    "swin_v2": ("tiny", "small", "base", "large"),
     "pvt": ("b0", "b1", "b2", "b3", "b4", "b5"),
 }
 STAGED_PATCH = 4  # Swin's and PVT's, in pixels
@@ -29,17 +30,19 @@ ONLY_VIT: dict[str, Any] = {
     "drop_path_mode": "per_sample",
 }
 ONLY_STAGED = {"depths": None, "stage_heads": None}
-ONLY_SWIN = {"window_size": 7}
+ONLY_SWIN_V2 = {"pretrained_window_sizes": None}
+ONLY_SWIN = {"window_size": 7, **ONLY_SWIN_V2}
 ONLY_PVT = {"embed_dims": None, "mlp_ratios": None, "sr_ratios": None}
 NOT_OF: dict[str, dict[str, Any]] = {
     "vit": {**ONLY_STAGED, **ONLY_SWIN, **ONLY_PVT},
-    "swin": {**ONLY_VIT, **ONLY_PVT},
+    "swin": {**ONLY_VIT, **ONLY_SWIN_V2, **ONLY_PVT},
+    "swin_v2": {**ONLY_VIT, **ONLY_PVT},
     "pvt": {**ONLY_VIT, **ONLY_SWIN, "embed_dim": None, "mlp_ratio": None},
 }
 
 
 class ModelConfig(Section):
-    name: Literal["vit", "swin", "pvt"] = "vit"  # pvt: version 2
+    name: Literal["vit", "swin", "swin_v2", "pvt"] = "vit"  # pvt: version 2
     # of a ViT tiny to giant, of a Swin tiny to large, of a PVT b0 to b5
     size: (
         Literal["tiny", "small", "base", "large", "huge", "giant", "b0", "b1", "b2", "b3", "b4", "b5"] | None
@@ -58,6 +61,8 @@ class ModelConfig(Section):
     mlp_ratios: PositiveFloats | None = None
     sr_ratios: PositiveInts | None = None  # by which a PVT shrinks keys and values, a side
     window_size: PositiveInt = 7  # Swin: tokens a side
+    # Swin V2: windows, one a stage, that its weights were trained with, where it has others now; 0: the one it has
+    pretrained_window_sizes: NonNegativeInts | None = None
     pooling: Literal["cls", "avg", "map"] = "cls"  # map: attention pooling. Swin and PVT: avg
     position_embedding: Literal["learned", "sincos", "rope"] = "learned"
     # patches a side that rotary positions are scaled to; the images' own
@@ -75,14 +80,17 @@ class ModelConfig(Section):
         """Pixels a side of what one token of the last map stands for."""
         if self.name == "vit":
             return self.patch_size
-        stages = NAMED_STAGES if self.depths is None else len(self.depths)
-        return self.patch_size << (stages - 1)
+        return self.patch_size << (self._stages - 1)
+
+    @property
+    def _stages(self) -> int:
+        return NAMED_STAGES if self.depths is None else len(self.depths)
 
     @model_validator(mode="before")
     @classmethod
     def _of_its_kind(cls, given: Any) -> Any:
         """The defaults of a Swin or PVT, where a ViT's do not fit."""
-        if isinstance(given, dict) and given.get("name") in ("swin", "pvt"):
+        if isinstance(given, dict) and given.get("name") in ("swin", "swin_v2", "pvt"):
             return {"patch_size": STAGED_PATCH, "pooling": "avg", **given}
         return given
 
@@ -114,12 +122,17 @@ class ModelConfig(Section):
             raise ValueError(f"model.pooling={self.pooling}: a {self.name} has no class token; leave it out")
         if self.name == "pvt" and self.patch_size != STAGED_PATCH:
             raise ValueError(f"model.patch_size={self.patch_size}: a pvt's is {STAGED_PATCH}; leave it out")
-        needed = ("embed_dim" if self.name == "swin" else "embed_dims", "depths", "stage_heads")
+        needed = ("embed_dims" if self.name == "pvt" else "embed_dim", "depths", "stage_heads")
         given = [key for key in (*needed, "mlp_ratios", "sr_ratios") if getattr(self, key) is not None]
         if self.size is not None and given:
             raise ValueError(f"model.size sets {', '.join(given)}; leave either out")
         if self.size is None and not set(needed) <= set(given):
             raise ValueError(f"give model.size, or all of {', '.join(f'model.{key}' for key in needed)}")
+        windows, stages = self.pretrained_window_sizes, self._stages
+        if windows is not None and len(windows) != stages:
+            raise ValueError(
+                f"model.pretrained_window_sizes={windows}: give one a stage, {stages} of them (0: that of the stage)"
+            )
 
     def _check_vit(self) -> None:
         free = [self.embed_dim, self.depth, self.num_heads]

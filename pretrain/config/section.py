@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInts = Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)]
+NonNegativeInts = Annotated[tuple[NonNegativeInt, ...], Field(strict=False, min_length=1)]
 PositiveFloats = Annotated[tuple[PositiveFloat, ...], Field(strict=False, min_length=1)]
 
 

@@ -35,9 +35,11 @@ def compile_blocks(objective: Objective, *, backend: str = "inductor") -> int:
 
 
 def repeated_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The elements of `module`'s lists that hold no list themselves: of stages of blocks, the blocks."""
+    """The elements of `module`'s lists that hold no list themselves: of stages of blocks, the blocks. A block's own
+    nn.Sequential, such as a Swin V2's of position biases, is a part of it and no list.
+    """
     for child in module.children():
-        if isinstance(child, nn.ModuleList | nn.Sequential):
+        if isinstance(child, nn.ModuleList):
             for element in child:
                 inner = list(repeated_blocks(element))
                 yield from inner or ([element] if any(True for _ in element.parameters()) else [])

@@ -1,4 +1,4 @@
-"""What objectives, probes and exports call a backbone: any of the three, which share these methods.
+"""What objectives, probes and exports call a backbone: any of them, which share these methods.
 
 `features(images)` (B, embed_dim), `patch_grid(images)` (B, embed_dim, h, w), `feature_maps(images)` by stride, and
 the attributes embed_dim, embed_dims and depths (a value a stage; a ViT is one), image_size, patch_size (pixels between

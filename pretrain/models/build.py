@@ -6,6 +6,7 @@ from typing import Literal, cast
 
 from pretrain.models.backbone import Backbone
 from pretrain.models.pvt import PyramidVisionTransformer
+from pretrain.models.sizes import SWINS
 from pretrain.models.spec import BackboneSpec
 from pretrain.models.swin import SwinTransformer
 from pretrain.models.vit import DropPathMode, MlpKind, Pooling, PositionEmbedding, VisionTransformer
@@ -23,7 +24,7 @@ def build_backbone(
     drop_path_mode and weight_init are a ViT's; the others have one of each. Raises ConfigError for what the
     backbone refuses.
     """
-    if spec.name == "swin":
+    if spec.name in SWINS:
         size = spec.staged_size
         assert spec.window_size is not None, "the spec was checked"
         return SwinTransformer(
@@ -35,6 +36,8 @@ def build_backbone(
             window_size=spec.window_size,
             mlp_ratio=size.mlp_ratios[0],
             drop_path_rate=drop_path_rate,
+            version=2 if spec.name == "swin_v2" else 1,
+            pretrained_window_sizes=spec.pretrained_window_sizes,
         )
     if spec.name == "pvt":
         size = spec.staged_size

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 # A mask token takes the place of patch embeddings, registers that of further class tokens.
 VIT_EMBEDDINGS = ("cls_token", "reg_token", "pos_embed", "patch_embed", "mask_token")
 HIERARCHICAL_EMBEDDINGS = ("patch_embed", "mask_token")
-STAGES = {"swin": "layers", "pvt": "stages"}  # timm's names of the list of stages
+STAGES = {"swin": "layers", "swin_v2": "layers", "pvt": "stages"}  # timm's names of the list of stages
 
 
 def num_layers(depths: Sequence[int]) -> int:

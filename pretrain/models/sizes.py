@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -58,6 +59,10 @@ SWIN_SIZES = {
     "base": _swin(128, (2, 2, 18, 2), (4, 8, 16, 32)),
     "large": _swin(192, (2, 2, 18, 2), (6, 12, 24, 48)),
 }
+SWIN_V2_SIZES = SWIN_SIZES  # arXiv:2111.09883; its huge and giant have norms that these do not
+
+# The names of Swins in recipes.
+SWINS = ("swin", "swin_v2")
 
 PVT_HEADS = (1, 2, 5, 8)
 PVT_MLP_RATIOS = (8.0, 8.0, 4.0, 4.0)
@@ -85,6 +90,23 @@ PVT_SIZES = {
     "b4": _pvt((64, 128, 320, 512), (3, 8, 27, 3)),
     "b5": _pvt((64, 128, 320, 512), (3, 6, 40, 3), (4.0, 4.0, 4.0, 4.0)),
 }
+
+
+def stage_windows(grid: int, window_size: int, stages: int) -> tuple[int, ...]:
+    """Tokens a side of each stage's window, of a Swin for images of `grid` patches a side: a stage that is smaller than
+    a window is one window.
+    """
+    return tuple(min(window_size, math.ceil(grid / 2**stage)) for stage in range(stages))
+
+
+def position_windows(
+    windows: Sequence[int], pretrained_window_sizes: Sequence[int] | None
+) -> tuple[int, ...]:
+    """Tokens a side of the windows that a Swin V2 measures offsets by, one a stage: those it was trained with, where
+    they are given and not 0, or those it has.
+    """
+    trained_with = pretrained_window_sizes or (0,) * len(windows)
+    return tuple(trained or own for trained, own in zip(trained_with, windows, strict=True))
 
 
 def mlp_width(embed_dim: int, mlp_ratio: float) -> int:
@@ -152,14 +174,14 @@ def resolve_staged_size(
     mlp_ratios: Sequence[float] | None = None,
     sr_ratios: Sequence[int] | None = None,
 ) -> StagedSize:
-    """The dimensions of a Swin or PVT ("swin", "pvt"), of a named size or free ones.
+    """The dimensions of a Swin or PVT ("swin", "swin_v2", "pvt"), of a named size or free ones.
 
     A Swin of free dimensions is given embed_dim (its first width, doubled at each stage), depths and stage_heads;
     a PVT embed_dims, depths and stage_heads, and mlp_ratios and sr_ratios where the paper's do not fit. mlp_ratio
     overrides a named Swin's. Raises ConfigError for what is unknown, missing, given twice, or does not go together.
     """
-    named = {"swin": SWIN_SIZES, "pvt": PVT_SIZES}[name]
-    width_key, width = ("embed_dim", embed_dim) if name == "swin" else ("embed_dims", embed_dims)
+    named = {"swin": SWIN_SIZES, "swin_v2": SWIN_V2_SIZES, "pvt": PVT_SIZES}[name]
+    width_key, width = ("embed_dim", embed_dim) if name in SWINS else ("embed_dims", embed_dims)
     free = {width_key: width, "depths": depths, "stage_heads": stage_heads}
     if name == "pvt" and mlp_ratio is not None:
         raise ConfigError(f"model.mlp_ratio={mlp_ratio}: a PVT has one a stage; give model.mlp_ratios")
@@ -178,7 +200,7 @@ def resolve_staged_size(
     assert depths is not None, "it was looked at"
     assert stage_heads is not None, "it was looked at"
     stages = len(depths)
-    if name == "swin":
+    if name in SWINS:
         assert embed_dim is not None, "it was looked at"
         widths = tuple(embed_dim << stage for stage in range(stages))
         ratios: Sequence[float] = (4.0 if mlp_ratio is None else mlp_ratio,) * stages

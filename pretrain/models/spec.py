@@ -11,12 +11,21 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from pretrain.errors import CheckpointError, ConfigError
-from pretrain.models.sizes import StagedSize, checked_stages, mlp_width, resolve_size, resolve_staged_size
+from pretrain.models.sizes import (
+    SWINS,
+    StagedSize,
+    checked_stages,
+    mlp_width,
+    position_windows,
+    resolve_size,
+    resolve_staged_size,
+    stage_windows,
+)
 
-NAMES = ("vit", "swin", "pvt")
+NAMES = ("vit", *SWINS, "pvt")
 SIZE_KEYS = ("size", "embed_dim", "depth", "num_heads", "mlp_ratio")
 STAGED_SIZE_KEYS = {
-    "swin": ("size", "embed_dim", "depths", "stage_heads", "mlp_ratio"),
+    **dict.fromkeys(SWINS, ("size", "embed_dim", "depths", "stage_heads", "mlp_ratio")),
     "pvt": ("size", "embed_dims", "depths", "stage_heads", "mlp_ratio", "mlp_ratios", "sr_ratios"),
 }
 # What only a ViT has, by its name in a recipe too; old recipes lack some of them.
@@ -30,6 +39,7 @@ VIT_KEYS = (
     "mlp",
 )
 STAGED_FIELDS = ("depths", "embed_dims", "stage_heads", "mlp_ratios", "sr_ratios")
+LISTS = (*STAGED_FIELDS, "pretrained_window_sizes")  # one value a stage
 POOLINGS = ("cls", "avg", "map")
 POSITION_EMBEDDINGS = ("learned", "sincos", "rope")
 MLPS = ("gelu", "swiglu")
@@ -44,7 +54,8 @@ class BackboneSpec:
 
     A ViT has one width, depth and number of heads. A Swin or PVT has a value a stage (embed_dims, depths,
     stage_heads, mlp_ratios; a PVT also sr_ratios); its embed_dim and num_heads are the last stage's, its depth the
-    number of all its blocks, and its pooling the average.
+    number of all its blocks, and its pooling the average. pretrained_window_sizes: as of swin.SwinTransformer, a Swin
+    V2's; None where all are the stages' own.
     """
 
     image_size: int
@@ -64,6 +75,7 @@ class BackboneSpec:
     qk_norm: bool = False
     mlp: str = "gelu"
     window_size: int | None = None
+    pretrained_window_sizes: tuple[int, ...] | None = None
     embed_dims: tuple[int, ...] | None = None
     depths: tuple[int, ...] | None = None
     stage_heads: tuple[int, ...] | None = None
@@ -98,14 +110,20 @@ class BackboneSpec:
             raise CheckpointError(f"the backbone's description does not fit together: {wrong}")
 
     def _wrong_stages(self) -> str:
-        given = [name for name in STAGED_FIELDS if getattr(self, name) is not None]
+        given = [name for name in LISTS if getattr(self, name) is not None]
         if self.name == "vit":
             return f"a ViT has no {', '.join(given)}" if given else ""
         needed = STAGED_FIELDS if self.name == "pvt" else STAGED_FIELDS[:-1]
         if missing := [name for name in needed if name not in given]:
             return f"a {self.name} without {', '.join(missing)}"
-        if self.name == "swin" and not self.window_size:
-            return "a swin without window_size"
+        if self.name in SWINS and not self.window_size:
+            return f"a {self.name} without window_size"
+        trained_with = self.pretrained_window_sizes
+        if trained_with is not None:
+            if self.name != "swin_v2":
+                return f"a {self.name} has no pretrained_window_sizes"
+            if len(trained_with) != len(self.depths or ()) or min(trained_with) < 0:
+                return f"pretrained_window_sizes {trained_with} are not one a stage, 0 or more"
         try:
             checked_stages(self.name, self.staged_size)
         except ConfigError as error:
@@ -140,8 +158,10 @@ class BackboneSpec:
                 "stage_heads": staged.num_heads,
                 "mlp_ratios": staged.mlp_ratios,
                 "sr_ratios": staged.sr_ratios or None,
-                "window_size": model["window_size"] if plain["name"] == "swin" else None,
+                "window_size": model["window_size"] if plain["name"] in SWINS else None,
             }
+            if plain["name"] == "swin_v2" and any(trained_with := model.get("pretrained_window_sizes") or ()):
+                plain["pretrained_window_sizes"] = tuple(trained_with)
         else:
             plain |= {key: model[key] for key in VIT_KEYS if key in model}
             plain |= asdict(resolve_size(**{key: model.get(key) for key in SIZE_KEYS}))
@@ -176,6 +196,14 @@ class BackboneSpec:
         return self.image_size // self.patch_size
 
     @property
+    def position_windows(self) -> tuple[int, ...]:
+        """Of a Swin V2: tokens a side of the windows that its biases are measured by, one a stage."""
+        assert self.window_size is not None, f"a {self.name} has no windows"
+        assert self.depths is not None, f"a {self.name} has no windows"
+        windows = stage_windows(self.grid, self.window_size, len(self.depths))
+        return position_windows(windows, self.pretrained_window_sizes)
+
+    @property
     def stride(self) -> int:
         """Pixels a side of what one token of the last map stands for."""
         return self.patch_size if self.depths is None else self.patch_size << (len(self.depths) - 1)
@@ -194,13 +222,13 @@ class BackboneSpec:
         """For a person: "ViT 768 wide, 12 deep, patch 16, image 224"."""
         widths = "/".join(map(str, self.embed_dims or (self.embed_dim,)))
         depths = "/".join(map(str, self.depths or (self.depth,)))
-        title = {"vit": "ViT", "swin": "Swin", "pvt": "PVT v2"}[self.name]
+        title = {"vit": "ViT", "swin": "Swin", "swin_v2": "Swin V2", "pvt": "PVT v2"}[self.name]
         return f"{title} {widths} wide, {depths} deep, patch {self.patch_size}, image {self.image_size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         values = asdict(self)
-        for name in ("mean", "std", "class_names", *STAGED_FIELDS):
+        for name in ("mean", "std", "class_names", *LISTS):
             values[name] = None if values[name] is None else list(values[name])
         return values
 
@@ -218,7 +246,7 @@ class BackboneSpec:
                     raise ValueError(f"{name} has {len(taken[name])} values, not 3")
             if taken.get("class_names") is not None:
                 taken["class_names"] = tuple(str(name) for name in taken["class_names"])
-            for name in STAGED_FIELDS:
+            for name in LISTS:
                 if taken.get(name) is not None:
                     taken[name] = tuple(taken[name])
             return cls(**taken)

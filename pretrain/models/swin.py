@@ -1,39 +1,47 @@
-"""The Swin transformer (arXiv:2103.14030), with timm's parameter names.
+"""The Swin transformer, versions 1 (arXiv:2103.14030) and 2 (arXiv:2111.09883), with timm's parameter names.
 
 Its outputs are transformers' and, where stages are whole windows, timm's.
 
 Built by build.py, trained inside an objective. Attention stays inside windows, which every second block shifts;
-patches are merged two by two between stages.
+patches are merged two by two between stages. Here is what both versions share, and the first one's blocks; the
+second one's are in swin_v2.py.
 """
 
-# B batch, H W rows and columns of tokens, C width, h w those of a window, T = h·w, L depth
+# B batch, H W rows and columns of tokens, C width, W windows, T tokens of a window, L depth
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pretrain.errors import ConfigError
+from pretrain.models import swin_v2
 from pretrain.models.drop_path import scaled, scales_by_stage
 from pretrain.models.layers import (
     AttentionWatch,
     Mlp,
     PatchProjection,
-    attention,
     init_linears_truncated_normal,
     layer_norm,
     replace_masked,
 )
-from pretrain.models.sizes import mlp_width
+from pretrain.models.sizes import mlp_width, position_windows, stage_windows
+from pretrain.models.swin_parts import (
+    LAYER_NORM_EPS,
+    Window,
+    attend_in_windows,
+    attention_of_windows,
+    biases_of_pairs,
+    relative_index,
+    shifted_mask,
+    two_by_two,
+)
 
-LAYER_NORM_EPS = 1e-5  # Swin's own, timm's and transformers'
-OUTSIDE = -100.0  # added to scores of tokens that a shifted window brings together from two ends of the image
-
-Window = tuple[int, int]
+SwinVersion = Literal[1, 2]
 
 
 class SwinTransformer(nn.Module):
@@ -42,6 +50,10 @@ class SwinTransformer(nn.Module):
     embed_dim: width of the first stage, doubled at each merging (the attribute of that name is the features'
     width, the last stage's). window_size: tokens a side; a stage that is smaller at `image_size` has a window of its
     own size, and no shift. Images of other sizes are padded to whole patches and windows.
+
+    version: 2 is Swin V2, which measures offsets by windows of pretrained_window_sizes tokens a side, one a stage, 0
+    for the window that the stage has: given those that its weights were trained with, an offset has the same bias in
+    any other window.
 
     Stochastic depth is per sample, as in vit.py. Weights are drawn from torch's global generator. Raises ConfigError
     for sizes that do not fit together.
@@ -58,6 +70,8 @@ class SwinTransformer(nn.Module):
         window_size: int = 7,
         mlp_ratio: float = 4.0,
         drop_path_rate: float = 0.0,
+        version: SwinVersion = 1,
+        pretrained_window_sizes: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         if image_size % patch_size:
@@ -75,26 +89,29 @@ class SwinTransformer(nn.Module):
         self.strides = tuple(patch_size << stage for stage in range(len(depths)))
         self.stride = self.strides[-1]
         self.window_size = window_size
+        self.version = version
         self.pooling = "avg"
         self.drop_path_rate = drop_path_rate
 
         self.patch_embed = PatchEmbed(patch_size=patch_size, embed_dim=embed_dim)
-        grid = image_size // patch_size
-        stages = []
-        for i, width in enumerate(self.embed_dims):
-            side = math.ceil(grid / 2**i)
-            stages.append(
-                Stage(
-                    in_dim=self.embed_dims[max(i - 1, 0)],
-                    embed_dim=width,
-                    depth=depths[i],
-                    num_heads=num_heads[i],
-                    window_size=min(window_size, side),
-                    mlp_ratio=mlp_ratio,
-                    downsample=i > 0,
-                )
+        windows = stage_windows(image_size // patch_size, window_size, len(depths))
+        # windows that the second version's offsets are measured by; the first has a table for its own
+        self.position_windows: tuple[int, ...] | None = None
+        if version == 2:
+            self.position_windows = position_windows(windows, pretrained_window_sizes)
+        self.layers = nn.ModuleList(
+            Stage(
+                in_dim=self.embed_dims[max(i - 1, 0)],
+                embed_dim=width,
+                depth=depths[i],
+                num_heads=num_heads[i],
+                window_size=windows[i],
+                mlp_ratio=mlp_ratio,
+                downsample=i > 0,
+                position_window=None if self.position_windows is None else self.position_windows[i],
             )
-        self.layers = nn.ModuleList(stages)
+            for i, width in enumerate(self.embed_dims)
+        )
         self.norm = layer_norm(self.embed_dim, eps=LAYER_NORM_EPS)
         init_linears_truncated_normal(self)
 
@@ -178,16 +195,14 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * embed_dim, 2 * embed_dim, bias=False)
 
     def forward(self, x_BHWC: Tensor) -> Tensor:
-        B, H, W, C = x_BHWC.shape
-        if H % 2 or W % 2:
-            x_BHWC = F.pad(x_BHWC, (0, 0, 0, W % 2, 0, H % 2))
-        x = x_BHWC.reshape(B, (H + 1) // 2, 2, (W + 1) // 2, 2, C)
-        # column before row inside the four, as the authors concatenated them
-        return self.reduction(self.norm(x.permute(0, 1, 3, 4, 2, 5).flatten(3)))
+        return self.reduction(self.norm(two_by_two(x_BHWC)))
 
 
 class Stage(nn.Module):
-    """Merging, where there is one, and blocks whose windows are shifted every second time."""
+    """Merging, where there is one, and blocks whose windows are shifted every second time.
+
+    position_window: of swin_v2.Block; None for the first version's blocks.
+    """
 
     def __init__(
         self,
@@ -199,14 +214,27 @@ class Stage(nn.Module):
         window_size: int,
         mlp_ratio: float,
         downsample: bool,
+        position_window: int | None = None,
     ) -> None:
         super().__init__()
         self.window_size = window_size
-        self.downsample = PatchMerging(embed_dim=in_dim) if downsample else nn.Identity()
-        self.blocks = nn.ModuleList(
-            Block(embed_dim=embed_dim, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio)
-            for _ in range(depth)
-        )
+
+        def block() -> nn.Module:
+            if position_window is None:
+                return Block(
+                    embed_dim=embed_dim, num_heads=num_heads, window_size=window_size, mlp_ratio=mlp_ratio
+                )
+            return swin_v2.Block(
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                window_size=window_size,
+                mlp_ratio=mlp_ratio,
+                position_window=position_window,
+            )
+
+        merging = PatchMerging if position_window is None else swin_v2.PatchMerging
+        self.downsample = merging(embed_dim=in_dim) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
 
     def forward(self, x_BHWC: Tensor, branch_scale_BL2: Tensor | None) -> Tensor:
         x_BHWC = self.downsample(x_BHWC)
@@ -246,29 +274,17 @@ class Block(nn.Module):
         mask_WTT: Tensor | None = None,
     ) -> Tensor:
         """The tokens after the block. branch_scale: as layers.Block takes it. mask: of shifted_mask."""
-        x_BHWC = x_BHWC + scaled(self._attend(self.norm1(x_BHWC), shift, mask_WTT), branch_scale_B2, 0)
+        attended_BHWC = attend_in_windows(
+            self.norm1(x_BHWC), self.attn, window_size=self.window_size, shift=shift, mask_WTT=mask_WTT
+        )
+        x_BHWC = x_BHWC + scaled(attended_BHWC, branch_scale_B2, 0)
         return x_BHWC + scaled(self.mlp(self.norm2(x_BHWC)), branch_scale_B2, 1)
-
-    def _attend(self, x_BHWC: Tensor, shift: Window, mask_WTT: Tensor | None) -> Tensor:
-        _, H, W, _ = x_BHWC.shape
-        w = self.window_size
-        # after the norm: padded tokens are zeros that attention sees; before the shift, as in the authors' detection
-        # code and transformers (timm shifts first, and its mask then misses some of what came round)
-        if H % w or W % w:
-            x_BHWC = F.pad(x_BHWC, (0, 0, 0, -W % w, 0, -H % w))
-        padded = (x_BHWC.shape[1], x_BHWC.shape[2])
-        if any(shift):
-            x_BHWC = x_BHWC.roll((-shift[0], -shift[1]), dims=(1, 2))
-        x_BHWC = join_windows(self.attn(split_windows(x_BHWC, w), mask_WTT), w, padded)
-        if any(shift):
-            x_BHWC = x_BHWC.roll(shift, dims=(1, 2))
-        return x_BHWC[:, :H, :W]
 
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside each window, with a trained bias for each offset between two tokens.
 
-    `watch`: as of layers.Attention; windows are in its batch axis, or before the heads in theirs.
+    `watch`: as swin_parts.attention_of_windows calls it.
     """
 
     watch: AttentionWatch | None = None
@@ -290,57 +306,6 @@ class WindowAttention(nn.Module):
         B, W, T, C = x_BWTC.shape
         H = self.num_heads
         qkv = self.qkv(x_BWTC).reshape(B, W, T, 3, H, C // H).permute(3, 0, 1, 4, 2, 5)
-        bias = self.relative_position_bias_table[self.relative_position_index.flatten()]
-        bias = bias.reshape(T, T, H).permute(2, 0, 1).to(qkv.dtype)
-        if mask_WTT is None:
-            query, key, value = qkv.flatten(1, 2).unbind(0)
-        else:
-            # windows and heads in one axis: then one bias serves all of the batch
-            query, key, value = qkv.flatten(2, 3).unbind(0)
-            bias = (bias + mask_WTT.to(qkv.dtype)[:, None]).flatten(0, 1)
-        if self.watch is not None:
-            self.watch(query, key, bias[None])
-        x = attention(query, key, value, bias[None]).reshape(B, W, H, T, C // H)
-        return self.proj(x.transpose(2, 3).reshape(B, W, T, C))
-
-
-def relative_index(window_size: int) -> Tensor:
-    """The row of the bias table for each pair of a window's tokens, int64 (T, T)."""
-    place = torch.arange(window_size)
-    row_T, column_T = (axis.flatten() for axis in torch.meshgrid(place, place, indexing="ij"))
-    down = row_T[:, None] - row_T[None, :] + window_size - 1
-    right = column_T[:, None] - column_T[None, :] + window_size - 1
-    return down * (2 * window_size - 1) + right
-
-
-def shifted_mask(
-    grid: tuple[int, int], window_size: int, shift: Window, *, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    """(W, T, T): 0 between tokens that were neighbours before the shift, OUTSIDE between others."""
-    regions = []
-    for side, step in zip(grid, shift, strict=True):
-        padded = side + -side % window_size
-        place = torch.arange(padded, device=device)
-        # the last window holds what came round from the other end
-        region = (place >= padded - window_size).long() + (place >= padded - step).long()
-        regions.append(region if step else torch.zeros_like(region))
-    region_HW = regions[0][:, None] * 3 + regions[1][None, :]
-    region_WT = split_windows(region_HW[None, :, :, None], window_size)[0, :, :, 0]
-    apart = region_WT[:, :, None] != region_WT[:, None, :]
-    return torch.where(apart, OUTSIDE, 0.0).to(dtype)
-
-
-def split_windows(x_BHWC: Tensor, window_size: int) -> Tensor:
-    """(B, H, W, C) to (B, W, T, C), row by row; H and W are multiples of the window."""
-    B, H, W, C = x_BHWC.shape
-    w = window_size
-    x = x_BHWC.reshape(B, H // w, w, W // w, w, C).transpose(2, 3)
-    return x.reshape(B, (H // w) * (W // w), w * w, C)
-
-
-def join_windows(x_BWTC: Tensor, window_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of split_windows, for a grid of (H, W) tokens."""
-    B, _, _, C = x_BWTC.shape
-    (H, W), w = grid, window_size
-    x = x_BWTC.reshape(B, H // w, W // w, w, w, C).transpose(2, 3)
-    return x.reshape(B, H, W, C)
+        bias_HTT = biases_of_pairs(self.relative_position_bias_table, self.relative_position_index)
+        query, key, value = qkv.unbind(0)
+        return self.proj(attention_of_windows(query, key, value, bias_HTT, mask_WTT, self.watch))

@@ -11,27 +11,34 @@ import torch
 from torch import nn
 
 BACKBONE, HEAD = "backbone.", "head."  # of an objective's parameters
+POSITION_MLP = "cpb_mlp"  # what makes a Swin V2's biases of offsets
 
 # Embeddings and tokens: decay would pull them to zero, not to smoothness (timm's no_weight_decay). `latent` is the
 # query of attention pooling, a token like them: big_vision, whose ViT-g has it, decays kernels alone; timm decays it.
 NEVER_DECAYED = frozenset(
-    {"cls_token", "pos_embed", "reg_token", "dist_token", "mask_token", "latent"}
-    | {"relative_position_bias_table"}
+    {
+        *("cls_token", "pos_embed", "reg_token", "dist_token", "mask_token", "latent"),
+        "relative_position_bias_table",
+        *("logit_scale", POSITION_MLP),  # a Swin V2's: the authors' no_weight_decay_keywords
+    }
 )
 
 
 def decays(name: str, num_dims: int) -> bool:
     """Whether the parameter of that dotted name and number of dimensions takes weight decay.
 
-    Biases, norms (one dimension) and the tokens above do not, as in timm.
+    Biases, norms (one dimension) and what is named above do not, as in timm.
     """
-    last = name.rsplit(".", 1)[-1]
-    return num_dims > 1 and last != "bias" and last not in NEVER_DECAYED
+    parts = name.split(".")
+    return num_dims > 1 and parts[-1] != "bias" and NEVER_DECAYED.isdisjoint(parts)
 
 
 def is_hidden_matrix(name: str, num_dims: int) -> bool:
-    """Whether Muon takes it: the matrices inside blocks, not the embeddings before and the head after them."""
-    return num_dims == 2 and ".blocks." in f".{name}" and name.endswith(".weight")
+    """Whether Muon takes it: the matrices inside blocks, not the embeddings before and the head after them, nor what
+    makes a bias of two coordinates.
+    """
+    inside = ".blocks." in f".{name}" and POSITION_MLP not in name.split(".")
+    return num_dims == 2 and inside and name.endswith(".weight")
 
 
 def layer_scales(layer_of: Callable[[str], int], *, num_layers: int, decay: float) -> Callable[[str], float]:

@@ -29,7 +29,7 @@ def far_from_uniform(backbone):
     """Weights with which heads differ and look somewhere."""
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
-            if any(part in name for part in (".qkv.", ".q.", ".kv.", "bias_table")):
+            if any(part in name for part in (".qkv.", ".q.", ".kv.", "bias_table", "q_bias", "cpb_mlp")):
                 parameter.copy_(torch.randn_like(parameter) * 0.7)
     return backbone.eval()
 
@@ -169,18 +169,38 @@ def test_a_token_that_attends_to_itself_alone_looks_nowhere():
         assert head.mean == pytest.approx(0.0, abs=1e-3)
 
 
-def swin():
+def swin(version=1):
     torch.manual_seed(2)
     # 8 × 8 tokens in windows of 4, the second block shifted; then 4 × 4, one window
     return far_from_uniform(
         SwinTransformer(
-            image_size=16, patch_size=2, embed_dim=8, depths=(2, 1), num_heads=(2, 4), window_size=4
+            image_size=16,
+            patch_size=2,
+            embed_dim=8,
+            depths=(2, 1),
+            num_heads=(2, 4),
+            window_size=4,
+            version=version,
         )
     )
 
 
-def test_a_head_of_a_swin_looks_as_far_as_loops_over_its_windows_find():
-    backbone, pixels = swin(), images(16)
+def score_in_a_window(attention, query_TK, key_TK, i, j, head):
+    """Of two tokens, by the papers' definitions."""
+    if hasattr(attention, "relative_position_bias_table"):
+        bias = attention.relative_position_bias_table[attention.relative_position_index[i, j], head]
+        return (query_TK[i] @ key_TK[j] / math.sqrt(len(query_TK[i])) + bias).item()
+    K = len(query_TK[i])
+    query = query_TK[i] + attention.q_bias[head * K :][:K]
+    cosine = torch.nn.functional.cosine_similarity(query, key_TK[j], dim=0)
+    offset = torch.tensor([i // 4 - j // 4, i % 4 - j % 4]) * 8 / 3
+    told = offset.sign() * torch.log2(offset.abs() + 1) / 3
+    return (10 * cosine + 16 * attention.cpb_mlp(told)[head].sigmoid()).item()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_head_of_a_swin_looks_as_far_as_loops_over_its_windows_find(version):
+    backbone, pixels = swin(version), images(16)
     found = table(backbone, pixels)
     assert sorted(found) == [(0, 0), (0, 1), (1, 0), (1, 1), *((2, head) for head in range(4))]
     for layer, given in enumerate(inputs_of_attentions(backbone, pixels)):
@@ -196,10 +216,7 @@ def test_a_head_of_a_swin_looks_as_far_as_loops_over_its_windows_find():
                 query, key = (qkv[:, i * C + head * K :][:, :K] for i in (0, 1))
                 for i in range(T):
                     scores = [
-                        (query[i] @ key[j]).item() / math.sqrt(K)
-                        + attention.relative_position_bias_table[
-                            attention.relative_position_index[i, j], head
-                        ].item()
+                        score_in_a_window(attention, query, key, i, j, head)
                         + (0.0 if mask is None else mask[w, i, j].item())
                         for j in range(T)
                     ]

@@ -42,14 +42,14 @@ CASES = [
     *(
         f"{objective} {backbone}"
         for objective in ("classification", "simmim")
-        for backbone in ("vit", "swin", "pvt")
+        for backbone in ("vit", "swin", "swin_v2", "pvt")
     ),
     "mae vit",
 ]
 
 
 def make_backbone(name: str, *, weight_init: str) -> Backbone:
-    if name == "swin":  # a shifted window in its first stage
+    if name in ("swin", "swin_v2"):  # a shifted window in its first stage
         return SwinTransformer(
             image_size=IMAGE,
             embed_dim=12,
@@ -57,6 +57,7 @@ def make_backbone(name: str, *, weight_init: str) -> Backbone:
             num_heads=(2, 4),
             window_size=2,
             drop_path_rate=DROP_PATH,
+            version=2 if name == "swin_v2" else 1,
         )
     if name == "pvt":
         return PyramidVisionTransformer(

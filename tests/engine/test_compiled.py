@@ -78,9 +78,16 @@ def test_of_stages_of_blocks_the_blocks_are_compiled() -> None:
             self.norm = nn.LayerNorm(2)
 
     whole = nn.Module()
-    whole.stages = nn.Sequential(Stage(), Stage())  # type: ignore[assignment]
+    whole.stages = nn.ModuleList([Stage(), Stage()])  # type: ignore[assignment]
     assert all(isinstance(block, nn.Linear) for block in repeated_blocks(whole))
     assert len(list(repeated_blocks(whole))) == 4
+
+
+def test_a_small_network_inside_a_block_is_compiled_with_it() -> None:
+    swin = SwinTransformer(
+        image_size=16, embed_dim=8, depths=(2, 1), num_heads=(1, 2), window_size=2, version=2
+    )
+    assert list(repeated_blocks(swin)) == [block for stage in swin.layers for block in stage.blocks]
 
 
 def swin() -> SwinTransformer:

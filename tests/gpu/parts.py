@@ -23,12 +23,14 @@ CLASSES = 10
 SMALL_MODELS: dict[str, dict[str, Any]] = {
     "vit": {"size": "tiny", "patch_size": 16},
     "swin": {"size": "tiny"},
+    "swin_v2": {"size": "tiny"},
     "pvt": {"size": "b0"},
 }
 # The same at a size that compiles in seconds: few kinds of blocks, for images of 32 pixels.
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "vit": {"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8},
     "swin": {"embed_dim": 32, "depths": [2, 1], "stage_heads": [1, 2], "window_size": 4},
+    "swin_v2": {"embed_dim": 32, "depths": [2, 1], "stage_heads": [1, 2], "window_size": 4},
     "pvt": {"embed_dims": [32, 64], "depths": [1, 1], "stage_heads": [1, 2], "sr_ratios": [2, 1]}
     | {"mlp_ratios": [4.0, 4.0]},
 }

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from mae_reference import transformers_mae, transformers_vit
-from staged_references import timm_pvt, timm_swin, transformers_pvt, transformers_swin
+from staged_references import timm_pvt, timm_swin, transformers_pvt, transformers_swin, transformers_swin_v2
 from timm_reference import import_timm
 from torch import Tensor, nn
 
@@ -53,10 +53,18 @@ class Row:
         )
 
 
-def built(name: str, size: str, patch_size: int, *, positions: str = "learned") -> Any:
+def built(
+    name: str,
+    size: str,
+    patch_size: int,
+    *,
+    positions: str = "learned",
+    image_size: int = 224,
+    window_size: int = 7,
+) -> Any:
     torch.manual_seed(0)
-    recipe = {"name": name, "size": size, "image_size": 224, "patch_size": patch_size}
-    recipe |= {"pooling": "cls", "position_embedding": positions, "window_size": 7}
+    recipe = {"name": name, "size": size, "image_size": image_size, "patch_size": patch_size}
+    recipe |= {"pooling": "cls", "position_embedding": positions, "window_size": window_size}
     backbone = build_backbone(BackboneSpec.of_recipe(recipe, GREY)).eval()
     with torch.no_grad():  # norms, biases and tables away from 1 and 0, so that each of them shows
         for parameter in backbone.parameters():
@@ -65,8 +73,8 @@ def built(name: str, size: str, patch_size: int, *, positions: str = "learned") 
     return backbone
 
 
-def pictures(count: int = 1) -> Tensor:
-    return torch.randn(count, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+def pictures(count: int = 1, side: int = 224) -> Tensor:
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def row(
@@ -113,6 +121,20 @@ def swin_rows(size: str) -> Iterator[Row]:
     )
 
 
+def swin_v2_rows(size: str) -> Iterator[Row]:
+    ours, images = built("swin_v2", size, 4, image_size=256, window_size=8), pictures(side=256)
+    maps, features = list(ours.feature_maps(images).values()), ours.features(images)
+    theirs = import_timm().create_model(f"swinv2_{size}_window8_256", num_classes=0).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    wanted = theirs.forward_intermediates(images, intermediates_only=True)
+    pairs = [*zip(maps, wanted, strict=True), (features, theirs(images))]
+    yield row(f"Swin V2 {size}", f"timm swinv2_{size}_window8_256", ours, theirs, pairs)
+    del theirs
+    other = transformers_swin_v2(ours, ours.num_heads)
+    pairs = [(features, other(images).pooler_output)]
+    yield row(f"Swin V2 {size}", "transformers Swinv2Model", ours, other, pairs)
+
+
 def pvt_rows(size: str) -> Iterator[Row]:
     ours, images, ratios = built("pvt", size, 4), pictures(), PVT_SIZES[size].mlp_ratios
     maps = list(ours.feature_maps(images).values())
@@ -144,6 +166,7 @@ def mae_rows(size: str) -> Iterator[Row]:
 ROWS: dict[str, tuple[Callable[[str], Iterator[Row]], str]] = {
     **{f"vit_{size}": (vit_rows, size) for size in VITS},
     **{f"swin_{size}": (swin_rows, size) for size in ("tiny", "large")},
+    **{f"swin_v2_{size}": (swin_v2_rows, size) for size in ("tiny", "base")},
     **{f"pvt_{size}": (pvt_rows, size) for size in ("b0", "b2", "b5")},
     **{f"mae_{size}": (mae_rows, size) for size in VITS},
 }

@@ -1,4 +1,4 @@
-"""timm's and transformers' Swin and PVT v2 with the weights of ours."""
+"""timm's and transformers' Swin, Swin V2 and PVT v2 with the weights of ours."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from pretrain.models.pvt import PyramidVisionTransformer
 from pretrain.models.swin import SwinTransformer
 
 
-def timm_swin(ours: SwinTransformer, num_heads: tuple[int, ...], image_size: int | None = None) -> Any:
+def timm_swin(
+    ours: SwinTransformer, num_heads: tuple[int, ...], image_size: int | None = None, **changes: Any
+) -> Any:
     """For images of another size than ours was built for, by timm's own set_input_size."""
     import_timm()
-    from timm.models.swin_transformer import SwinTransformer as Theirs
+    from timm.models.swin_transformer import SwinTransformer as First
+    from timm.models.swin_transformer_v2 import SwinTransformerV2 as Second
 
-    theirs = Theirs(
+    theirs = (First if ours.version == 1 else Second)(
         img_size=ours.image_size,
         patch_size=ours.patch_size,
         embed_dim=ours.embed_dims[0],
@@ -25,6 +28,7 @@ def timm_swin(ours: SwinTransformer, num_heads: tuple[int, ...], image_size: int
         window_size=ours.window_size,
         num_classes=0,
         drop_path_rate=0.0,
+        **changes,
     )
     theirs.load_state_dict(ours.state_dict(), strict=True)
     if image_size is not None:
@@ -63,6 +67,48 @@ def transformers_swin(ours: SwinTransformer, num_heads: tuple[int, ...], masked:
             )
             layer.mlp.fc1.load_state_dict(block.mlp.fc1.state_dict())
             layer.mlp.fc2.load_state_dict(block.mlp.fc2.state_dict())
+    theirs.layernorm.load_state_dict(ours.norm.state_dict())
+    return whole.eval()
+
+
+@torch.no_grad()
+def transformers_swin_v2(
+    ours: SwinTransformer, num_heads: tuple[int, ...], masked: bool = False, **changes: Any
+) -> Any:
+    """Swinv2Model, or Swinv2ForMaskedImageModeling without its own decoder's weights."""
+    transformers = import_transformers()
+    config = transformers.Swinv2Config(
+        image_size=ours.image_size,
+        patch_size=ours.patch_size,
+        embed_dim=ours.embed_dims[0],
+        depths=list(ours.depths),
+        num_heads=list(num_heads),
+        window_size=ours.window_size,
+        drop_path_rate=0.0,
+        encoder_stride=ours.stride,
+        **changes,
+    )
+    whole = transformers.Swinv2ForMaskedImageModeling(config) if masked else transformers.Swinv2Model(config)
+    theirs = whole.swinv2 if masked else whole
+    theirs.embeddings.patch_embeddings.projection.load_state_dict(ours.patch_embed.proj.state_dict())
+    theirs.embeddings.norm.load_state_dict(ours.patch_embed.norm.state_dict())
+    for i, (stage, mine) in enumerate(zip(theirs.encoder.layers, ours.layers, strict=True)):
+        if i + 1 < len(ours.layers):  # merging at the end of the stage before
+            stage.downsample.load_state_dict(ours.layers[i + 1].downsample.state_dict())
+        for layer, block in zip(stage.blocks, mine.blocks, strict=True):
+            attention = layer.attention.self
+            weights = block.attn.qkv.weight.chunk(3)
+            for part, weight in zip((attention.query, attention.key, attention.value), weights, strict=True):
+                part.weight.copy_(weight)
+            attention.query.bias.copy_(block.attn.q_bias)
+            attention.value.bias.copy_(block.attn.v_bias)
+            attention.logit_scale.copy_(block.attn.logit_scale)
+            attention.continuous_position_bias_mlp.load_state_dict(block.attn.cpb_mlp.state_dict())
+            layer.attention.output.dense.load_state_dict(block.attn.proj.state_dict())
+            layer.layernorm_before.load_state_dict(block.norm1.state_dict())
+            layer.layernorm_after.load_state_dict(block.norm2.state_dict())
+            layer.intermediate.dense.load_state_dict(block.mlp.fc1.state_dict())
+            layer.output.dense.load_state_dict(block.mlp.fc2.state_dict())
     theirs.layernorm.load_state_dict(ours.norm.state_dict())
     return whole.eval()
 

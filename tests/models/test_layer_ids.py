@@ -39,6 +39,16 @@ SWIN = {
     "norm.weight": 13,
     "head.weight": 13,
 }
+# the same rule, on what a Swin V2 has besides
+SWIN_V2 = {
+    "mask_token": 0,
+    "layers.0.blocks.0.attn.logit_scale": 1,
+    "layers.0.blocks.1.attn.cpb_mlp.0.weight": 2,
+    "layers.1.downsample.norm.bias": 2,
+    "layers.2.blocks.5.attn.q_bias": 10,
+    "layers.3.blocks.1.norm2.bias": 12,
+    "norm.weight": 13,
+}
 PVT = {
     "patch_embed.proj.weight": 0,
     "stages.0.blocks.1.attn.sr.weight": 2,
@@ -53,7 +63,12 @@ PVT = {
 
 @pytest.mark.parametrize(
     ("backbone", "depths", "table"),
-    [("vit", (3,), VIT), ("swin", (2, 2, 6, 2), SWIN), ("pvt", (2, 2, 2, 2), PVT)],
+    [
+        ("vit", (3,), VIT),
+        ("swin", (2, 2, 6, 2), SWIN),
+        ("swin_v2", (2, 2, 6, 2), SWIN_V2),
+        ("pvt", (2, 2, 2, 2), PVT),
+    ],
 )
 def test_layers_are_those_of_the_published_rules(backbone, depths, table):
     assert {name: layer_of(backbone, name, depths) for name in table} == table
@@ -61,12 +76,13 @@ def test_layers_are_those_of_the_published_rules(backbone, depths, table):
     assert num_layers(depths) == max(table.values()) + 1
 
 
-@pytest.mark.parametrize("backbone", ["vit", "swin", "pvt"])
+@pytest.mark.parametrize("backbone", ["vit", "swin", "swin_v2", "pvt"])
 def test_layers_never_fall_along_the_network_and_every_block_has_one(backbone):
     with torch.device("meta"):
         module = {
             "vit": lambda: VisionTransformer(image_size=32, patch_size=8, embed_dim=16, depth=5, num_heads=2),
             "swin": lambda: SwinTransformer(image_size=64, embed_dim=8, num_heads=(1, 2, 4, 8)),
+            "swin_v2": lambda: SwinTransformer(image_size=64, embed_dim=8, num_heads=(1, 2, 4, 8), version=2),
             "pvt": lambda: PyramidVisionTransformer(image_size=64, depths=(1, 2, 3, 1)),
         }[backbone]()
     layers = [layer_of(backbone, name, module.depths) for name, _ in module.named_parameters()]

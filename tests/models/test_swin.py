@@ -1,4 +1,4 @@
-"""Swin against timm's and transformers' with the same weights, its windows, and its behaviour in training."""
+"""Swin against timm's and transformers' with the same weights, its windows; both versions in training."""
 
 import pytest
 import torch
@@ -13,9 +13,11 @@ from pretrain.keyed_random import sample_keys
 from pretrain.models import layers
 from pretrain.models.build import build_backbone
 from pretrain.models.spec import BackboneSpec
-from pretrain.models.swin import SwinTransformer, join_windows, shifted_mask, split_windows
+from pretrain.models.swin import SwinTransformer
+from pretrain.models.swin_parts import join_windows, shifted_mask, split_windows
 
 HEADS = (1, 2, 4, 8)
+BOTH = pytest.mark.parametrize("version", [1, 2])
 GREY = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 
@@ -91,9 +93,10 @@ def test_every_named_size_has_timms_parameters_name_by_name(size):
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
+@BOTH
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (70, 101), (33, 32)])
-def test_feature_maps_stand_at_their_strides_at_any_resolution(height, width):
-    swin = small_swin().eval()
+def test_feature_maps_stand_at_their_strides_at_any_resolution(height, width, version):
+    swin = small_swin(version=version).eval()
     with torch.no_grad():
         maps = swin.feature_maps(some_images(1, height, width))
         grid = swin.patch_grid(some_images(1, height, width))
@@ -120,8 +123,9 @@ def test_a_shifted_window_joins_only_tokens_that_were_neighbours():
     assert sorted(int((row == 0).sum()) for row in mask[3]) == [1, 2, 2, 2, 2, 4, 4, 4, 4]
 
 
-def test_dropped_branches_depend_on_the_sample_and_not_on_its_batch():
-    swin = shaken(small_swin(drop_path_rate=0.6)).train()
+@BOTH
+def test_dropped_branches_depend_on_the_sample_and_not_on_its_batch(version):
+    swin = shaken(small_swin(drop_path_rate=0.6, version=version)).train()
     keys, batch = sample_keys(7, torch.arange(8)), some_images(8, 64)
     with torch.no_grad():
         together = swin(batch, keys)
@@ -133,8 +137,9 @@ def test_dropped_branches_depend_on_the_sample_and_not_on_its_batch():
     assert not torch.allclose(still, together, atol=1e-3)
 
 
-def test_every_parameter_gets_a_gradient_and_is_read_by_its_owner():
-    swin = shaken(small_swin(128, drop_path_rate=0.3)).train()
+@BOTH
+def test_every_parameter_gets_a_gradient_and_is_read_by_its_owner(version):
+    swin = shaken(small_swin(128, drop_path_rate=0.3, version=version)).train()
     keys = sample_keys(0, torch.arange(4))
     with watch_foreign_reads(swin) as reads:
         swin.features(some_images(4, 128), keys).square().sum().backward()
@@ -144,8 +149,9 @@ def test_every_parameter_gets_a_gradient_and_is_read_by_its_owner():
     assert [name for name, p in swin.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_bf16_weights_give_bf16_features_close_to_float32_ones():
-    swin = shaken(small_swin(), 0.02).eval()
+@BOTH
+def test_bf16_weights_give_bf16_features_close_to_float32_ones(version):
+    swin = shaken(small_swin(version=version), 0.02).eval()
     with torch.no_grad():
         wanted = swin(some_images(2, 64))
         got = swin.to(torch.bfloat16)(some_images(2, 64))
@@ -153,9 +159,10 @@ def test_bf16_weights_give_bf16_features_close_to_float32_ones():
     torch.testing.assert_close(got.float(), wanted, rtol=0.05, atol=0.05)
 
 
-def test_torchs_fused_attention_takes_the_biases_and_masks(monkeypatch):
+@BOTH
+def test_torchs_fused_attention_takes_the_biases_and_masks(monkeypatch, version):
     """What runs on GPUs; on a CPU the plain product does."""
-    swin = shaken(small_swin(128, 4)).eval()
+    swin = shaken(small_swin(128, 4, version=version)).eval()
     with torch.no_grad():
         wanted = swin(some_images(2, 128))
         monkeypatch.setattr(
@@ -164,8 +171,9 @@ def test_torchs_fused_attention_takes_the_biases_and_masks(monkeypatch):
         torch.testing.assert_close(swin(some_images(2, 128)), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_a_training_step_compiles_without_graph_breaks():
-    swin = shaken(small_swin(depths=(2, 1, 1, 1), drop_path_rate=0.5)).train()
+@BOTH
+def test_a_training_step_compiles_without_graph_breaks(version):
+    swin = shaken(small_swin(depths=(2, 1, 1, 1), drop_path_rate=0.5, version=version)).train()
     keys = sample_keys(0, torch.arange(2))
     compiled = torch.compile(swin, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(some_images(2, 64), keys), swin(some_images(2, 64), keys))

@@ -5,7 +5,7 @@ import torch
 from model_samples import shaken
 from parameter_reads import watch_foreign_reads
 from pieces import cut, gradients
-from staged_references import copy_fused, transformers_swin
+from staged_references import copy_fused, transformers_swin, transformers_swin_v2
 from timm_reference import import_transformers
 
 from pretrain.errors import ConfigError
@@ -16,7 +16,7 @@ from pretrain.objectives.simmim import SimMIM, local_statistics, num_masked_unit
 
 SIDE, UNIT = 64, 16
 SWIN_HEADS = (1, 2, 4, 8)
-BACKBONES = ("vit", "swin", "pvt")
+BACKBONES = ("vit", "swin", "swin_v2", "pvt")
 
 
 def objective(backbone="vit", *, seed=3, target_window=None, **changes):
@@ -25,9 +25,15 @@ def objective(backbone="vit", *, seed=3, target_window=None, **changes):
         built = VisionTransformer(
             image_size=SIDE, patch_size=8, embed_dim=32, depth=2, num_heads=4, pooling="avg", **changes
         )
-    elif backbone == "swin":
+    elif backbone in ("swin", "swin_v2"):
         built = SwinTransformer(
-            image_size=SIDE, embed_dim=8, depths=(2, 1, 1, 1), num_heads=SWIN_HEADS, window_size=2, **changes
+            image_size=SIDE,
+            embed_dim=8,
+            depths=(2, 1, 1, 1),
+            num_heads=SWIN_HEADS,
+            window_size=2,
+            version=2 if backbone == "swin_v2" else 1,
+            **changes,
         )
     else:
         built = PyramidVisionTransformer(
@@ -84,6 +90,14 @@ def test_loss_and_pixels_of_swin_equal_transformers_with_the_same_weights_and_ma
     theirs = transformers_swin(module.backbone, SWIN_HEADS, masked=True)
     with torch.no_grad():
         theirs.swin.embeddings.mask_token.copy_(module.mask_token)
+    equal_loss_and_pixels(module, with_the_same_head(theirs, module))
+
+
+def test_loss_and_pixels_of_swin_v2_equal_transformers_with_the_same_weights_and_mask():
+    module = shaken(objective("swin_v2"), 0.05).eval()
+    theirs = transformers_swin_v2(module.backbone, SWIN_HEADS, masked=True)
+    with torch.no_grad():
+        theirs.swinv2.embeddings.mask_token.copy_(module.mask_token)
     equal_loss_and_pixels(module, with_the_same_head(theirs, module))
 
 
@@ -174,7 +188,7 @@ def test_cutting_a_batch_into_micro_batches_keeps_the_sum_and_gradients_and_pads
 
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_every_parameter_gets_a_gradient_and_is_read_by_its_owner(backbone):
-    module = objective(backbone)
+    module = shaken(objective(backbone), 0.05)  # a fresh Swin V2's branches end in norms of 0
     with watch_foreign_reads(module) as reads:
         loss, _ = module(*make_batch())
     assert reads == []

@@ -8,6 +8,8 @@ with more we go on block by block, as for Swin.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from staged_references import timm_pvt, timm_swin
@@ -24,8 +26,10 @@ HEADS = (1, 2, 4, 8)
 RATIOS = (4.0, 4.0, 4.0, 4.0)
 
 
-def swin() -> SwinTransformer:
-    return SwinTransformer(image_size=64, embed_dim=8, depths=(2, 2, 3, 2), num_heads=HEADS, window_size=2)
+def swin(version: Literal[1, 2]) -> SwinTransformer:
+    return SwinTransformer(
+        image_size=64, embed_dim=8, depths=(2, 2, 3, 2), num_heads=HEADS, window_size=2, version=version
+    )
 
 
 def pvt(depths: tuple[int, ...]) -> PyramidVisionTransformer:
@@ -70,17 +74,20 @@ def others(got: dict[str, tuple[float, float]], wanted: dict[str, tuple[float, f
     return {name for name in wanted if got[name] != pytest.approx(wanted[name])}
 
 
-def test_swins_blocks_have_timms_rates_and_decays_and_its_mergings_and_norm_those_of_simmim() -> None:
-    backbone = swin()
+@pytest.mark.parametrize(("name", "version"), [("swin", 1), ("swin_v2", 2)])
+def test_swins_blocks_have_timms_rates_and_decays_and_its_mergings_and_norm_those_of_simmim(
+    name: str, version: Literal[1, 2]
+) -> None:
+    backbone = swin(version)
     theirs = timm_swin(backbone, HEADS)
     theirs.reset_classifier(5)
-    got, wanted = ours("swin", backbone), timms(theirs)
+    got, wanted = ours(name, backbone), timms(theirs)
     merging = {name for name in got if ".downsample." in name}
     assert len(merging) == 9
     assert others(got, wanted) == merging | {"norm.weight", "norm.bias"}
-    for name in merging:  # one layer nearer to the input than timm's
-        assert got[name][0] == pytest.approx(wanted[name][0] * DECAY)
-        assert got[name][1] == wanted[name][1]
+    for one in merging:  # one layer nearer to the input than timm's
+        assert got[one][0] == pytest.approx(wanted[one][0] * DECAY)
+        assert got[one][1] == wanted[one][1]
     assert got["norm.weight"] == got["norm.bias"] == (1.0, 0.0)
     assert wanted["norm.weight"] == pytest.approx((DECAY, 0.0))
 

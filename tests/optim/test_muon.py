@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pretrain.models.swin import SwinTransformer
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.optim.muon import Muon
@@ -47,6 +48,18 @@ def test_hidden_matrices_take_torchs_muon_and_all_else_torchs_adamw() -> None:
         optimizer.step(), muon.step(), adamw.step()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(mine, other), name
+
+
+def test_what_makes_a_swins_position_biases_is_no_hidden_matrix() -> None:
+    swin = SwinTransformer(image_size=8, embed_dim=8, depths=(1,), num_heads=(2,), window_size=2, version=2)
+    groups = parameter_groups(Classification(swin, num_classes=3), weight_decay=0.1, muon_lr_scale=1.0)
+    names = {
+        name.removeprefix("backbone.layers.0.blocks.0.")
+        for group in groups
+        if group["use_muon"]
+        for name in group["names"]
+    }
+    assert names == {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
 
 
 def test_a_network_without_hidden_matrices_is_refused() -> None:
