@@ -20,7 +20,7 @@ from pretrain.metrics.flops import (
 from pretrain.metrics.memory import StateBytes, state_bytes
 from pretrain.metrics.pyramids import pvt_network, swin_network
 from pretrain.models.drop_rates import computed_share
-from pretrain.models.sizes import mlp_width, swiglu_width
+from pretrain.models.sizes import SWINS, mlp_width, swiglu_width
 from pretrain.models.spec import BackboneSpec
 
 GPU_FLOPS = 395e12  # a second: half of what an H200's bf16 products were measured at (790), 40 % of its datasheet's 989
@@ -114,7 +114,7 @@ def _backbone(config: RunConfig, spec: BackboneSpec) -> Network:
         )
     size = spec.staged_size
     hidden_dims = [mlp_width(*stage) for stage in zip(size.embed_dims, size.mlp_ratios, strict=True)]
-    if spec.name == "swin":
+    if spec.name in SWINS:
         assert spec.window_size is not None, "the spec was checked"
         return swin_network(
             image_size=spec.image_size,
@@ -124,6 +124,7 @@ def _backbone(config: RunConfig, spec: BackboneSpec) -> Network:
             depths=size.depths,
             num_heads=size.num_heads,
             hidden_dims=hidden_dims,
+            version=2 if spec.name == "swin_v2" else 1,
         )
     return pvt_network(
         image_size=spec.image_size,

@@ -2,7 +2,7 @@
 pyramids.py; no torch.
 
 One multiply-add is two FLOPs; only matrix products and convolutions count. The blocks are those of models/: pre-norm,
-attention and MLP on residual branches.
+attention and MLP on residual branches (post-norm for Swin V2, which has and keeps as much).
 """
 
 # N tokens, Q queries, T tokens that keys and values are made of, D width, M hidden width of the MLP, H heads
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 FLOAT32_BYTES = 4
 LAYER_NORM_STATISTICS_BYTES = 8  # a token: mean and deviation, float32
+POSITION_MLP_WIDTH = 512  # of the network that makes Swin V2's biases of two coordinates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,10 @@ class Blocks:
 
     gated: SwiGLU, whose first layer is 2 · hidden_dim wide. computed: the share of residual branches that is
     computed (batch-subset stochastic depth). window_side: attention within windows, with a table of relative positions;
-    num_queries: tokens with the padding to whole windows. sr_ratio: keys and values of tokens that a strided
-    convolution has shrunk by it on each side. depthwise: a 3 x 3 convolution inside the MLP.
+    num_queries: tokens with the padding to whole windows. cosine: Swin V2's, of normalised queries and keys, of which
+    keys have no bias, with a trained scale a head; a small network, whose work is done once a batch and left out,
+    stands for the table. sr_ratio: keys and values of tokens that a strided convolution has shrunk by it on each side.
+    depthwise: a 3 x 3 convolution inside the MLP.
     """
 
     depth: int
@@ -39,6 +42,7 @@ class Blocks:
     num_key_tokens: int | None = None  # num_queries
     keys_a_query: int | None = None  # num_key_tokens
     window_side: int | None = None
+    cosine: bool = False
     sr_ratio: int = 1
     depthwise: bool = False
 
@@ -72,7 +76,9 @@ class Blocks:
             total += 4 * (D // H)
         if self.layer_scale:
             total += 2 * D
-        if self.window_side is not None:
+        if self.cosine:
+            total += linear(2, POSITION_MLP_WIDTH) + linear(POSITION_MLP_WIDTH, H, bias=False) + H - D
+        elif self.window_side is not None:
             total += (2 * self.window_side - 1) ** 2 * H
         if self.sr_ratio > 1:
             total += linear(D * self.sr_ratio**2, D) + 2 * D
@@ -88,10 +94,11 @@ class Blocks:
         values += Q * D + 2 * T * D + Q * D  # query, key, value; the attention's output
         if not fused_attention:  # each score's probability
             values += float(Q) * self._keys * self.num_heads
-        if (
-            self.qk_norm
-        ):  # query, key and value in one piece, two of which the norms need, beside what they give
+        # query, key and value in one piece, two of which the norms need, beside what they give
+        if self.qk_norm or self.cosine:
             values += Q * D + 2 * T * D
+        if self.cosine:  # the query before it is scaled, which the scale's gradient needs
+            values += Q * D
         if self.layer_scale:
             values += 2 * N * D
         if self.sr_ratio > 1:

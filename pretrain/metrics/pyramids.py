@@ -1,7 +1,7 @@
-"""Work and size of backbones whose maps shrink from stage to stage: Swin and PVT v2. Called by dry runs, through
-cost.py; no torch.
+"""Work and size of backbones whose maps shrink from stage to stage: Swin, versions 1 and 2, and PVT v2. Called by dry
+runs, through cost.py; no torch.
 
-The conventions of flops.py; names and structure are timm's (swin_transformer.py, pvt_v2.py).
+The conventions of flops.py; names and structure are timm's (swin_transformer.py, swin_transformer_v2.py, pvt_v2.py).
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ def swin_network(
     depths: Sequence[int],
     num_heads: Sequence[int],
     hidden_dims: Sequence[int],
+    version: int = 1,
 ) -> Network:
-    """A Swin transformer, whose widths double from stage to stage; hidden_dims: of the stages' MLPs.
+    """A Swin transformer, whose widths double from stage to stage; hidden_dims: of the stages' MLPs. version: 1 or 2.
 
     Maps are padded to whole windows; a map that one window covers is one window.
     """
@@ -36,11 +37,12 @@ def swin_network(
     for stage, (dim, depth, heads, hidden_dim) in enumerate(
         zip(embed_dims, depths, num_heads, hidden_dims, strict=True)
     ):
-        if stage:  # four neighbours side by side, normalised, to twice the width
+        if stage:  # four neighbours side by side to twice the width, normalised before that, or by version 2 after it
+            normalised = 2 * dim if version == 1 else dim
             side = math.ceil(side / 2)
             other_flops += 2.0 * side**2 * (2 * dim) * dim
-            other += 2 * (2 * dim) + linear(2 * dim, dim, bias=False)
-            kept += 2.0 * side**2 * (2 * dim)
+            other += 2 * normalised + linear(2 * dim, dim, bias=False)
+            kept += side**2 * (2.0 * dim + normalised)
         window = min(window_size, side)
         padded = math.ceil(side / window) * window
         stages.append(
@@ -53,6 +55,7 @@ def swin_network(
                 num_queries=padded**2,
                 keys_a_query=window**2,
                 window_side=window,
+                cosine=version == 2,
             )
         )
     return Network(

@@ -18,7 +18,7 @@ from pretrain.metrics.flops import (
 )
 from pretrain.metrics.pyramids import pvt_network, swin_network
 from pretrain.models.drop_rates import computed_share
-from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, VIT_SIZES, mlp_width, swiglu_width
+from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, SWIN_V2_SIZES, VIT_SIZES, mlp_width, swiglu_width
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.objectives.mae import MAE
@@ -117,6 +117,25 @@ def test_work_and_size_of_swin_are_the_published_ones(size, gmac, millions):
     assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
 
 
+# microsoft/Swin-Transformer's MODELHUB.md, which counts products of scores and values as we do
+@pytest.mark.parametrize(
+    ("size", "side", "window", "gmac", "millions"),
+    [
+        ("tiny", 256, 8, 5.9, 28),
+        ("small", 256, 8, 11.5, 50),
+        ("base", 256, 8, 20.3, 88),
+        ("base", 256, 16, 21.8, 88),
+        ("large", 384, 24, 115.4, 197),
+    ],
+)
+def test_work_and_size_of_swin_v2_are_the_published_ones(size, side, window, gmac, millions):
+    chosen = of_stages(SWIN_V2_SIZES[size])
+    network = swin_network(image_size=side, patch_size=4, window_size=window, **chosen, version=2)
+    assert network.flops() / 2e9 == pytest.approx(gmac, rel=0.02)
+    head = head_network(in_features=network.out_dim, num_classes=1000)
+    assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
+
+
 @pytest.mark.parametrize(
     ("size", "gmac", "millions"), [("b0", 0.6, 3.7), ("b2", 4.0, 25.4), ("b5", 11.8, 82.0)]
 )
@@ -130,12 +149,12 @@ def test_work_and_size_of_pvt_are_the_published_ones(size, gmac, millions):
     assert (network.parameters() + head.parameters()) / 1e6 == pytest.approx(millions, rel=0.025)
 
 
-def check_forward(module, network, side):
-    """Parameters and FLOPs equal those of a module of timm's."""
+def check_forward(module, network, side, *, once_a_batch=0):
+    """Parameters and FLOPs equal those of a module of timm's, but for work that does not grow with the batch."""
     assert network.parameters() == sum(p.numel() for p in module.parameters())
     with FlopCounterMode(display=False) as counter:
         module(torch.zeros(1, 3, side, side)).sum()
-    assert network.flops() == counter.get_total_flops()
+    assert network.flops() == counter.get_total_flops() - once_a_batch
 
 
 def check_training(module, network, side):
@@ -164,6 +183,35 @@ def test_the_swin_formulas_equal_torchs_counter_and_timms_modules(timm, side, wi
     widths = {"embed_dims": (48, 96, 192), "hidden_dims": (192, 384, 768)}
     network = swin_network(image_size=side, patch_size=4, window_size=window, **widths, **dims)
     check_against(module, network, side)
+
+
+@pytest.mark.parametrize(
+    ("side", "window"), [(64, 4), (96, 7), (56, 7)], ids=["whole windows", "padded", "odd maps"]
+)
+def test_the_swin_v2_formulas_equal_torchs_counter_and_timms_modules(timm, side, window):
+    dims = {"depths": (2, 2, 2), "num_heads": (2, 4, 8)}
+    module = timm.models.swin_transformer_v2.SwinTransformerV2(
+        img_size=side, window_size=window, num_classes=0, embed_dim=48, **dims
+    )
+    widths = {"embed_dims": (48, 96, 192), "hidden_dims": (192, 384, 768)}
+    network = swin_network(image_size=side, patch_size=4, window_size=window, **widths, **dims, version=2)
+    positions = 0
+    for stage in module.layers:
+        for block in stage.blocks:
+            offsets, heads = (2 * block.window_size[0] - 1) ** 2, block.attn.num_heads
+            positions += 2 * offsets * 512 * (2 + heads)
+    check_forward(module, network, side, once_a_batch=positions)
+
+
+def test_a_whole_training_step_of_a_published_swin_v2_is_within_two_percent_of_torchs_counter(timm):
+    module = timm.create_model("swinv2_tiny_window8_256", num_classes=0)
+    network = swin_network(
+        image_size=256, patch_size=4, window_size=8, **of_stages(SWIN_V2_SIZES["tiny"]), version=2
+    )
+    images = torch.zeros(2, 3, 256, 256)
+    with FlopCounterMode(display=False) as counter:
+        module(images).sum().backward()
+    assert training_flops(network) == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
 
 
 @pytest.mark.parametrize("side", [64, 96])
