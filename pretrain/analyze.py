@@ -77,10 +77,11 @@ def _what(incoming: Incoming, asked: list[What] | None) -> list[What]:
     reasons = {
         what: why_no_figure(what, name=spec.name, position_embedding=spec.position_embedding) for what in WHAT
     }
-    if "num_heads" in incoming.assumed:
-        reasons["attention-distance"] = (
-            "a bare file does not say its number of heads; name a run, a checkpoint or a folder with a config.json"
-        )
+    for field, words in (("num_heads", "number of heads"), ("window_size", "windows")):
+        if field in incoming.assumed:
+            reasons["attention-distance"] = (
+                f"a bare file does not say its {words}; name a run, a checkpoint or a folder with a config.json"
+            )
     chosen = list(dict.fromkeys(asked)) if asked else [what for what in WHAT if reasons[what] is None]
     for what in chosen:
         if reasons[what]:

@@ -1,7 +1,8 @@
 """Read off tensors what backbone they are, where no config says so, or one says too little. Called by incoming.py.
 
-A file of tensors alone does not say how many heads a ViT has, for which images a Swin or PVT was trained, or how those
-were normalised: what is not known is named. timm's own folders name an architecture, which tells the heads.
+A file of tensors alone does not say how many heads a ViT has, for which images a Swin or PVT was trained, in which
+windows a Swin V2, or how images were normalised: what is not known is named. timm's own folders name an architecture,
+which tells heads and windows.
 """
 
 # D width
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +19,27 @@ from torch import Tensor
 
 from pretrain.errors import CheckpointError
 from pretrain.formats.timm import ARCHITECTURES, POOLING
-from pretrain.models.sizes import PVT_SIZES
+from pretrain.models.sizes import PVT_SIZES, stage_windows
 from pretrain.models.spec import BackboneSpec
 
 HALF = (0.5, 0.5, 0.5)
+WINDOWS = ("window_size", "pretrained_window_sizes")
 TABLE = "attn.relative_position_bias_table"
-FAMILIES = {"vit": ("vit_", "deit_"), "swin": ("swin_",), "pvt": ("pvt_v2_",)}  # how names of timm's begin
-OTHER_FUNCTIONS = ("quickgelu", "relpos", "rope", "parallel", "linear")  # that no tensor's shape would tell
+SCALE = "attn.logit_scale"
+FAMILIES = {  # how names of timm's begin
+    "vit": ("vit_", "deit_"),
+    "swin": ("swin_",),
+    "swin_v2": ("swinv2_",),
+    "pvt": ("pvt_v2_",),
+}
+OTHER_FUNCTIONS = (
+    "quickgelu",
+    "relpos",
+    "rope",
+    "parallel",
+    "linear",
+    "swinv2_cr",
+)  # that no tensor's shape would tell
 
 
 def spec_of_tensors(tensors: Mapping[str, Tensor], *, where: str) -> tuple[BackboneSpec, tuple[str, ...]]:
@@ -35,6 +50,8 @@ def spec_of_tensors(tensors: Mapping[str, Tensor], *, where: str) -> tuple[Backb
     try:
         if any(name.endswith(TABLE) for name in tensors):
             return _swin(tensors), ("image_size", "mean", "std")
+        if any(name.endswith(SCALE) for name in tensors):
+            return _swin_v2(tensors), ("image_size", *WINDOWS, "mean", "std")
         if any(name.startswith("stages.") for name in tensors):
             return _pvt(tensors)
         return _vit(tensors)
@@ -43,6 +60,16 @@ def spec_of_tensors(tensors: Mapping[str, Tensor], *, where: str) -> tuple[Backb
             f"{where}: holds no vision transformer in timm's or transformers' names "
             "(patch_embed.proj.weight, pos_embed, blocks.0.mlp.fc1.weight …)"
         ) from None
+
+
+def notes_of_guesses(assumed: Sequence[str]) -> tuple[str, ...]:
+    """What to say of a backbone of which fields were assumed, and that no tensor's shape could tell."""
+    if "window_size" not in assumed:
+        return ()
+    return (
+        "its tensors do not say in which windows they were trained: where the model has others, "
+        "model.pretrained_window_sizes must name them",
+    )
 
 
 def _vit(tensors: Mapping[str, Tensor]) -> tuple[BackboneSpec, tuple[str, ...]]:
@@ -88,24 +115,41 @@ def _first(tensors: Mapping[str, Tensor], timm_name: str, other_name: str) -> Te
 
 
 def _swin(tensors: Mapping[str, Tensor]) -> BackboneSpec:
-    depths = _depths(tensors, "layers")
-    tables = [tensors[f"layers.{i}.blocks.0.{TABLE}"] for i in range(len(depths))]
+    tables = [tensors[f"layers.{i}.blocks.0.{TABLE}"] for i in range(len(_depths(tensors, "layers")))]
     windows = [(math.isqrt(table.shape[0]) + 1) // 2 for table in tables]
     heads = tuple(table.shape[1] for table in tables)
+    # the smallest images of which no stage is smaller than its window
+    return _swin_of(tensors, name="swin", heads=heads, window_size=windows[0], smallest_window=min(windows))
+
+
+def _swin_v2(tensors: Mapping[str, Tensor]) -> BackboneSpec:
+    scales = [tensors[f"layers.{i}.blocks.0.{SCALE}"] for i in range(len(_depths(tensors, "layers")))]
+    heads = tuple(scale.shape[0] for scale in scales)
+    return _swin_of(tensors, name="swin_v2", heads=heads, window_size=8, smallest_window=8)
+
+
+def _swin_of(
+    tensors: Mapping[str, Tensor],
+    *,
+    name: str,
+    heads: tuple[int, ...],
+    window_size: int,
+    smallest_window: int,
+) -> BackboneSpec:
+    depths = _depths(tensors, "layers")
     widths = tuple(tensors[f"layers.{i}.blocks.0.norm1.weight"].shape[0] for i in range(len(depths)))
     patch_size = tensors["patch_embed.proj.weight"].shape[-1]
     hidden = tensors["layers.0.blocks.0.mlp.fc1.weight"].shape[0]
     return BackboneSpec(
-        name="swin",
-        # the smallest images of which no stage is smaller than its window
-        image_size=patch_size * min(windows) << (len(depths) - 1),
+        name=name,
+        image_size=patch_size * smallest_window << (len(depths) - 1),
         patch_size=patch_size,
         embed_dim=widths[-1],
         depth=sum(depths),
         num_heads=heads[-1],
         mlp_ratio=hidden / widths[0],
         pooling="avg",
-        window_size=windows[0],
+        window_size=window_size,
         embed_dims=widths,
         depths=depths,
         stage_heads=heads,
@@ -179,6 +223,8 @@ def spec_of_timms_own(
         )
     if data.get("input_size") and spec.name != "vit":  # a ViT's positions say it
         known["image_size"] = data["input_size"][-1]
+    if spec.name == "swin_v2":
+        known |= _windows_of_name(architecture, len(spec.staged_size.depths), spec.patch_size)
     if spec.name == "vit":
         widths = (spec.embed_dim, spec.depth, spec.mlp_dim)
         size = next((size for size in ARCHITECTURES if (size[0], size[1], size[3]) == widths), None)
@@ -194,3 +240,17 @@ def spec_of_timms_own(
         if pooling is not None and pooling != "map":
             known["pooling"] = pooling if "fc_norm.weight" in tensors else "cls"
     return replace(spec, **known), tuple(name for name in assumed if name not in known)
+
+
+def _windows_of_name(architecture: str, stages: int, patch_size: int) -> dict[str, Any]:
+    """The windows that a name of timm's tells, such as swinv2_base_window12to16_192to256: trained in windows of 12 on
+    images of 192 pixels, and then in windows of 16. Nothing of another name.
+    """
+    found = re.search(r"_window(\d+)(?:to(\d+))?_(\d+)", architecture)
+    if found is None:
+        return {}
+    first, then, image_size = int(found[1]), found[2], int(found[3])
+    if then is None:
+        return {"window_size": first, "pretrained_window_sizes": None}
+    trained_with = stage_windows(image_size // patch_size, first, stages)
+    return {"window_size": int(then), "pretrained_window_sizes": trained_with}

@@ -97,7 +97,7 @@ def run_hugging_face(folder: Path, images: torch.Tensor) -> tuple[dict[str, torc
 
     def features_of(image: torch.Tensor) -> torch.Tensor:
         found = backbone(image, output_hidden_states=pooling == "avg")
-        if model.config.model_type == "swin":
+        if model.config.model_type in ("swin", "swinv2"):
             return found.pooler_output
         if model.config.model_type == "pvt_v2":
             return found.last_hidden_state.mean(dim=(2, 3))

@@ -150,6 +150,9 @@ def at_size(
                 f"--image-size {image_size}: a stage would be smaller than its window at one size and not at the "
                 "other; train at that size, or keep the one it has"
             )
+        if spec.name == "swin_v2" and sized.position_windows != spec.position_windows:
+            # a stage that was smaller than a window has a larger one now, and goes on to measure by what it had
+            sized = replace(sized, pretrained_window_sizes=spec.position_windows)
         return sized, weights, None
     weights["pos_embed"] = resample_pos_embed(
         weights["pos_embed"], sized.grid, spec.num_position_prefix, rule="hf" if rule == "hf" else "timm"

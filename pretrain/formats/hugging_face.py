@@ -1,4 +1,4 @@
-"""Write and read transformers' folders of a ViT (`ViTModel`, `ViTForImageClassification`), a Swin and a PVT v2.
+"""Write and read transformers' folders of a ViT (`ViTModel`, `ViTForImageClassification`), both Swins and a PVT v2.
 
 On disk the names are those of transformers before 5, which newer ones convert while loading, so
 one folder serves both. A bare ViTModel gets a pooler that passes the class token through:
@@ -21,12 +21,17 @@ from pretrain.formats import hugging_face_pvt, hugging_face_swin
 from pretrain.formats.files import write_json, write_tensors
 from pretrain.formats.limits import why_not
 from pretrain.formats.naming import final_norm
+from pretrain.models.sizes import SWINS
 from pretrain.models.spec import BackboneSpec
 
 LAYER_NORM_EPS = 1e-6  # timm's and ours; transformers' default is 1e-12
 THEIR_EPS = 1e-12  # what Google's ViTs and MAE's have there
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-PREFIX = {"vit": "vit", "swin": "swin", "pvt": "pvt_v2"}  # of the backbone's tensors beside a head
+PREFIX = {
+    "vit": "vit",
+    **hugging_face_swin.PREFIX,
+    "pvt": "pvt_v2",
+}  # of the backbone's tensors beside a head
 
 # timm's name: transformers' name, for all but the fused attention weights
 TOP = {
@@ -62,8 +67,10 @@ def refuse_what_hugging_face_cannot_hold(spec: BackboneSpec, *, head: bool) -> N
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
-    """A backbone's tensors in timm's names -> those of a bare ViTModel, without the pooler, SwinModel or PvtV2Model."""
-    if spec.name == "swin":
+    """A backbone's tensors in timm's names -> those of a bare ViTModel, without the pooler, or of a SwinModel,
+    Swinv2Model or PvtV2Model.
+    """
+    if spec.name in SWINS:
         return hugging_face_swin.to_hugging_face(weights)
     if spec.name == "pvt":
         return hugging_face_pvt.to_hugging_face(weights)
@@ -90,7 +97,7 @@ def from_hugging_face(
 
     unscaled: of a PVT, what an export keeps in hugging_face_pvt.UNSCALED.
     """
-    if spec.name == "swin":
+    if spec.name in SWINS:
         return hugging_face_swin.from_hugging_face(tensors)
     if spec.name == "pvt":
         return hugging_face_pvt.from_hugging_face(tensors, unscaled)
@@ -121,7 +128,7 @@ def from_hugging_face(
 
 def hugging_face_config(spec: BackboneSpec, *, head: bool) -> dict[str, Any]:
     """The contents of config.json."""
-    make_config = {"swin": hugging_face_swin.swin_config, "pvt": hugging_face_pvt.pvt_config}
+    make_config = {**dict.fromkeys(SWINS, hugging_face_swin.swin_config), "pvt": hugging_face_pvt.pvt_config}
     config = make_config.get(spec.name, _vit_config)(spec, head=head)
     if head:
         names = spec.class_names or tuple(f"LABEL_{i}" for i in range(spec.num_classes or 0))
@@ -211,7 +218,7 @@ def notes_of(config: Mapping[str, Any]) -> tuple[str, ...]:
     if config.get("model_type") == "pvt_v2":
         return (hugging_face_pvt.NOTE,)
     eps = config.get("layer_norm_eps", THEIR_EPS)
-    if config.get("model_type") == "swin" or eps == LAYER_NORM_EPS:
+    if config.get("model_type") in hugging_face_swin.PREFIX.values() or eps == LAYER_NORM_EPS:
         return ()
     return (
         f"its norms add {eps:g} to the variance, ours {LAYER_NORM_EPS:g}: features differ in the sixth digit",
@@ -225,12 +232,13 @@ def is_hugging_face(config: Mapping[str, Any]) -> bool:
 def read_hugging_face_config(
     config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, *, where: str
 ) -> BackboneSpec:
-    """The spec of a transformers ViT, Swin or PVT v2 folder; CheckpointError where it is not such a one."""
-    read_staged = {"swin": hugging_face_swin.read_swin_config, "pvt_v2": hugging_face_pvt.read_pvt_config}
+    """The spec of a transformers ViT, Swin, Swin V2 or PVT v2 folder; CheckpointError where it is not such a one."""
+    swins = dict.fromkeys(hugging_face_swin.PREFIX.values(), hugging_face_swin.read_swin_config)
+    read_staged = {**swins, "pvt_v2": hugging_face_pvt.read_pvt_config}
     kind = config.get("model_type")
     if kind in read_staged:
         model = read_staged[kind](config, where=where)
-        with_head = "SwinForImageClassification" if kind == "swin" else "PvtV2ForImageClassification"
+        with_head = hugging_face_swin.WITH_HEAD.get(model["name"], "PvtV2ForImageClassification")
         common = _classes_and_pixels(config, preprocessor or {}, with_head)
         try:
             spec = BackboneSpec.of_recipe(model, common)

@@ -20,7 +20,7 @@ from pretrain.checkpoint.manifest import CHECKPOINTS, EMA, MANIFEST_NAME, Manife
 from pretrain.checkpoint.mirror import Mirror, MirroredSave
 from pretrain.checkpoint.mirrored import adopt_save, answered_by_store, take_back
 from pretrain.errors import CheckpointError, StorageError, UsageError
-from pretrain.formats.bare import spec_of_tensors, spec_of_timms_own
+from pretrain.formats.bare import notes_of_guesses, spec_of_tensors, spec_of_timms_own
 from pretrain.formats.files import read_json, read_tensors
 from pretrain.formats.hugging_face import (
     from_hugging_face,
@@ -393,4 +393,5 @@ def _incoming(
         left_out={**left_out, **parts.left_out},
         source=source,
         assumed=assumed,
+        notes=notes_of_guesses(assumed),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pretrain.models.sizes import SWINS
 from pretrain.models.spec import BackboneSpec
 
 
@@ -20,7 +21,7 @@ def _why_not_timm(spec: BackboneSpec) -> str | None:
         return "the export of rotary positions is not written yet"
     if spec.mlp == "swiglu" and spec.pooling == "map":
         return "timm gives the MLP of attention pooling the blocks' activation, and ours has a GELU beside a SwiGLU"
-    if spec.name == "swin":
+    if spec.name in SWINS:
         assert spec.window_size is not None, "the spec was checked"
         for stage, depth in enumerate(spec.staged_size.depths):
             side = math.ceil(spec.grid / 2**stage)
@@ -47,6 +48,8 @@ def _why_not_hugging_face(spec: BackboneSpec, *, head: bool) -> str | None:
                 f"{smallest} tokens a side; take a smaller model.window_size or larger images"
             )
         return None
+    if spec.name == "swin_v2":
+        return _why_not_swinv2(spec)
     asked = {
         "registers": spec.num_registers > 0,
         "LayerScale": spec.layer_scale_init is not None,
@@ -62,4 +65,19 @@ def _why_not_hugging_face(spec: BackboneSpec, *, head: bool) -> str | None:
             "the class head stands on average pooling, and ViTForImageClassification only reads the class token; "
             "export with --no-head, or with --format timm"
         )
+    return None
+
+
+def _why_not_swinv2(spec: BackboneSpec) -> str | None:
+    """transformers rounds the sides of small stages down where it chooses their windows; maps are rounded up."""
+    assert spec.window_size is not None, "the spec was checked"
+    if 1 in (spec.pretrained_window_sizes or ()):
+        return "transformers divides by pretrained_window_sizes less 1, and one of them is 1"
+    for stage in range(len(spec.staged_size.depths)):
+        side = spec.grid / 2**stage
+        if side != int(side) and int(side) <= spec.window_size:
+            return (
+                f"transformers takes the {math.ceil(side)} tokens a side of stage {stage + 1} for {int(side)}; take an "
+                f"image_size that is a multiple of {spec.stride}"
+            )
     return None

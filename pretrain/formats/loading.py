@@ -21,6 +21,7 @@ from pretrain.models.backbone import Backbone
 from pretrain.models.build import build_backbone
 from pretrain.models.pos_embed import resample_bias_table, resample_pos_embed, sincos_pos_embed
 from pretrain.models.spec import BackboneSpec
+from pretrain.models.swin import SwinTransformer
 from pretrain.models.vit import VisionTransformer
 
 BIAS_TABLE = "relative_position_bias_table"
@@ -55,13 +56,14 @@ def load_into(backbone: Backbone, incoming: Incoming, *, head: nn.Module | None 
     """Copy incoming's weights into backbone, and its class head into `head` where one is given.
 
     Position embeddings of another image size are resampled by timm's rule (bicubic, antialiased, in
-    float32, the class token's aside), Swin's bias tables of another window bicubic. With another pooling the final
-    norm is carried over, and attention pooling starts fresh where there was none. A
-    backbone with fixed sine-cosine positions keeps its own.
+    float32, the class token's aside), a Swin's bias tables of another window bicubic; a Swin V2 needs
+    neither. With another pooling the final norm is carried over, and attention pooling starts fresh where
+    there was none. A backbone with fixed sine-cosine positions keeps its own.
 
     Raises CheckpointError, and changes nothing, when a tensor is missing, has another shape, has no
     place to go, or when the same weights would mean another function (other heads, learned positions
-    where they are fixed, rotary positions on another grid); and as check_head, where `head` is given.
+    where they are fixed, rotary positions on another grid, a Swin V2's in windows of another size); and as
+    check_head, where `head` is given.
     """
     if head is not None:
         check_head(incoming, dict(head.named_parameters())["bias"].shape[0])
@@ -154,6 +156,16 @@ def _other_functions(backbone: Backbone, incoming: Incoming) -> list[str]:
     if "num_heads" not in incoming.assumed and backbone.num_heads != theirs:
         old, new = (", ".join(map(str, heads)) for heads in (theirs, backbone.num_heads))
         complaints.append(f"it has {old} heads, the model {new}")
+    if isinstance(backbone, SwinTransformer) and backbone.version == 2 and spec.name == "swin_v2":
+        measured_by = spec.position_windows
+        if "window_size" not in incoming.assumed and backbone.position_windows != measured_by:
+            old, new = (
+                ", ".join(map(str, sizes)) for sizes in (measured_by, backbone.position_windows or ())
+            )
+            complaints.append(
+                f"its positions are measured by windows of {old} tokens a side, the model's by {new} "
+                f"(set model.pretrained_window_sizes=[{old}])"
+            )
     if isinstance(backbone, VisionTransformer) and spec.position_embedding == "rope":
         old_grid = spec.rotary_grid or spec.grid
         if backbone.position_embedding == "rope" and backbone.rotary_grid != old_grid:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pretrain.errors import CheckpointError, ConfigError, UsageError
 from pretrain.formats.files import write_json, write_tensors
 from pretrain.formats.limits import why_not
-from pretrain.models.sizes import mlp_width, swiglu_width
+from pretrain.models.sizes import SWINS, mlp_width, swiglu_width
 from pretrain.models.spec import BackboneSpec
 
 # (embed_dim, depth, num_heads, mlp_dim, patch_size): timm's name. What is not here borrows the
@@ -39,11 +39,15 @@ ARCHITECTURES = {
 }
 ANY_SIZE = "vit_base_patch16_224"
 ANY_SWIGLU = "vit_giant_patch14_dinov2"  # JSON cannot say which MLP; this entry point's is SwiGLUPacked
-ANY_STAGED = {"swin": "swin_tiny_patch4_window7_224", "pvt": "pvt_v2_b0"}
-STAGED = {"swin": "swin_", "pvt": "pvt_v2_"}  # how names of timm's begin
+ANY_STAGED = {
+    "swin": "swin_tiny_patch4_window7_224",
+    "swin_v2": "swinv2_tiny_window8_256",
+    "pvt": "pvt_v2_b0",
+}
+STAGED = {"swin": "swin_", "swin_v2": "swinv2_", "pvt": "pvt_v2_"}  # how names of timm's begin
 NEEDED = {
     "vit": ("img_size", "patch_size", "embed_dim", "depth", "num_heads"),
-    "swin": ("img_size", "embed_dim", "depths", "num_heads", "window_size"),
+    **dict.fromkeys(SWINS, ("img_size", "embed_dim", "depths", "num_heads", "window_size")),
     "pvt": ("embed_dims", "depths", "num_heads", "mlp_ratios", "sr_ratios"),
 }
 POOLING = {"cls": "token", "avg": "avg", "map": "map"}
@@ -79,7 +83,7 @@ def timm_config(spec: BackboneSpec, *, head: bool, crop_fraction: float) -> dict
     return config
 
 
-HEADS = {"swin": "head.fc"}  # where it is not plain "head"
+HEADS = dict.fromkeys(SWINS, "head.fc")  # where it is not plain "head"
 
 
 def _architecture(spec: BackboneSpec) -> str:
@@ -115,7 +119,9 @@ def _vit_arguments(spec: BackboneSpec) -> dict[str, Any]:
 def _staged_arguments(spec: BackboneSpec) -> dict[str, Any]:
     size = spec.staged_size
     arguments: dict[str, Any] = {"depths": list(size.depths), "num_heads": list(size.num_heads)}
-    if spec.name == "swin":
+    if spec.name == "swin_v2":
+        arguments["pretrained_window_sizes"] = list(spec.pretrained_window_sizes or (0,) * len(size.depths))
+    if spec.name in SWINS:
         return arguments | {
             "img_size": spec.image_size,
             "patch_size": spec.patch_size,

@@ -10,7 +10,7 @@ from pretrain.config.model import MODEL_SIZES
 from pretrain.config.schema import RunConfig
 from pretrain.derived import backbone_spec, check_exports
 from pretrain.errors import ConfigError
-from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, VIT_SIZES
+from pretrain.models.sizes import PVT_SIZES, SWIN_SIZES, SWIN_V2_SIZES, VIT_SIZES
 from pretrain.recipe import describe
 
 COMMON: dict[str, Any] = {
@@ -28,6 +28,7 @@ def test_the_schema_names_the_sizes_that_there_are() -> None:
     assert {name: tuple(sizes) for name, sizes in MODEL_SIZES.items()} == {
         "vit": tuple(VIT_SIZES),
         "swin": tuple(SWIN_SIZES),
+        "swin_v2": tuple(SWIN_V2_SIZES),
         "pvt": tuple(PVT_SIZES),
     }
 
@@ -37,6 +38,7 @@ def test_the_schema_names_the_sizes_that_there_are() -> None:
     [
         ({"name": "swin", "size": "large"}, (2, 2, 18, 2), 1536),
         ({"name": "swin", "embed_dim": 16, "depths": [1, 1], "stage_heads": [1, 2]}, (1, 1), 32),
+        ({"name": "swin_v2", "size": "base"}, (2, 2, 18, 2), 1024),
         ({"name": "pvt", "size": "b5"}, (3, 6, 40, 3), 512),
         (
             {
@@ -77,6 +79,16 @@ def test_the_options_of_a_vit_reach_its_description() -> None:
     assert (spec.position_embedding, spec.rotary_grid) == ("rope", 7)
 
 
+def test_windows_that_weights_were_trained_with_reach_the_description_and_zeros_are_none() -> None:
+    model = {"name": "swin_v2", "size": "tiny", "window_size": 14, "pretrained_window_sizes": [12, 12, 0, 6]}
+    spec = backbone_spec(config_of(model))
+    assert spec.pretrained_window_sizes == (12, 12, 0, 6)
+    assert spec.position_windows == (12, 12, 14, 6)  # the third stage has 14 tokens a side, and one window
+    none = backbone_spec(config_of({**model, "pretrained_window_sizes": [0, 0, 0, 0]}))
+    assert none.pretrained_window_sizes is None
+    assert none.position_windows == (14, 14, 14, 7)
+
+
 def test_simmim_masks_six_tenths_in_squares_of_32_pixels_unless_told_otherwise() -> None:
     config = config_of({"name": "swin", "size": "tiny"}, objective={"name": "simmim"})
     assert (config.objective.mask_ratio, config.objective.mask_patch_size) == (0.6, 32)
@@ -88,6 +100,7 @@ def test_simmim_masks_six_tenths_in_squares_of_32_pixels_unless_told_otherwise()
 
 
 SWIN, TINY = {"name": "swin", "size": "tiny"}, {"size": "tiny"}
+SWIN_V2 = {"name": "swin_v2", "size": "tiny"}
 SIMMIM, MAE = {"name": "simmim"}, {"name": "mae"}
 
 
@@ -102,6 +115,23 @@ SIMMIM, MAE = {"name": "simmim"}, {"name": "mae"}
         ({**SWIN, "num_registers": 4}, {}, "model.num_registers=4 means nothing to model.name=swin"),
         ({**SWIN, "drop_path_mode": "batch_subset"}, {}, "model.drop_path_mode=batch_subset means nothing"),
         ({**SWIN, "sr_ratios": [8, 4, 2, 1]}, {}, "model.sr_ratios=(8, 4, 2, 1) means nothing"),
+        (
+            {**SWIN, "pretrained_window_sizes": [12, 12, 12, 6]},
+            {},
+            "model.pretrained_window_sizes=(12, 12, 12, 6) means nothing to model.name=swin;",
+        ),
+        (
+            {**SWIN_V2, "pretrained_window_sizes": [12, 6]},
+            {},
+            "model.pretrained_window_sizes=(12, 6): give one a stage, 4 of them",
+        ),
+        ({**SWIN_V2, "num_registers": 4}, {}, "model.num_registers=4 means nothing to model.name=swin_v2"),
+        ({"name": "swin_v2", "size": "huge"}, {}, "of model.name=swin_v2 take one of tiny, small"),
+        (
+            {"name": "swin_v2", "depths": [2, 2]},
+            {},
+            "all of model.embed_dim, model.depths, model.stage_heads",
+        ),
         ({"name": "pvt", "size": "b0", "window_size": 4}, {}, "model.window_size=4 means nothing"),
         ({"name": "pvt", "size": "b0", "patch_size": 8}, {}, "model.patch_size=8: a pvt's is 4"),
         ({"size": "tiny", "depths": [12]}, {}, "model.depths=(12,) means nothing to model.name=vit"),
@@ -112,6 +142,7 @@ SIMMIM, MAE = {"name": "simmim"}, {"name": "mae"}
             "is not a multiple of 4, as rope needs",
         ),
         (SWIN, MAE, "a swin cannot; take objective.name=simmim"),
+        (SWIN_V2, MAE, "a swin_v2 cannot; take objective.name=simmim"),
         (
             {"size": "tiny", "pooling": "map"},
             MAE,
@@ -160,6 +191,9 @@ UNEVEN_MLP = {
         ({**UNEVEN_MLP, "name": "pvt"}, "hf", "whole numbers"),
         ({**SWIN, "image_size": 192}, "hf", "the last has 6 tokens a side"),
         ({**SWIN, "image_size": 256}, "timm", "take an image_size that is a multiple of 224"),
+        ({**SWIN_V2, "image_size": 256}, "timm", "take an image_size that is a multiple of 224"),
+        ({**SWIN_V2, "image_size": 208}, "hf", "takes the 7 tokens a side of stage 4 for 6"),
+        ({**SWIN_V2, "pretrained_window_sizes": [1, 0, 0, 0]}, "hf", "pretrained_window_sizes less 1"),
         ({**TINY, "num_registers": 4}, "hf", "no registers"),
         ({**TINY, "position_embedding": "rope"}, "timm", "rotary positions is not written yet"),
     ],
@@ -175,7 +209,9 @@ def test_a_format_that_cannot_hold_the_backbone_is_refused_before_the_run(
 
 
 @pytest.mark.parametrize("objective", ["classification", "simmim"])
-@pytest.mark.parametrize("model", [SWIN, {"name": "pvt", "size": "b2"}, {"size": "tiny", "mlp": "swiglu"}])
+@pytest.mark.parametrize(
+    "model", [SWIN, SWIN_V2, {"name": "pvt", "size": "b2"}, {"size": "tiny", "mlp": "swiglu"}]
+)
 def test_a_dry_run_describes_every_backbone(model: dict[str, Any], objective: str) -> None:
     said = describe(config_of(model, objective={"name": objective}), world_size=4)
     assert "export formats" in said

@@ -10,6 +10,7 @@ from pretrain.distributed import World
 from pretrain.engine.fragments import Fragment
 from pretrain.formats.naming import backbone_shapes
 from pretrain.models.build import build_backbone
+from pretrain.models.sizes import SWINS
 from pretrain.models.spec import BackboneSpec
 
 MEAN, STD = (0.41, 0.42, 0.43), (0.21, 0.22, 0.23)
@@ -70,8 +71,9 @@ def resolved_config(spec: BackboneSpec, **data: Any) -> dict[str, Any]:
     else:
         size = spec.staged_size
         model |= {"depths": list(size.depths), "stage_heads": list(size.num_heads)}
-        if spec.name == "swin":
+        if spec.name in SWINS:
             model |= {"embed_dim": size.embed_dims[0], "window_size": spec.window_size}
+            model |= {"pretrained_window_sizes": spec.pretrained_window_sizes}
         else:
             model |= {"embed_dims": list(size.embed_dims), "sr_ratios": list(size.sr_ratios)}
             model |= {"mlp_ratios": list(size.mlp_ratios)}

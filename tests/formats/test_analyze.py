@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -94,10 +95,11 @@ def test_csv_files_hold_what_the_parts_find(
     assert len(list(out.iterdir())) == 6, "no files are left half-written"
 
 
+@pytest.mark.parametrize("name", ["swin", "swin_v2"])
 def test_a_swin_is_told_to_have_no_positions_and_its_other_figures_are_drawn(
-    make: Callable[..., Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, make: Callable[..., Path], photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = make(SWIN)
+    run_dir = make(replace(SWIN, name=name))
     assert main(["analyze", str(run_dir), str(tmp_path / "out"), "--images", str(photos)]) == 0
     assert "no position-embedding: a Swin has no position embeddings" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [

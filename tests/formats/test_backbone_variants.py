@@ -1,5 +1,5 @@
-"""Variants of the ViT, Swin and PVT: timm loads what is written, it is read back bitwise, runs of them too, and what
-a format cannot hold is refused by name.
+"""Variants of the ViT, both Swins and PVT: timm loads what is written, it is read back bitwise, runs of them too, and
+what a format cannot hold is refused by name.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import torch
 from backbone_samples import CLASSES, MEAN, SMALL, STD, our_features, random_head, random_weights, some_images
 
 from pretrain.errors import CheckpointError, UsageError
+from pretrain.formats.folder import at_size
 from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import Incoming, Source, read_backbone
 from pretrain.formats.limits import why_not
@@ -28,6 +29,10 @@ STAGED: dict[str, Any] = {
 SWIN = BackboneSpec(
     **STAGED, name="swin", embed_dims=(8, 16, 32, 64), embed_dim=64, mlp_ratios=(4.0,) * 4, window_size=4
 )
+SWIN_V2 = dataclasses.replace(SWIN, name="swin_v2")
+SWIN_V2_AGAIN = dataclasses.replace(
+    SWIN_V2, image_size=96, window_size=3, pretrained_window_sizes=(4, 4, 4, 2)
+)
 PVT = BackboneSpec(
     **STAGED,
     name="pvt",
@@ -42,6 +47,8 @@ CASES = {
     "attention pooling": dataclasses.replace(SMALL, pooling="map"),
     "swiglu": dataclasses.replace(SMALL, mlp="swiglu", mlp_ratio=4.0, num_registers=2),
     "swin": SWIN,
+    "swin v2": SWIN_V2,
+    "swin v2, in other windows": SWIN_V2_AGAIN,
     "pvt": PVT,
 }
 TIMM = """
@@ -111,11 +118,15 @@ out["logits"] = model.eval()(given["images"]).logits
 """
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [TRANSFORMERS_SWIN, SWIN_V2, SWIN_V2_AGAIN],
+    ids=["swin", "swin v2", "swin v2, in other windows"],
+)
 def test_transformers_computes_the_same_of_a_swin_and_it_comes_back_bitwise(
-    tmp_path: Path, consume: Callable[..., Any]
+    spec: BackboneSpec, tmp_path: Path, consume: Callable[..., Any]
 ) -> None:
-    spec = TRANSFORMERS_SWIN
-    weights, head, images = random_weights(spec), random_head(spec), some_images(96)
+    weights, head, images = random_weights(spec), random_head(spec), some_images(spec.image_size)
     for name in ("bare", "headed"):
         (tmp_path / name).mkdir()
     write_hugging_face(tmp_path / "bare", weights, spec)
@@ -251,6 +262,32 @@ def test_swins_bias_tables_are_resampled_to_another_window() -> None:
     assert int(resample_bias_table(odd, 6).argmax()) == 60
 
 
+def test_a_swin_v2_in_other_windows_is_refused_until_the_recipe_says_in_which_it_was_trained() -> None:
+    larger = dataclasses.replace(SWIN_V2, image_size=96, window_size=6)
+    with pytest.raises(CheckpointError, match=r"set model\.pretrained_window_sizes=\[4, 4, 4, 2\]"):
+        load_into(build_backbone(larger), read_from(SWIN_V2))
+    again = dataclasses.replace(larger, pretrained_window_sizes=(4, 4, 4, 2))
+    report = load_into(build_backbone(again), read_from(SWIN_V2))
+    assert not report.resampled
+    assert not report.new
+    # and on, from there
+    third = dataclasses.replace(again, image_size=128, window_size=8)
+    assert not load_into(build_backbone(third), read_from(again)).resampled
+
+
+def test_a_swin_v2_at_another_size_goes_on_to_measure_by_the_windows_it_was_trained_in() -> None:
+    sized, _, resampled = at_size(read_from(SWIN_V2), 128, rule="timm")
+    assert resampled is None
+    assert sized.pretrained_window_sizes == (4, 4, 4, 2)  # its last stage has 4 tokens a side now
+    load_into(build_backbone(sized), read_from(SWIN_V2))
+    assert at_size(read_from(SWIN_V2_AGAIN), 192, rule="timm")[0].pretrained_window_sizes == (4, 4, 4, 2)
+    whole = dataclasses.replace(SWIN_V2, image_size=128)
+    assert at_size(read_from(whole), 256, rule="timm")[0].pretrained_window_sizes is None
+
+
 def test_a_backbone_of_another_kind_is_refused() -> None:
     with pytest.raises(CheckpointError, match=r"model\.name=swin"):
         load_into(build_backbone(PVT), read_from(SWIN))
+    for one, other, name in ((SWIN, SWIN_V2, "swin_v2"), (SWIN_V2, SWIN, "swin")):
+        with pytest.raises(CheckpointError, match=rf"model\.name={name},"):
+            load_into(build_backbone(one), read_from(other))

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from backbone_samples import SMALL, our_features, random_weights, some_images
+from backbone_samples import MEAN, SMALL, STD, our_features, random_weights, some_images
 from safetensors.torch import load_file, save_file
-from test_backbone_variants import CASES, PVT, SWIN
+from test_backbone_variants import CASES, PVT, SWIN, SWIN_V2
 
 from pretrain.errors import CheckpointError
 from pretrain.formats.hugging_face import write_hugging_face
@@ -30,6 +30,7 @@ for case, (name, arguments) in CASES.items():
 ZOO: dict[str, tuple[str, dict[str, Any], int]] = {
     "vit": ("vit_tiny_patch16_224", {"num_classes": 5}, 224),
     "swin": ("swin_tiny_patch4_window7_224", {"num_classes": 5}, 224),
+    "swin_v2": ("swinv2_tiny_window8_256", {"num_classes": 5}, 256),
     "pvt": ("pvt_v2_b0", {"num_classes": 5}, 224),
 }
 
@@ -45,7 +46,7 @@ def test_timms_own_folders_are_read_without_their_arguments_and_compute_the_same
         assert not {"depth", "depths"} & set(told.get("model_args", {}))
         incoming = read_backbone(tmp_path / name)
         assert incoming.spec.name == name
-        assert incoming.spec.image_size == 224
+        assert incoming.spec.image_size == ZOO[name][2]
         assert incoming.head["weight"].shape[0] == 5
         assert not incoming.assumed
         features = our_features(incoming.spec, incoming.backbone, images[name])
@@ -122,9 +123,9 @@ def test_a_file_of_tensors_alone_goes_into_a_model_that_its_recipe_describes(
 
 
 def test_a_file_of_another_kind_of_backbone_is_refused_by_the_model(tmp_path: Path) -> None:
-    for name, spec in (("swin", SWIN), ("pvt", PVT)):
+    for name, spec in (("swin", SWIN), ("swin_v2", SWIN_V2), ("pvt", PVT)):
         save_file(random_weights(spec), tmp_path / f"{name}.safetensors")
-        for other in (SMALL, PVT if name == "swin" else SWIN):
+        for other in {"swin": (SMALL, PVT, SWIN_V2), "swin_v2": (SMALL, SWIN)}.get(name, (SMALL, SWIN)):
             with pytest.raises(CheckpointError, match=rf"model\.name={name}"):
                 load_into(build_backbone(other), read_backbone(tmp_path / f"{name}.safetensors"))
 
@@ -140,10 +141,46 @@ def test_a_released_vit_of_transformers_is_taken_with_its_other_epsilon_said(tmp
 
 
 @pytest.mark.parametrize(
-    "architecture", ["vit_base_patch16_clip_quickgelu_224", "beit_base_patch16_224", "swin_x"]
+    "architecture",
+    [
+        "vit_base_patch16_clip_quickgelu_224",
+        "beit_base_patch16_224",
+        "swin_x",
+        "swinv2_x",
+        "swinv2_cr_tiny_224",
+    ],
 )
 def test_a_timm_folder_that_is_no_backbone_of_ours_is_refused(architecture: str, tmp_path: Path) -> None:
     save_file(random_weights(SMALL), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture}), "utf-8")
     with pytest.raises(CheckpointError, match=f"{architecture}|tensors of a vit"):
         read_backbone(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "window", "trained_with"),
+    [
+        ("swinv2_tiny_window16_256.ms_in1k", 16, None),
+        ("swinv2_base_window12to24_192to384.ms_in22k_ft_in1k", 24, (12, 12, 12, 6)),
+    ],
+)
+def test_timms_name_of_a_swin_v2_tells_its_windows(
+    architecture: str, window: int, trained_with: tuple[int, ...] | None, tmp_path: Path
+) -> None:
+    save_file(random_weights(SWIN_V2), tmp_path / "model.safetensors")
+    told = {"mean": MEAN, "std": STD, "input_size": [3, 384, 384]}
+    config = {"architecture": architecture, "pretrained_cfg": told}
+    (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
+    incoming = read_backbone(tmp_path)
+    assert (incoming.spec.window_size, incoming.spec.pretrained_window_sizes) == (window, trained_with)
+    assert (incoming.assumed, incoming.notes) == ((), ())
+
+
+def test_tensors_alone_of_a_swin_v2_go_into_windows_that_nobody_can_check_and_that_is_said(
+    tmp_path: Path,
+) -> None:
+    save_file(random_weights(SWIN_V2), tmp_path / "bare.safetensors")
+    incoming = read_backbone(tmp_path / "bare.safetensors")
+    assert "window_size" in incoming.assumed
+    report = load_into(build_backbone(dataclasses.replace(SWIN_V2, window_size=2)), incoming)
+    assert "do not say in which windows" in str(report)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from backbone_samples import CLASSES, SMALL, random_head, some_images, write_run
-from test_backbone_variants import PVT, TRANSFORMERS_SWIN
+from test_backbone_variants import PVT, SWIN_V2, SWIN_V2_AGAIN, TRANSFORMERS_SWIN
 
 from pretrain.formats.folder import FORMATS, WRITERS, at_size
 from pretrain.formats.incoming import read_backbone
@@ -24,6 +24,8 @@ MODELS = {  # and the size of other images than it was trained on
     "vit, average": (dataclasses.replace(SMALL, pooling="avg"), 48),
     "mae": (dataclasses.replace(SMALL, position_embedding="sincos"), 48),
     "swin": (TRANSFORMERS_SWIN, 192),
+    "swin v2": (SWIN_V2, 128),  # its last stages are smaller than a window, and are not any more
+    "swin v2, in other windows": (SWIN_V2_AGAIN, 192),
     "pvt": (PVT, 96),
 }
 TIMM = """
@@ -44,7 +46,7 @@ for case, folder in CASES.items():
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     backbone = getattr(model, model.base_model_prefix, model).eval()
     found = backbone(given[case], output_hidden_states=True)
-    if config["model_type"] == "swin":
+    if config["model_type"] in ("swin", "swinv2"):
         out[case] = found.pooler_output
     elif config["model_type"] == "pvt_v2":
         out[case] = found.last_hidden_state.mean((2, 3))
@@ -63,10 +65,13 @@ for case, folder in CASES.items():
     spec, w = config["backbone"], load_file(folder + "/model.safetensors")
     if spec["name"] != "vit":
         import timm
-        if spec["name"] == "swin":
+        if spec["name"] in ("swin", "swin_v2"):
             sizes = {"img_size": spec["image_size"], "window_size": spec["window_size"],
                      "embed_dim": spec["embed_dims"][0], "mlp_ratio": spec["mlp_ratios"][0]}
             name, head = "swin_tiny_patch4_window7_224", "head.fc"
+            if spec["name"] == "swin_v2":
+                sizes["pretrained_window_sizes"] = spec["pretrained_window_sizes"] or (0, 0, 0, 0)
+                name = "swinv2_tiny_window8_256"
         else:
             sizes = {name: spec[name] for name in ("embed_dims", "mlp_ratios", "sr_ratios")}
             name, head = "pvt_v2_b0", "head"
