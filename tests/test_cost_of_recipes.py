@@ -16,7 +16,7 @@ from pretrain.config.schema import RunConfig
 from pretrain.cost import cost_of
 from pretrain.metrics.blocks import Network
 from pretrain.metrics.flops import training_flops
-from pretrain.models import layers, pvt, swin
+from pretrain.models import layers, pvt, swin_parts
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 COUNT = 8  # images; they cost nothing without memory
@@ -25,7 +25,7 @@ COUNT = 8  # images; they cost nothing without memory
 @pytest.fixture(autouse=True)
 def _attention_as_two_products(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's counter does not know all of its fused ones."""
-    for module in (layers, swin, pvt):
+    for module in (layers, swin_parts, pvt):
         monkeypatch.setattr(module, "attention", layers.plain_attention)
 
 

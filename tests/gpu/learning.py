@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gpu.parts import free_port
+from gpu.parts import free_port, small_objective
 
 
 def learns(args: argparse.Namespace) -> dict[str, Any]:
@@ -22,13 +22,16 @@ def learns(args: argparse.Namespace) -> dict[str, Any]:
         pretrain("data", "synth", "images", "--samples", samples, "--image-size", str(side), "--classes", "8")
         pretrain("data", "pack", "images", "shards")
         data = "shards"
+    # photographs need no labels
+    objective: dict[str, Any] = {"name": "classification" if args.photographs is None else "mae"}
+    if args.small:  # the usual decoder is many times larger than so small a network
+        objective = small_objective(objective["name"])
     recipe = {
         "run_dir": "run",
         "model": {"embed_dim": 64, "depth": 3, "num_heads": 2, "patch_size": 8, "image_size": side}
         if args.small
         else {"size": "small", "patch_size": 16, "image_size": side if args.photographs is None else 224},
-        # photographs need no labels
-        "objective": {"name": "classification" if args.photographs is None else "mae"},
+        "objective": objective,
         # a folder of images is packed into the cache, which goes with this stage's own folder
         "data": {"train": data, "workers": 1 if args.small else 8, "cache_dir": "cache"},
         "train": {
