@@ -31,6 +31,7 @@ from pretrain.data.shared import Arena, Room
 from pretrain.data.tasks import Task
 from pretrain.data.watch import Watch
 from pretrain.data.worker import STOP_SIGNALS, Assigned, Done, Failed, work
+from pretrain.data.worker_folder import take_worker_folder
 from pretrain.errors import DataError, PretrainError, WorkerError
 
 GRACE_TASKS = 1000  # a worker that is lost this many tasks (of all workers) after the last is the first again
@@ -42,6 +43,7 @@ def worker_context() -> Any:
     """The multiprocessing context that workers are made in; its server runs when this returns."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["pretrain.data.fork_server", "pretrain.data.loader"])
+    take_worker_folder()
     # The server and all that it forks inherit a mask in which these signals wait for ever: a worker
     # must not fall to Ctrl-C before it gets as far as become_worker. Blocked here, not ignored, so
     # that one which arrives meanwhile reaches this process afterwards.

@@ -1,0 +1,62 @@
+"""The folder that loader workers are asked for in: gone after an end in order, and after the next start otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from launching import ROOT, clean_environment
+
+TRAINER = """\
+import os, sys, time
+from pretrain.data.workers import worker_context
+context = worker_context()
+worker = context.Process(target=int)
+worker.start(); worker.join()
+print(worker.exitcode, flush=True)
+sys.stdin.read()
+"""
+
+
+def start(temporary: Path) -> subprocess.Popen[str]:
+    """A process that has had a worker, and ends when it is told to."""
+    started = subprocess.Popen(
+        [sys.executable, "-c", TRAINER],
+        env=clean_environment(TMPDIR=str(temporary)),
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert started.stdout is not None
+    assert started.stdout.readline() == "0\n"
+    return started
+
+
+def folders(temporary: Path) -> list[str]:
+    return sorted(path.name for path in temporary.iterdir())
+
+
+def test_a_killed_trainers_folder_is_removed_by_the_next_one_and_that_of_a_living_one_is_not(
+    tmp_path: Path,
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    (temporary / "pymp-somebody-elses").mkdir()
+    killed = start(temporary)
+    [of_killed, _] = folders(temporary)
+    living = start(temporary)
+    [of_living] = set(folders(temporary)) - {of_killed, "pymp-somebody-elses"}
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert of_killed in folders(temporary)
+    third = start(temporary)
+    assert of_killed not in folders(temporary)
+    assert of_living in folders(temporary)
+    for process in (living, third):
+        process.communicate()
+        assert process.returncode == 0
+    assert folders(temporary) == ["pymp-somebody-elses"]
