@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from services.required import skip_or_fail
 from test_index_format import entry, write
 
 from pretrain.data import index_cache
@@ -95,7 +96,7 @@ print([path.name for path in (cache / "indexes").glob("*") if path.stat().st_siz
 
 def test_on_a_full_disk_an_index_is_held_in_memory_and_said_to_be(url: str, tmp_path: Path) -> None:
     if os.getuid() != 0 or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
-        pytest.skip("mounting a file system of its own needs root")
+        skip_or_fail("mounting a file system of its own needs root")
     mount = tmp_path / "disk"
     mount.mkdir()
     script = f'mount -t tmpfs -o size=1m none "{mount}" && exec "$@"'

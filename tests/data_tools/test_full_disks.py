@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from services.required import skip_or_fail
 from small_images import image_bytes
 
 
@@ -23,7 +24,7 @@ def images(tmp_path: Path) -> Path:
 def run(mount: Path, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """`pretrain WORDS…` with a small file system at `mount`, which only it sees."""
     if os.getuid() != 0 or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
-        pytest.skip("mounting a file system of its own needs root")
+        skip_or_fail("mounting a file system of its own needs root")
     mount.mkdir()
     script = f'mount -t tmpfs -o size=80k none "{mount}" && exec "$@"'
     command = [sys.executable, "-m", "pretrain.cli", *map(str, words)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_rows import Row, check, run_rows
+from services.required import skip_or_fail
 
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed
@@ -23,7 +24,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted: {mounted.stderr.strip()}")
+        skip_or_fail(f"no small file system can be mounted: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, free_port, rank_environment
+from services.required import skip_or_fail
 from small_run import losses, pretrain
 
 from pretrain.checkpoint.courses import find_newest
@@ -79,7 +80,7 @@ class Hosts:
 @pytest.fixture
 def hosts(tmp_path: Path) -> Hosts:
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        pytest.skip("this user may not make mount namespaces")
+        skip_or_fail("this user may not make mount namespaces")
     return Hosts(tmp_path, tmp_path / "run")
 
 

@@ -14,6 +14,7 @@ import cache_load
 import pytest
 from cache_load import bytes_under
 from chunks_held import PLENTY, files_under, get, kill, never, whole
+from services.required import skip_or_fail
 
 from pretrain.storage import ChunkCache
 
@@ -124,7 +125,7 @@ def test_a_storm_of_kills_leaves_right_bytes_a_right_account_and_the_bound(tmp_p
 def in_a_file_system_of(size_bytes: int, mount: Path, command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run with a file system of that size at `mount`, seen by that process only; skipped without the right."""
     if os.getuid() != 0 or subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
-        pytest.skip("mounting a file system of its own needs root")
+        skip_or_fail("mounting a file system of its own needs root")
     script = f'mount -t tmpfs -o size={size_bytes} none "{mount}" && exec "$@"'
     return subprocess.run(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *command],
