@@ -293,7 +293,9 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             debugging.show(micro_batches, prepared)
 
             sums, lr = Sums(engine.device), lr_of(step)
-            gained = train_loader.gained()  # by reading what this step trains on
+            gained = train_loader.gained()  # by reading what this step trains on …
+            for name, amount in saver.gained().items():  # … and by what was saved beside it
+                gained[name] += amount
             grad_norm = take_step(
                 engine,
                 micro_batches,

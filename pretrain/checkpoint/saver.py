@@ -3,12 +3,14 @@
 Every rank has a `Saver`, and it a process that writes (writer_process.py, writer.py). A save stops training for the
 copy alone. What a writer could not do is known at the next step: ranks sum `failed()` with the step's other numbers,
 and `settle` gives the save up everywhere. A save of which one rank's part is missing is never committed.
+A writer that does not answer while training waits for it, an interval later, is named; one that was stopped is ended.
 
 Journal: `checkpoint` (committed), `checkpoint_failed` (step, reasons, in_a_row).
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -31,6 +33,7 @@ from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.metrics.reporter import Reporter
 
 _LAST_SECONDS = 5.0  # for a save that is under way when the process has to end
+_PATIENCE_SECONDS = 10.0  # for a writer that training waits for, until somebody looks what ails it
 
 
 @dataclass(kw_only=True)
@@ -90,6 +93,7 @@ class Saver:
         self._failures_in_a_row = 0
         self._under_way: _Save | None = None  # None on all ranks or on none
         self._leaving: dict[str, _Save] = {}  # given up, and the writer has not answered yet
+        self._storage: dict[str, float] = {}  # what writers did with the mirror, and nobody has asked for
         self._busy_with = ""  # the id of a save that the writer writes, or clears up behind
         self._snapshot = Snapshot(engine.owned_fragments(), device=engine.device)
         of_all = torch.tensor(self._snapshot.data_bytes, dtype=torch.int64, device=engine.device)
@@ -156,6 +160,11 @@ class Saver:
     def poll(self) -> None:
         """Hear what the writer has done, and start another where it died. Costs next to nothing."""
         self._read(0)
+
+    def gained(self) -> dict[str, float]:
+        """What this rank's writer did with the mirror since the last call, as `TrainLoader.gained` names it."""
+        gained, self._storage = self._storage, {}
+        return {f"storage_{name}": amount for name, amount in gained.items() if not name.startswith("cache_")}
 
     def failed(self) -> float:
         """1 when this rank could not do its part of the save that is under way, to be summed over ranks."""
@@ -270,8 +279,27 @@ class Saver:
             self._lost()
 
     def _read_until(self, done: Any) -> None:
+        """Training stands still meanwhile. A slow disk may take its time, and is said to; what was stopped does not."""
+        look_at = time.monotonic() + _PATIENCE_SECONDS
         while not done():
             self._read(1.0)
+            if time.monotonic() >= look_at and not done():
+                look_at = math.inf
+                self._look_what_ails_the_writer()
+
+    def _look_what_ails_the_writer(self) -> None:
+        if self._writer.is_stopped:
+            self._writer.end_stopped()
+            return
+        what = (
+            "to be given up" if self._under_way is None else f"of step {self._under_way.step} to be written"
+        )
+        print(
+            f"pretrain: rank {self._world.rank} has waited for {_PATIENCE_SECONDS:g} s for the checkpoint {what} "
+            f"(process {self._writer.pid}, {self._writer.state}); is the disk, or the store, that slow?",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _read(self, seconds: float) -> None:
         for report in self._writer.receive(seconds):
@@ -284,8 +312,11 @@ class Saver:
         save = self._under_way
         if kind == "abandoned":
             self._leaving.pop(save_id, None)
-        elif kind == "idle" and save_id == self._busy_with:
-            self._busy_with = ""
+        elif kind == "idle":
+            counted = report["storage"]  # by a process of its own: nobody else knows of it
+            self._storage = {name: self._storage.get(name, 0.0) + counted[name] for name in counted}
+            if save_id == self._busy_with:
+                self._busy_with = ""
         if kind == "committed" and (about := self._leaving.get(save_id, save)) is not None:
             self._committed(about, size_bytes=report["bytes"], at=report["at"], done=report["monotonic"])
         if save is None or save.id != save_id:

@@ -45,7 +45,7 @@ from pretrain.checkpoint.staging import (
     write_part,
 )
 from pretrain.errors import PretrainError
-from pretrain.storage import RetryPolicy, S3Settings
+from pretrain.storage import RetryPolicy, S3Settings, counters
 from pretrain.storage.files import sync
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -194,6 +194,7 @@ class Writer:
             self._save(Order(pieces=pieces, **message))
 
     def _save(self, order: Order) -> None:
+        before = counters.snapshot()
         try:
             if self._settings.leads_host:
                 self._clear_up(Path(order.staging))
@@ -209,7 +210,7 @@ class Writer:
         except PretrainError as error:
             self._control.tell("failed", order.id, reason=str(error), exit_code=error.exit_code)
         finally:
-            self._control.tell("idle", order.id)
+            self._control.tell("idle", order.id, storage=counters.since(before))
 
     def _write(self, order: Order) -> Part:
         settings, staging = self._settings, Path(order.staging)

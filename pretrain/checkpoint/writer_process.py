@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from pretrain.checkpoint.writer import Settings
@@ -25,6 +26,7 @@ class WriterProcess:
         self._buffer = b""
         self.alive = True
         self.served = False  # has it ever answered?
+        self._was_stopped = False
         arguments = Settings(control=theirs.fileno(), memory=memory, parent=os.getpid(), **settings)
         # Held back until it ignores them: one that comes while it starts must not end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -62,6 +64,29 @@ class WriterProcess:
         self.served = self.served or bool(lines)
         return [json.loads(line) for line in lines]
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def is_stopped(self) -> bool:
+        """Since somebody sent it SIGSTOP, say; False where there is no /proc to tell."""
+        return self.state.startswith(("T", "t"))
+
+    @property
+    def state(self) -> str:
+        """As /proc says it, such as "D (disk sleep)"."""
+        try:
+            lines = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            return "state unknown"
+        return next((line.split(None, 1)[1] for line in lines if line.startswith("State:")), "state unknown")
+
+    def end_stopped(self) -> None:
+        """What it holds is never committed; `receive` finds it gone."""
+        self._was_stopped = True
+        self._process.kill()
+
     def how_it_ended(self) -> str:
         self._connection.close()
         try:
@@ -69,6 +94,8 @@ class WriterProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             return "closed its connection"
+        if self._was_stopped:
+            return f"was stopped (SIGSTOP?) and did not go on; process {self.pid} was ended"
         if code >= 0:
             return f"ended with exit code {code}"
         hint = "; out of memory? see `dmesg`" if -code == signal.SIGKILL else ""

@@ -170,6 +170,9 @@ def test_faults_of_the_store_during_mirroring_are_survived_and_a_lost_answer_to_
         proxy.weather = weather
         saver.save(facts(1), wait=True)
         proxy.weather = None
+    # Closing has heard the writer's last word: what it had to ask again for is this rank's to tell.
+    assert saver.gained()["storage_retries"] >= len(struck)
+    assert saver.gained() == {}
     assert {"manifest.json", "rank-00000.done"} <= struck
     assert any("partNumber" in place for place in struck)
     assert [save.id for save in mirror.saves()] == ["1-1"]
