@@ -17,6 +17,7 @@ import pytest
 from faults.matrix.measured import keep
 from faults.matrix.rows_processes import WRITER_OFFSETS
 from held_state import ALONE, HeldState, children, facts, make_saver
+from services.required import skip_or_fail
 
 from pretrain.checkpoint.manifest import committed, read_manifest
 from pretrain.checkpoint.run_directory import ATTEMPTS, RunDirectory
@@ -246,6 +247,46 @@ def test_a_writer_imports_no_torch_and_yields_to_training(run_dir: Path) -> None
         assert os.getpriority(os.PRIO_PROCESS, writer) > os.getpriority(os.PRIO_PROCESS, 0)
 
 
+def test_a_writer_that_was_stopped_is_ended_when_it_is_waited_for_and_another_takes_its_place(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pretrain.checkpoint.saver._PATIENCE_SECONDS", 1.0)
+    state = HeldState(SHAPES).fill(1)
+    with make_saver(run_dir, state, max_bytes_per_second=60_000_000) as saver:
+        saver.save(facts(1), wait=False)
+        until(lambda: written(run_dir, 1) > 1_000_000)
+        os.kill(writer_of(os.getpid()), signal.SIGSTOP)
+        began = time.monotonic()
+        saver.save(facts(2), wait=False)  # an interval later
+        assert time.monotonic() - began < 5
+        assert saver.wait() is None
+    assert [folder.name for folder in committed(run_dir)] == ["step-00000002"]
+    (failed,) = [r for r in read_journal(run_dir / "journal.jsonl") if r["event"] == "checkpoint_failed"]
+    assert failed["step"] == 1
+    assert "the process that writes checkpoints was stopped (SIGSTOP?)" in failed["reasons"]
+
+
+def test_a_writer_that_is_only_slow_is_named_and_waited_for(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("pretrain.checkpoint.saver._PATIENCE_SECONDS", 0.1)
+    ends = time.monotonic()
+
+    def is_enough() -> bool:
+        return time.monotonic() > ends
+
+    state = HeldState(SHAPES, world_size=2).fill(1)
+    with make_saver(run_dir, state, world=ONE_OF_TWO) as saver:
+        saver.save(facts(1), wait=False)
+        until(lambda: list(run_dir.glob("checkpoints/*/rank-00000.done")))  # and no rank 1 will follow
+        slow, ends = writer_of(os.getpid()), time.monotonic() + 3.0
+        saver._read_until(is_enough)
+        assert writer_of(os.getpid()) == slow
+    said = capfd.readouterr().err
+    assert f"has waited for 0.1 s for the checkpoint of step 1 to be written (process {slow}, " in said
+    assert said.count("has waited for") == 1
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
@@ -254,7 +295,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)], capture_output=True, text=True
     )
     if done.returncode:
-        pytest.skip(f"no small file system can be mounted: {done.stderr.strip()}")
+        skip_or_fail(f"no small file system can be mounted: {done.stderr.strip()}")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
