@@ -35,7 +35,8 @@ Parts = list[dict[str, Any]]
 
 _BLOCK_BYTES = 1 << 20  # read from a connection at once, if so much has come in
 _PROGRESS_BYTES = 64 << 10  # less than this in an attempt is a store that drips, not one that serves
-_EXPIRED_SECONDS = 10.0  # their provider has been asked since long before they expired
+# Their provider has been asked since long before they expired; ended, and said, within ten seconds after that.
+_EXPIRED_SECONDS = 6.0
 _MOST_PARTS = 10_000  # S3's limit for a multipart upload
 _UPLOAD_THREADS = 4
 _WRITER_KEY = "pretrain-writer"  # metadata by which a writer knows its own object again
