@@ -15,7 +15,8 @@ import pytest
 import torch
 from faults.matrix.row import Measured
 from faults.matrix.rows_checkpoints import FLIPS, OFFSETS
-from faults.matrix.verdict import state_of, unfinished_files
+from faults.matrix.runs import shared_memory
+from faults.matrix.verdict import require_no_temporary_files, state_of, unfinished_files
 from launching import ROOT, clean_environment
 
 from pretrain.checkpoint.manifest import committed, read_manifest
@@ -31,9 +32,12 @@ class Saver:
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
+        self.temporary = run_dir.with_name("temporary")
+        self.temporary.mkdir()
+        self._memory_before = shared_memory()
         self._process = subprocess.Popen(
             [sys.executable, str(SAVES), str(run_dir)],
-            env=clean_environment(),
+            env=clean_environment(TMPDIR=str(self.temporary)),
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -46,6 +50,11 @@ class Saver:
         assert self._process.stdout is not None
         print(json.dumps({"step": step, "bytes": file_bytes}), file=self._process.stdin, flush=True)
         return json.loads(self._process.stdout.readline())["code"]
+
+    def require_nothing_left(self) -> None:
+        assert not unfinished_files(self.run_dir)
+        require_no_temporary_files(self.temporary)
+        assert shared_memory() <= self._memory_before
 
     def close(self) -> None:
         self._process.communicate(timeout=20)
@@ -75,12 +84,13 @@ def test_a_saving_process_that_is_killed_at_any_byte_leaves_the_checkpoint_befor
         assert saver.save(step + 1, file_bytes=place) == -signal.SIGXFSZ
         assert unfinished_files(run_dir), "nothing was torn"
         began = time.monotonic()
-        remove_torn_saves(run_dir)
+        assert len(remove_torn_saves(run_dir)) == 1
         assert not unfinished_files(run_dir)
         newest = committed(run_dir)[-1]
         assert read_manifest(newest).step == step
         assert all(torch.equal(values, torch.full_like(values, step)) for values in state_of(newest).values())
         slowest = max(slowest, time.monotonic() - began)
+    saver.require_nothing_left()
     measured(OFFSETS.measured(recovered=slowest))
 
 
@@ -93,6 +103,7 @@ def test_no_bit_that_flips_anywhere_in_a_checkpoint_goes_unnoticed_or_changes_a_
     draw = random.Random(7)
     files = sorted(checkpoint.iterdir())
     noticed, slowest = 0, 0.0
+    codes: set[int] = set()
     for _ in range(PLACES):
         file = draw.choice(files)
         data = file.read_bytes()
@@ -101,7 +112,8 @@ def test_no_bit_that_flips_anywhere_in_a_checkpoint_goes_unnoticed_or_changes_a_
         began = time.monotonic()
         try:
             read = state_of(checkpoint)
-        except CheckpointError:
+        except CheckpointError as error:
+            codes.add(error.exit_code)
             noticed += 1
         else:  # white space of the JSON, say
             assert all(torch.equal(read[name], sound[name]) for name in sound), (
@@ -110,4 +122,6 @@ def test_no_bit_that_flips_anywhere_in_a_checkpoint_goes_unnoticed_or_changes_a_
         slowest = max(slowest, time.monotonic() - began)
         file.write_bytes(data)
     assert noticed > 0.8 * PLACES, "most bytes matter"
-    measured(FLIPS.measured(ended=slowest))
+    assert codes == {FLIPS.code}
+    saver.require_nothing_left()
+    measured(FLIPS.measured(noticed=slowest, ended=slowest))

@@ -10,6 +10,12 @@ import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
+from faults.matrix.player import (
+    finish,
+    require_counted,
+    require_the_references_end,
+    seconds_until_noticed,
+)
 from faults.matrix.references import References
 from faults.matrix.row import Measured
 from faults.matrix.rows_numbers import PARTITION
@@ -48,6 +54,9 @@ class TwoHosts:
     def cut(self) -> None:
         self._ip("-n", self.switch, "link", "set", "v1", "down")
 
+    def mend(self) -> None:
+        self._ip("-n", self.switch, "link", "set", "v1", "up")
+
     def remove(self) -> None:
         for name in (*self.hosts, self.switch):
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
@@ -68,7 +77,7 @@ def hosts() -> Iterator[TwoHosts]:
     made.remove()
 
 
-def start_on(hosts: TwoHosts, run: Run, rank: int) -> None:
+def start_on(hosts: TwoHosts, run: Run, rank: int, *, port: int) -> None:
     """One rank on its own host, as a launcher there would start it."""
     run.environment = {
         "RANK": str(rank),
@@ -76,14 +85,14 @@ def start_on(hosts: TwoHosts, run: Run, rank: int) -> None:
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "1",
         "MASTER_ADDR": hosts.addresses[0],
-        "MASTER_PORT": "29511",
+        "MASTER_PORT": str(port),
         "GLOO_SOCKET_IFNAME": "eth0",
     }
     train = [sys.executable, "-m", "pretrain.cli", "train", str(run.recipe())]
     run.start(["ip", "netns", "exec", hosts.hosts[rank], *train])
 
 
-def test_a_partition_ends_both_sides_and_only_one_of_them_writes(
+def test_a_partition_ends_both_sides_only_one_of_them_writes_and_mended_the_run_goes_on(
     hosts: TwoHosts, references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
     pace = {"do": "sleep", "at": "forward", "seconds": 0.2}
@@ -92,7 +101,7 @@ def test_a_partition_ends_both_sides_and_only_one_of_them_writes(
     for other in sides[1:]:  # one run_dir that both hosts share
         other.changes = {**other.changes, "run_dir": str(run.run_dir)}
     for rank, side in enumerate(sides):
-        start_on(hosts, side, rank)
+        start_on(hosts, side, rank, port=29511)
     run.wait_for(lambda: run.last_step() >= 9, "step 9")
     pids = [pid for side in sides for pid in side.ranks().values()]
     assert len(pids) == 2
@@ -109,4 +118,16 @@ def test_a_partition_ends_both_sides_and_only_one_of_them_writes(
     assert sound
     expected = references.get().losses()
     assert run.losses() == {step: expected[step] for step in run.losses()}
-    measured(PARTITION.measured(ended=ended))
+    noticed = seconds_until_noticed(run, struck)
+
+    hosts.mend()
+    began, step = time.monotonic(), run.last_step()
+    for rank, side in enumerate(sides):
+        start_on(hosts, side, rank, port=29512)
+    run.wait_for(lambda: run.last_step() > step, "a step beyond the last")
+    recovered = ended + time.monotonic() - began
+    for side in reversed(sides):
+        finish(side)
+    require_counted(PARTITION, run, None)
+    require_the_references_end(run, references.get())
+    measured(PARTITION.measured(noticed=noticed, ended=ended, recovered=recovered))

@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable
 
 import pytest
-from faults.matrix.player import require_counted, require_the_references_end
+from faults.matrix.player import (
+    finish,
+    require_counted,
+    require_the_references_end,
+    seconds_until_noticed,
+)
 from faults.matrix.references import References
 from faults.matrix.row import Measured
 from faults.matrix.rows_numbers import (
@@ -28,18 +33,9 @@ from faults.matrix.verdict import (
     require_sound_checkpoints,
 )
 
-from pretrain.checkpoint.manifest import committed
+from pretrain.checkpoint.manifest import MANIFEST_NAME, committed, step_folder
 
 pytestmark = pytest.mark.slow
-
-
-def finish(run: Run, scraper: Scraper | None = None) -> None:
-    while scraper and run.process and run.process.poll() is None:
-        scraper.look()
-    code = run.end()
-    assert code == 0, run.said()[-4000:]
-    require_nobody_left(run)
-    require_nothing_left(run)
 
 
 def test_a_spike_sends_the_run_back_and_it_is_then_the_run_that_never_met_those_positions(
@@ -66,7 +62,7 @@ def test_a_spike_sends_the_run_back_and_it_is_then_the_run_that_never_met_those_
     reference.start()
     finish(reference)
     require_the_references_end(run, reference)
-    measured(SPIKE_ROW.measured(recovered=recovered))
+    measured(SPIKE_ROW.measured(noticed=seconds_until_noticed(run, struck), recovered=recovered))
 
 
 def test_a_flipped_weight_of_one_rank_is_found_named_and_undone(
@@ -88,7 +84,8 @@ def test_a_flipped_weight_of_one_rank_is_found_named_and_undone(
     assert found["reason"].startswith("rank 1 on "), found
     require_counted(FLIPPED_WEIGHT, run, scraper)
     require_the_references_end(run, reference)
-    measured(FLIPPED_WEIGHT.measured(recovered=recovered))
+    noticed = seconds_until_noticed(run, min(run.moments_of(0)))
+    measured(FLIPPED_WEIGHT.measured(noticed=noticed, recovered=recovered))
 
 
 def test_a_slow_rank_is_named_and_no_other_is(
@@ -113,23 +110,30 @@ def test_a_slow_rank_is_named_and_no_other_is(
     assert {line["rank"] for line in run.journal() if line["event"] == "slow_rank"} == {1}
     assert not any(line["event"] == "slow_rank" for line in reference.journal()), "a false alarm"
     require_the_references_end(run, reference)
-    measured(SLOW_RANK.measured(recovered=recovered))
+    measured(SLOW_RANK.measured(noticed=recovered, recovered=recovered))
 
 
 def test_a_crash_loop_is_given_up_and_what_was_committed_is_whole(
     references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
-    pace = {"do": "sleep", "at": "forward", "seconds": 0.3}  # step 4 is committed before step 6
-    run = new_run(faults=[pace, {"do": "kill", "at": "forward", "rank": 1, "step": 6}], max_restarts=2)
+    run = new_run(max_restarts=2)
+    in_step_6 = {"at": "forward", "rank": 1, "step": 6}
+    committed_4 = str(run.checkpoints / step_folder(4) / MANIFEST_NAME)
+    run.faults = [{"do": "await_file", "path": committed_4, **in_step_6}, {"do": "kill", **in_step_6}]
+    scraper = Scraper.of(run)
     began = time.monotonic()
     run.start()
+    while run.process is not None and run.process.poll() is None:
+        scraper.look()
     code = run.end()
     ended = time.monotonic() - began
     assert code == CRASH_LOOP.code, run.said()[-4000:]
-    lines = [json.loads(line) for line in (run.run_dir / "attempts.jsonl").read_text().splitlines()]
     # The first made progress, to step 4; then two that did not.
-    assert len(lines) == 3, lines
+    assert [line["checkpoint_step"] for line in run.attempt_lines()] == [4, 4, 4]
+    assert "giving up: 2 restarts in a row brought no new checkpoint" in run.said()
+    require_counted(CRASH_LOOP, run, scraper)
     require_nobody_left(run)
-    newest = require_sound_checkpoints(run.run_dir)[-1]
+    require_nothing_left(run)
+    [newest] = require_sound_checkpoints(run.run_dir)
     require_same_state(newest, committed(references.get().run_dir)[0])
     measured(CRASH_LOOP.measured(ended=ended))

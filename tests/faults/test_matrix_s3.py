@@ -11,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from faults.matrix.player import require_counted, require_the_references_end
+from faults.matrix.player import (
+    finish,
+    require_counted,
+    require_the_references_end,
+    seconds_until_noticed,
+)
 from faults.matrix.references import References
 from faults.matrix.row import Entry, Measured
 from faults.matrix.rows_data import (
@@ -25,11 +30,19 @@ from faults.matrix.rows_data import (
     write_in_lanes,
 )
 from faults.matrix.runs import Run, Scraper, merged
-from faults.matrix.verdict import require_nobody_left, require_nothing_left
+from faults.matrix.verdict import (
+    require_nobody_left,
+    require_nothing_left,
+    require_same_state,
+    require_sound_checkpoints,
+)
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw
 
+from pretrain.checkpoint.manifest import step_folder
+
 pytestmark = pytest.mark.slow
+TRAINING_FROM = 3  # the step from which on the start is over
 SECRET_OF_PROVIDER = "hunter2-is-secret"
 # Nothing is kept or fetched ahead: there are requests all along.
 FROM_THE_STORE = {
@@ -77,25 +90,48 @@ def store(
         yield Store(reference, f"{s3_bucket}/shards", bucket, s3_environment, proxy)
 
 
-def train(run: Run, entry: Entry, reference: Run) -> float:
-    """To its end, as the reference; seconds until the first step. The entry's count is looked up on the way."""
+class Weather:
+    """Fine until the run trains; then what `forecast` says of each request of that method, by its number from 1 on."""
+
+    def __init__(self, run: Run, method: str, forecast: Callable[[int], Fault | None]) -> None:
+        self._run, self._method, self._forecast = run, method, forecast
+        self._asked = 0
+        self.struck: list[float] = []  # when, by the monotonic clock
+
+    def __call__(self, method: str) -> Fault | None:
+        if method != self._method or (not self._asked and self._run.last_step() < TRAINING_FROM):
+            return None
+        self._asked += 1
+        fault = self._forecast(self._asked)
+        if fault is not None:
+            self.struck.append(time.monotonic())
+        return fault
+
+
+def train(run: Run, entry: Entry, reference: Run, has_struck: Callable[[], bool]) -> float:
+    """To its end, as the reference; seconds from when `has_struck` on until the next step. The entry's count is
+    looked up on the way."""
     scraper = Scraper.of(run)
-    began = time.monotonic()
-    first = None
+    struck: tuple[float, int] | None = None
+    back = None
     run.start()
     assert run.process is not None
     while run.process.poll() is None:
+        if struck is None and has_struck():
+            struck = time.monotonic(), run.last_step()
+        elif struck is not None and back is None and run.last_step() > struck[1]:
+            back = time.monotonic() - struck[0]
         scraper.look()
-        if first is None and run.last_step() > 0:
-            first = time.monotonic() - began
         time.sleep(0.02)
     assert run.end() == 0, run.said()[-4000:]
     require_the_references_end(run, reference)
     require_nobody_left(run)
     require_nothing_left(run)
     require_counted(entry, run, scraper)
-    assert first is not None
-    return first
+    assert struck is not None, "the fault did not strike"
+    assert struck[1] >= TRAINING_FROM, f"it struck after step {struck[1]}, at the start"
+    assert back is not None, f"no step came after step {struck[1]}"
+    return back
 
 
 @pytest.mark.parametrize(
@@ -114,20 +150,10 @@ def test_a_run_whose_store_fails_is_the_run_that_nothing_happened_to(
     new_run: Callable[..., Run],
     measured: Callable[[Measured], None],
 ) -> None:
-    left = [count]
-
-    def weather(method: str) -> Fault | None:
-        """Fine at first; then `count` times in a row what the row is about."""
-        shards = [head for head in store.proxy.requests if ".tar" in head.split("\r\n")[0]]
-        if method != "GET" or len(shards) < 10 or not left[0]:
-            return None
-        left[0] -= 1
-        return fault
-
-    store.proxy.weather = weather
     run = new_run(shards=store.url, changes=FROM_THE_STORE)
-    seconds = train(run, entry, store.reference)
-    assert left[0] == 0, "the fault did not strike as often as it was meant to"
+    store.proxy.weather = weather = Weather(run, "GET", lambda number: fault if number <= count else None)
+    seconds = train(run, entry, store.reference, lambda: bool(weather.struck))
+    assert len(weather.struck) == count, "the fault did not strike as often as it was meant to"
     measured(entry.measured(recovered=seconds))
 
 
@@ -169,6 +195,9 @@ def require_secret_nowhere(run: Run, server: Radosgw) -> None:
 
 
 PACED = {"do": "sleep", "at": "forward", "seconds": 0.3}
+KINDS = ("503", "stall", "close")
+GET_FAULTS = [Fault(kind=kind) for kind in KINDS]
+PUT_FAULTS = [Fault(kind=kind, method="PUT") for kind in KINDS]
 
 
 def test_credentials_that_expire_are_renewed_while_a_run_goes_on(
@@ -180,7 +209,14 @@ def test_credentials_that_expire_are_renewed_while_a_run_goes_on(
 ) -> None:
     provider = Provider(tmp_path, store.server, monkeypatch, life_seconds=6.0)
     run = new_run(shards=store.url, changes=FROM_THE_STORE, faults=[PACED])
-    seconds = train(run, REFRESHED, store.reference)
+    calls: list[int] = []  # at the start
+
+    def is_asked_again() -> bool:
+        if not calls and run.last_step() >= TRAINING_FROM:
+            calls.append(provider.calls)
+        return bool(calls) and provider.calls > calls[0]
+
+    seconds = train(run, REFRESHED, store.reference, is_asked_again)
     assert provider.calls >= 3
     require_secret_nowhere(run, store.server)
     measured(REFRESHED.measured(recovered=seconds))
@@ -195,10 +231,10 @@ def test_credentials_that_stay_expired_end_the_run_soon_after_the_last_renewal_f
 ) -> None:
     life = 12.0
     provider = Provider(tmp_path, store.server, monkeypatch, life_seconds=life)
-    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}})
+    changes = merged(FROM_THE_STORE, {"train": {"steps": 400}, "checkpoint": {"every_steps": 2}})
     run = new_run(shards=store.url, changes=changes, faults=[PACED])
     run.start()
-    run.wait_for(lambda: run.last_step() >= 3, "step 3")
+    run.wait_for(lambda: run.last_step() >= 3 and bool(run.committed_steps()), "step 3 and a checkpoint")
     calls = provider.calls
     provider.broken.touch()
     expired = time.monotonic() + life  # at the latest
@@ -207,9 +243,14 @@ def test_credentials_that_stay_expired_end_the_run_soon_after_the_last_renewal_f
     assert provider.calls == calls, "it gave new ones"
     assert code == EXPIRED.code, run.said()[-4000:]
     assert "credentials have expired" in run.said()
+    require_counted(EXPIRED, run, None)
+    require_sound_checkpoints(run.run_dir)
+    assert run.committed_steps(), "nothing was saved before"
     require_nobody_left(run)
+    require_nothing_left(run)
     require_secret_nowhere(run, store.server)
-    measured(EXPIRED.measured(ended=max(0.0, took)))
+    noticed = seconds_until_noticed(run, expired)
+    measured(EXPIRED.measured(noticed=noticed, ended=max(0.0, took)))
 
 
 def mirrored_steps(store: Store) -> set[int]:
@@ -225,8 +266,9 @@ def mirrored_steps(store: Store) -> set[int]:
 def test_a_node_lost_with_its_disk_is_replaced_and_the_run_is_restored_from_its_mirror(
     store: Store, references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
-    mirror = {"checkpoint": {"mirror": f"s3://{store.bucket}/mirror"}}
+    mirror = {"checkpoint": {"mirror": f"s3://{store.bucket}/mirror"}, "storage": FROM_THE_STORE["storage"]}
     run = new_run(changes=mirror, faults=[PACED])
+    scraper = Scraper.of(run)
     run.start()
     run.wait_for(lambda: bool(mirrored_steps(store)) and run.last_step() >= 9, "a mirrored checkpoint")
     struck, step = time.monotonic(), run.last_step()
@@ -235,40 +277,55 @@ def test_a_node_lost_with_its_disk_is_replaced_and_the_run_is_restored_from_its_
     assert run.end() == NODE_LOST.code
     require_nobody_left(run)
     ended = time.monotonic() - struck
-    shutil.rmtree(run.run_dir)  # the node's disk
+    shutil.rmtree(run.run_dir)  # the node's disk, and all that was on it
+    shutil.rmtree(run.folder / "cache", ignore_errors=True)
     run.faults = []
+    failed = []
+
+    def weather(method: str) -> Fault | None:
+        """While it is restored every third GET fails, each time otherwise."""
+        if method != "GET" or run.last_step() > step:
+            return None
+        failed.append(GET_FAULTS[len(failed) // 3 % 3] if len(failed) % 3 == 2 else None)
+        return failed[-1]
+
+    store.proxy.weather = weather
     run.start()
-    run.wait_for(lambda: run.last_step() > step, "a step beyond the last")
+    run.wait_for(lambda: bool(scraper.look()) or run.last_step() > step, "a step beyond the last")
     recovered = time.monotonic() - struck
-    assert run.end() == 0, run.said()[-4000:]
+    finish(run, scraper)
+    assert sum(fault is not None for fault in failed) >= 2, "nothing failed while it was restored"
     assert "going on at step" in run.said()
+    require_counted(NODE_LOST, run, scraper)
     require_the_references_end(run, references.get())
-    require_nobody_left(run)
-    require_nothing_left(run)
     measured(NODE_LOST.measured(ended=ended, recovered=recovered))
 
 
 def test_a_mirror_whose_store_fails_holds_what_was_committed_and_the_run_is_as_the_reference(
     store: Store, references: References, new_run: Callable[..., Run], measured: Callable[[Measured], None]
 ) -> None:
-    kinds = [
-        Fault(kind="503", method="PUT"),
-        Fault(kind="stall", method="PUT"),
-        Fault(kind="close", method="PUT"),
-    ]
-    asked = [0]
+    mirror = {"checkpoint": {"mirror": f"s3://{store.bucket}/mirror"}, "storage": FROM_THE_STORE["storage"]}
+    run = new_run(changes=mirror, faults=[PACED])
 
-    def weather(method: str) -> Fault | None:
-        """Every third upload goes wrong, each time otherwise."""
-        if method != "PUT":
-            return None
-        asked[0] += 1
-        return kinds[asked[0] // 3 % 3] if asked[0] % 3 == 0 else None
+    def every_third(number: int) -> Fault | None:
+        return PUT_FAULTS[number // 3 % 3] if number % 3 == 0 else None
 
-    store.proxy.weather = weather
-    mirror = merged(FROM_THE_STORE, {"checkpoint": {"mirror": f"s3://{store.bucket}/mirror"}})
-    run = new_run(changes={name: mirror[name] for name in ("checkpoint", "storage")})
-    seconds = train(run, MIRRORED, references.get())
-    assert asked[0] > 6
-    assert max(mirrored_steps(store)) == 24
+    store.proxy.weather = weather = Weather(run, "PUT", every_third)
+    seconds = train(run, MIRRORED, references.get(), lambda: bool(weather.struck))
+    assert len(weather.struck) >= 3, "each kind of fault was to strike"
+    brought = bring_back(store, run.folder / "brought-back")
+    assert set(brought) == mirrored_steps(store) == set(run.committed_steps())
+    for step, folder in brought.items():  # each slice of both is verified on the way
+        require_same_state(folder, run.checkpoints / step_folder(step))
     measured(MIRRORED.measured(recovered=seconds))
+
+
+def bring_back(store: Store, folder: Path) -> dict[int, Path]:
+    """All saves that are whole in the mirror, as they lie there."""
+    client = store.server.client()
+    for item in client.list_objects_v2(Bucket=store.bucket, Prefix="mirror/checkpoints/")["Contents"]:
+        path = folder / item["Key"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        client.download_file(store.bucket, item["Key"], str(path))
+    manifests = folder.rglob("manifest.json")
+    return {int(path.parent.name.split(".")[0].removeprefix("step-")): path.parent for path in manifests}

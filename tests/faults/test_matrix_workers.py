@@ -8,7 +8,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import pytest
-from faults.matrix.player import require_counted, require_the_references_end
+from faults.matrix.player import (
+    require_counted,
+    require_saved_where_it_stopped,
+    require_the_references_end,
+    seconds_until_noticed,
+)
 from faults.matrix.references import References
 from faults.matrix.row import Measured
 from faults.matrix.rows_processes import WORKER_KILLED, WORKER_TOLD
@@ -61,7 +66,7 @@ class Nodes:
         require_the_references_end(self.run, reference)
         for side in self.sides:
             require_nobody_left(side)
-        require_nothing_left(self.run)
+            require_nothing_left(side)
 
     def said(self) -> str:
         return "\n".join(side.said()[-4000:] for side in self.sides)
@@ -89,6 +94,7 @@ def test_a_worker_that_is_told_to_stop_has_the_ranks_of_all_nodes_save_and_end(
     nodes.run.wait_for(lambda: nodes.run.last_step() > step + 1, "a step beyond the last")
     recovered = time.monotonic() - struck
     nodes.finish(references.get())
+    require_saved_where_it_stopped(nodes.run)
     measured(row.measured(ended=ended, recovered=recovered))
 
 
@@ -112,4 +118,6 @@ def test_a_worker_that_is_killed_takes_its_ranks_along_and_the_run_goes_on_when_
     nodes.run.wait_for(lambda: nodes.run.last_step() > step, "a step beyond the last")
     recovered = time.monotonic() - struck
     nodes.finish(references.get())
-    measured(row.measured(ended=ended, recovered=recovered))
+    require_counted(row, nodes.run, None)
+    noticed = seconds_until_noticed(nodes.run, struck)
+    measured(row.measured(noticed=noticed, ended=ended, recovered=recovered))

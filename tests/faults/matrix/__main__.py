@@ -1,6 +1,9 @@
 """Play the fault matrix and write its table, tests/faults/README.md.
 
-PYTHONPATH=.:tests python -m faults.matrix [--only WORDS] [--plain-deepspeed] [--table]
+PYTHONPATH=.:tests python -m faults.matrix [--only WORDS] [--missing] [--plain-deepspeed] [--table]
+
+Measurements are kept in measured.json, which MATRIX_MEASURE=1 has any run of these tests do. MATRIX_BESIDE=1 marks them
+as of a machine that was busy with other work.
 """
 
 from __future__ import annotations
@@ -25,7 +28,14 @@ def main() -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", metavar="WORDS", help="the rows that pytest's -k selects by these")
+    parser.add_argument(
+        "--only",
+        metavar="WORDS",
+        help="the rows that pytest's -k selects by these; signals, with --plain-deepspeed",
+    )
+    parser.add_argument(
+        "--missing", action="store_true", help="only rows that are not measured as they are now"
+    )
     parser.add_argument(
         "--plain-deepspeed", action="store_true", help="the signals under plain `deepspeed` instead"
     )
@@ -35,7 +45,7 @@ def main() -> int:
     args = parser.parse_args()
     code = 0
     if args.plain_deepspeed:
-        plain_deepspeed.measure()
+        plain_deepspeed.measure(args.only)
     elif not args.table:
         suites = sorted(str(path) for path in (TESTS / "faults").glob("test_matrix*.py"))
         suites += [str(TESTS / test) for test in ELSEWHERE]
@@ -51,8 +61,9 @@ def main() -> int:
             str((TESTS / "faults" / "test_matrix_table.py").relative_to(TESTS.parent)),
         ]
         command += ["-k", args.only] if args.only else []
+        wanted = "missing" if args.missing else "1"
         code = subprocess.call(
-            [*command, *suites], cwd=TESTS.parent, env={**os.environ, measured.VARIABLE: "1"}
+            [*command, *suites], cwd=TESTS.parent, env={**os.environ, measured.VARIABLE: wanted}
         )
     table.write()
     print(f"wrote {table.README}", file=sys.stderr)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,19 @@ TARGETS: dict[str, Target] = {
     "`deepspeed.launcher.launch`": launcher,
     "a rank": rank_1,
 }
-SIGNALS = [(signum, target) for target in TARGETS for signum in (signal.SIGTERM, signal.SIGKILL)] + [
-    (signal.SIGSTOP, "a rank")
+TWICE_AFTER_SECONDS = 0.5  # two at once may be one
+# (name, signals one after another, to whom). SIGSTOP of a rank alone: the others are the terminal's to stop.
+SIGNALS = [
+    (name, signums, target)
+    for target in TARGETS
+    for name, signums in (
+        ("SIGTERM", (signal.SIGTERM,)),
+        ("SIGTERM, twice", (signal.SIGTERM, signal.SIGTERM)),
+        ("SIGUSR1", (signal.SIGUSR1,)),
+        ("SIGKILL", (signal.SIGKILL,)),
+        ("SIGSTOP", (signal.SIGSTOP,)),
+    )
+    if name != "SIGSTOP" or target == "a rank"
 ]
 
 
@@ -52,12 +64,17 @@ def command(run: Run) -> list[str]:
     return [*launch, "--module", "pretrain.train", str(run.recipe())]
 
 
-def observe(run: Run, signum: signal.Signals, target: str) -> dict[str, Any]:
-    """Train, send the signal, and see what is left of it."""
+def observe(run: Run, name: str, signums: Sequence[signal.Signals], target: str) -> dict[str, Any]:
+    """Train, send the signals, and see what is left of it."""
     run.start(command(run))
     run.wait_for(lambda: run.last_step() >= 5, "step 5", seconds=START_SECONDS)
     struck, steps = time.monotonic(), run.last_step()
-    os.kill(TARGETS[target](run), signum)
+    pid = TARGETS[target](run)
+    os.kill(pid, signums[0])
+    for signum in signums[1:]:
+        time.sleep(TWICE_AFTER_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
     assert run.process is not None
     try:
         code: str = str(run.process.wait(LONGEST_SECONDS))
@@ -74,14 +91,18 @@ def observe(run: Run, signum: signal.Signals, target: str) -> dict[str, Any]:
     if left and took is not None:
         time.sleep(2.0)
         said += ", still training" if run.last_step() > steps else ", not training"
-    return {"signal": signum.name, "to": target, "code": code, "seconds": took, "left": said}
+    return {"signal": name, "to": target, "code": code, "seconds": took, "left": said}
 
 
-def measure() -> None:
-    found: dict[str, Any] = {}
+def measure(only: str | None = None) -> None:
+    """`only`: those of whose lines these words are part; the others stay as they were."""
+    found: dict[str, Any] = measured.read(measured.DEEPSPEED) if only else {}
     with tempfile.TemporaryDirectory() as folder:
         shards = str(write_shards(Path(folder)))
-        for number, (signum, target) in enumerate(SIGNALS):
+        for number, (name, signums, target) in enumerate(SIGNALS):
+            key = f"{number:02d} {name} {target}"
+            if only and only not in key:
+                continue
             pace = {"do": "sleep", "at": "forward", "seconds": 0.05}
             run = Run(
                 folder=Path(folder) / f"run-{number}",
@@ -90,9 +111,9 @@ def measure() -> None:
                 faults=[pace],
             )
             try:
-                entry = observe(run, signum, target)
+                entry = observe(run, name, signums, target)
             finally:
                 run.close()
             print(entry, file=sys.stderr, flush=True)
-            found[f"{number} {signum.name} {target}"] = entry
+            found[key] = entry
     measured.write(measured.DEEPSPEED, found)

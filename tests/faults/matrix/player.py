@@ -6,23 +6,25 @@ import json
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from faults.matrix.references import References, begin_from
 from faults.matrix.row import Entry, Measured, Row
-from faults.matrix.runs import PATIENCE_SECONDS, START_SECONDS, Run, Scraper, is_alive, until
+from faults.matrix.runs import START_SECONDS, Run, Scraper, is_alive, until
 from faults.matrix.verdict import (
     require_nobody_left,
     require_nothing_left,
     require_same_state,
     require_sound_checkpoints,
-    shared_memory,
 )
 
+from pretrain.checkpoint.attempts import exit_records
 from pretrain.checkpoint.manifest import committed
 from pretrain.errors import EXIT_CRASHED, EXIT_FINISHED, EXIT_INTERRUPTED
 
 RESTARTED = (EXIT_CRASHED, EXIT_INTERRUPTED, 128 + signal.SIGKILL)  # what a scheduler starts again
+# Lines of the journal by which an attempt says that something is wrong.
+NOTICES = ("checkpoint_failed", "checkpoint_rejected", "step_skipped", "rollback", "slow_rank")
 
 
 @dataclass
@@ -31,7 +33,13 @@ class Struck:
 
     at: float  # monotonic
     step: int
-    ranks: list[int]
+    processes: list[int]  # of the attempt: all but the launch itself
+
+    @classmethod
+    def now(cls, run: Run) -> Struck:
+        assert run.process is not None
+        others = [process.pid for process in run.processes() if process.pid != run.process.pid]
+        return cls(time.monotonic(), run.last_step(), others)
 
 
 def play(row: Row, run: Run, references: References) -> Measured:
@@ -47,40 +55,60 @@ def play(row: Row, run: Run, references: References) -> Measured:
             faults=row.reference_faults,
         )
     scraper = _prepare(row, run, reference)
-    memory_before = shared_memory()
     run.start()
-    struck = _wait_for_the_fault(row, run, scraper)
+    struck = _wait_for_the_fault(row, run)
 
     ended = recovered = None
     if row.code == EXIT_FINISHED:
         _watch(run, scraper, lambda: run.last_step() > struck.step)
         recovered = time.monotonic() - struck.at
     else:
-        until(lambda: not any(map(is_alive, struck.ranks)), "the end of the ranks", seconds=PATIENCE_SECONDS)
-        if not struck.ranks:
+        until(lambda: not any(map(is_alive, struck.processes)), "the end of the attempt's processes")
+        if not struck.processes:
             run.end()
         ended = time.monotonic() - struck.at
         code, restarts = _struck_attempt(run)
         assert code == row.code, f"ended with {code}, promised is {row.code}:\n{run.said()[-4000:]}"
+        if code == EXIT_INTERRUPTED:
+            require_saved_where_it_stopped(run)
         require_sound_checkpoints(run.run_dir)
         if not row.is_final:
             recovered = _go_on(row, run, struck, scraper, restarts=restarts)
-    if not row.is_final:
-        _watch(run, scraper, lambda: False)
-        code = run.end()
-        assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
+    if row.is_final:
+        require_nobody_left(run)
+        require_nothing_left(run)
+    else:
+        finish(run, scraper)
         assert reference is not None
         require_the_references_end(run, reference)
-    require_nobody_left(run)
-    if not row.is_final:
-        require_nothing_left(run)
-    assert shared_memory() <= memory_before
     for words in row.says:
         assert words in run.said(), run.said()[-4000:]
     require_counted(row, run, scraper)
     if row.after:
         row.after(run)
-    return row.measured(ended=ended, recovered=recovered)
+    return row.measured(noticed=seconds_until_noticed(run, struck.at), ended=ended, recovered=recovered)
+
+
+def seconds_until_noticed(run: Run, struck_at: float) -> float | None:
+    """From the fault on until the first line or record that says that something is wrong: of the journal, of a
+    watchdog, of how a rank ended. None where there is none: the fault ended whoever would have written it, or nothing
+    was wrong.
+    """
+    struck = time.time() - (time.monotonic() - struck_at)
+    folder = run.run_dir / "attempts"
+    records = [json.loads(path.read_text()) for path in folder.glob("*/watchdog-*.json")]
+    for attempt in folder.glob("[0-9]*"):
+        endings = exit_records(run.run_dir, int(attempt.name)).values()
+        records += [ending for ending in endings if ending["code"] not in (EXIT_FINISHED, EXIT_INTERRUPTED)]
+    records += [line for line in run.journal() if line["event"] in NOTICES]
+    return min((each["time"] - struck for each in records if each["time"] > struck), default=None)
+
+
+def require_saved_where_it_stopped(run: Run) -> None:
+    """The first attempt, which was told to stop, lost not a step."""
+    first = run.attempt_lines()[0]
+    assert first["steps_lost"] == 0, first
+    assert first["checkpoint_step"] == first["last_step"], first
 
 
 def _prepare(row: Row, run: Run, reference: Run | None) -> Scraper | None:
@@ -100,16 +128,16 @@ def _prepare(row: Row, run: Run, reference: Run | None) -> Scraper | None:
     return scraper
 
 
-def _wait_for_the_fault(row: Row, run: Run, scraper: Scraper | None) -> Struck:
+def _wait_for_the_fault(row: Row, run: Run) -> Struck:
     if row.strike:
         when = row.when or (lambda run: True)
         run.wait_for(lambda: when(run), f"the moment for: {row.fault}", seconds=START_SECONDS)
-        struck = Struck(time.monotonic(), run.last_step(), list(run.ranks().values()))
+        struck = Struck.now(run)
         row.strike(run)
         return struck
     if row.injected:
         run.wait_for(lambda: bool(run.moments_of(0)), row.fault, seconds=START_SECONDS)
-        return Struck(min(run.moments_of(0)), run.last_step(), list(run.ranks().values()))
+        return replace(Struck.now(run), at=min(run.moments_of(0)))
     # Damaged before it began: the time counts from the start of the launch.
     return Struck(time.monotonic(), run.last_step(), [])
 
@@ -130,20 +158,15 @@ def _watch(run: Run, scraper: Scraper | None, condition: Callable[[], bool]) -> 
 def _struck_attempt(run: Run) -> tuple[int, bool]:
     """Its exit code, and whether the supervisor starts the run again by itself: as that wrote it down, else the code
     of the launch."""
-    attempts = run.run_dir / "attempts.jsonl"
     assert run.process is not None
     process = run.process
-
-    def lines() -> list[str]:
-        return attempts.read_text().splitlines() if attempts.exists() else []
-
     until(
-        lambda: bool(lines()) or process.poll() is not None, "the attempt's record, or the end of the launch"
+        lambda: bool(run.attempt_lines()) or process.poll() is not None,
+        "the attempt's record, or the end of the launch",
     )
-    if not lines():
+    if not (lines := run.attempt_lines()):
         return run.end(), False
-    first = json.loads(lines()[0])
-    return int(first["exit_code"]), bool(first["restart"])
+    return int(lines[0]["exit_code"]), bool(lines[0]["restart"])
 
 
 def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None, *, restarts: bool) -> float:
@@ -163,6 +186,15 @@ def _go_on(row: Row, run: Run, struck: Struck, scraper: Scraper | None, *, resta
     return time.monotonic() - struck.at
 
 
+def finish(run: Run, scraper: Scraper | None = None) -> None:
+    """To its end, in order, with nobody and nothing left. Reads its metrics meanwhile."""
+    _watch(run, scraper, lambda: False)
+    code = run.end()
+    assert code == EXIT_FINISHED, f"ended with {code}:\n{run.said()[-4000:]}"
+    require_nobody_left(run)
+    require_nothing_left(run)
+
+
 def require_the_references_end(run: Run, reference: Run) -> None:
     assert (run.run_dir / "finished.json").is_file()
     mine, theirs = require_sound_checkpoints(run.run_dir), committed(reference.run_dir)
@@ -174,13 +206,20 @@ def require_the_references_end(run: Run, reference: Run) -> None:
 
 
 def require_counted(row: Entry, run: Run, scraper: Scraper | None) -> None:
-    if row.counted is None:
+    counted = row.counted
+    if counted is None or counted.shown:
         return
-    if row.counted.event:
-        count: float = sum(line["event"] == row.counted.event for line in run.journal())
+    if counted.exit_record:
+        codes = [line["exit_code"] for line in run.attempt_lines()]
+        for attempt in (run.run_dir / "attempts").glob("[0-9]*"):
+            codes += [ending["code"] for ending in exit_records(run.run_dir, int(attempt.name)).values()]
+        assert row.code in codes, f"nobody recorded the end with {row.code}: {codes}"
+        return
+    if counted.event:
+        count: float = sum(line["event"] == counted.event for line in run.journal())
     else:
         assert scraper is not None
-        count = max(
-            (v for n, v in scraper.highest.items() if n.split("{")[0] == row.counted.metric), default=0.0
-        )
-    assert count >= row.counted.at_least, f"{row.counted} is {count}"
+        values = [v for n, v in scraper.highest.items() if n.split("{")[0] == counted.metric]
+        assert values, f"{counted.metric} was never served"
+        count = max(values)
+    assert counted.at_least <= count <= counted.at_most, f"{counted} is {count}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,15 +12,25 @@ from faults.matrix.runs import Run, Tree
 
 @dataclass(frozen=True, kw_only=True)
 class Counted:
-    """Where it shows that the fault was counted: the highest value that Prometheus served, or so many journal
-    lines of that event in all."""
+    """Where it shows that the fault was counted, or that there was none: one of the first four.
+
+    metric: the highest value that Prometheus served. event: so many journal lines of it in all. exit_record: the
+    attempt's, or its line in attempts.jsonl, has the row's code. shown: in the table's words, what a test of its own
+    looks at.
+    """
 
     metric: str = ""
     event: str = ""
+    exit_record: bool = False
+    shown: str = ""
     at_least: float = 1.0
+    at_most: float = math.inf
 
     def __str__(self) -> str:
-        return f"`{self.metric}`" if self.metric else f"journal: `{self.event}`"
+        if self.exit_record or self.shown:
+            return self.shown or "exit record"
+        what = f"`{self.metric}`" if self.metric else f"journal: `{self.event}`"
+        return f"{what} stays 0" if self.at_most == 0 else what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +41,7 @@ class Measured:
     outcome: str
     code: int
     bound_seconds: float
+    noticed_seconds: float | None = None  # until somebody had written down that something is wrong
     ended_seconds: float | None = None  # until the last process of the attempt was gone
     recovered_seconds: float | None = None  # until the run was beyond where it had been
     counted: str = ""
@@ -49,8 +61,10 @@ class Entry:
     bound_seconds: float
     counted: Counted | None = None
 
-    def measured(self, *, ended: float | None = None, recovered: float | None = None) -> Measured:
-        """`ended`, `recovered`: seconds from the fault on. Raises AssertionError beyond the bound."""
+    def measured(
+        self, *, noticed: float | None = None, ended: float | None = None, recovered: float | None = None
+    ) -> Measured:
+        """Seconds from the fault on. Raises AssertionError beyond the bound."""
         took = recovered if ended is None else ended
         assert took is not None
         assert took <= self.bound_seconds, f"took {took:.1f} s, promised are {self.bound_seconds:g} s"
@@ -59,6 +73,7 @@ class Entry:
             outcome=self.outcome,
             code=self.code,
             bound_seconds=self.bound_seconds,
+            noticed_seconds=noticed,
             ended_seconds=ended,
             recovered_seconds=recovered,
             counted=str(self.counted or ""),
@@ -94,4 +109,7 @@ class Row(Entry):
     reference_faults: tuple[Tree, ...] = ()  # what happens to the reference as well
     dataset: Callable[[Path], Path] | None = None  # writes the shards, where they are not the usual ones
     max_restarts: int | None = None  # by the supervisor; its default when left out
+    shows_too: tuple[
+        Entry, ...
+    ] = ()  # further lines of the table that the same launch shows; `after` tells them apart
     fast: bool = False  # runs in `make test` too

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import pickle
 import socket
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from end_to_end.wrong_things import Hostile, flip_a_byte
 from faults.matrix.row import Counted, Entry, Row
-from faults.matrix.rows_processes import PEER_SECONDS
+from faults.matrix.rows_processes import PEER_SECONDS, without_one
 from faults.matrix.runs import Run
 from faults.matrix.strikes import after_step
 from launching import free_port
@@ -62,6 +64,21 @@ def rejected_and_not_executed(run: Run) -> None:
     assert (run.checkpoints / f"{step_folder(NEWEST)}.rejected").is_dir()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def note_checkpoints(run: Run) -> None:
+    (run.folder / "noted.json").write_text(json.dumps(digests(run.checkpoints)))
+
+
+def checkpoints_are_as_noted(run: Run) -> None:
+    noted = json.loads((run.folder / "noted.json").read_text())
+    assert noted
+    assert digests(run.checkpoints) == noted
+
+
 DAMAGED = [
     Row(
         fault=fault,
@@ -74,6 +91,7 @@ DAMAGED = [
         says=("passing over", f"going on at step {OLDER} of"),
         counted=REJECTED,
         after=rejected_and_not_executed,
+        fast=change is tear,
     )
     for fault, world_size, change, name in (
         ("a checkpoint's file torn, of one of two ranks", 2, tear, "rank-00001.safetensors"),
@@ -93,19 +111,22 @@ REFUSED = [
         code=2,
         bound_seconds=START_BOUND,
         is_final=True,
+        counted=Counted(exit_record=True),
         after=not_executed,
         fast=True,
     ),
     Row(
         fault="another model's checkpoint",
-        outcome="refused with a diff; nothing is changed",
-        world_size=0,
+        outcome="refused with a diff; not a byte of its checkpoints is changed",
         begins_from=(NEWEST,),
+        prepare=note_checkpoints,
         changes={"model": {"depth": 3}},
         code=4,
         bound_seconds=START_BOUND,
         is_final=True,
         says=("is of another run", "model.depth: 2 in the checkpoint, 3 now"),
+        counted=Counted(exit_record=True),
+        after=checkpoints_are_as_noted,
     ),
 ]
 
@@ -144,24 +165,32 @@ def as_master_port(run: Run, port: int) -> None:
 
 _METRICS_PORT, _MASTER_PORT = TakenPort(as_metrics_port), TakenPort(as_master_port)
 
+
+def first_ended_with_1(run: Run) -> None:
+    """There was no folder of the run's yet to write that down in."""
+    assert "ended with exit code 1" in run.said(), run.said()[-4000:]
+
+
 PORTS = [
     Row(
         fault="the metrics port is taken",
         outcome="refused before the first step, the port named",
-        world_size=0,
         prepare=_METRICS_PORT.prepare,
         mend=_METRICS_PORT.give_back,
         code=2,
         bound_seconds=START_BOUND,
         says=("is taken by another process",),
+        counted=Counted(exit_record=True),
     ),
     Row(
         fault="the master port is taken",
-        outcome="the ranks end, the port named; the supervisor starts them again, on another port",
+        outcome="the ranks end with 1, the port named; the supervisor starts them again, on another port",
         prepare=_MASTER_PORT.prepare,
         code=0,
         bound_seconds=START_BOUND,
         says=("another process has that port", "starting the run again"),
+        counted=Counted(shown="what the launch says"),
+        after=first_ended_with_1,
     ),
 ]
 
@@ -192,10 +221,30 @@ def free_disk(run: Run) -> None:
     (run.run_dir / "somebody-elses").unlink()
 
 
+def full_for_a_save(run: Run) -> None:
+    """Full until a save was given up, and then no longer."""
+    fill_disk(run)
+    run.wait_for(lambda: any(line["event"] == "checkpoint_failed" for line in run.journal()), "a failed save")
+    free_disk(run)
+
+
 DISK = [
     Row(
-        fault="the disk is full when a checkpoint is saved",
-        outcome="the save is given up and leaves nothing; more than `checkpoint.max_failures` (here 0) in a row end "
+        fault="the disk is full for one save",
+        outcome="the save is given up, told and counted, and leaves nothing; training goes on, the next one commits",
+        injected=({"do": "sleep", "at": "forward", "seconds": 0.3},),
+        prepare=make_small_disk,
+        when=after_step(9),
+        strike=full_for_a_save,
+        code=0,
+        bound_seconds=10.0,
+        says=("No space left on device", "free space, or set run_dir elsewhere"),
+        counted=Counted(metric="pretrain_checkpoint_failures_total", at_most=1),
+        after=without_one(),  # of step 8 or 12: one may be under way
+    ),
+    Row(
+        fault="the disk stays full",
+        outcome="saves are given up and leave nothing; more than `checkpoint.max_failures` (here 0) in a row end "
         "the run in words; with room again it goes on",
         changes={"checkpoint": {"max_failures": 0}},
         max_restarts=0,
@@ -213,13 +262,14 @@ DISK = [
 CLOCK = [
     Row(
         fault="the clock jumps by an hour, and back by two",
-        outcome="nothing: what is timed is timed by the monotonic clock",
+        outcome="nothing: what is timed is timed by the monotonic clock (what jumps is `time.time` of all ranks)",
         injected=(
             {"do": "jump_clock", "at": "forward", "step": 8, "seconds": 3600},
             {"do": "jump_clock", "at": "forward", "step": 14, "seconds": -7200},
         ),
         code=0,
         bound_seconds=10.0,
+        counted=Counted(metric="pretrain_attempt", at_most=1),
     ),
 ]
 
@@ -228,12 +278,14 @@ OFFSETS = Entry(
     outcome="whatever is listed is whole; what was torn is removed at the next start",
     code=137,
     bound_seconds=5.0,
+    counted=Counted(shown="20 torn saves removed"),
 )
 FLIPS = Entry(
     fault="bits flipped at 100 places of a checkpoint",
     outcome="each is found by the reader, or changes no value",
     code=4,
     bound_seconds=5.0,
+    counted=Counted(shown="`CheckpointError`, exit code 4"),
 )
 
 ROWS: list[Entry] = [*DAMAGED, FLIPS, *REFUSED, *PORTS, *DISK, *CLOCK, OFFSETS]

@@ -16,6 +16,7 @@ from faults.matrix.runs import Run
 from pretrain.data.ledger import read_ledger
 
 BAD = {13: b"not an image", 77: jpeg(1)[:200], 120: png(20_000, 20_000)}  # the last: 400 million pixels
+REASONS = {13: "not a JPEG, PNG or WebP image", 77: "does not decode", 120: "pixels"}  # as the ledger says
 
 
 def write_hostile_members(folder: Path) -> Path:
@@ -61,8 +62,18 @@ def watch_for_execution(run: Run) -> None:
 
 
 def harmless(run: Run) -> None:
+    """Each of the bad images is in the ledger, by its own reason and where it is; of the hostile members none is."""
     assert not (run.folder / "EXECUTED").exists()
-    assert {line["key"] for line in read_ledger(run.run_dir)} == {f"s{i:05d}" for i in BAD}
+    assert not list(run.folder.rglob("h.*")), "a member was extracted"
+    lines = {line["key"]: line for line in read_ledger(run.run_dir)}
+    assert set(lines) == {f"s{number:05d}" for number in BAD}
+    shard = Path(run.shards) / "000000.tar"
+    with tarfile.open(shard) as tar:
+        images = {m.name.split(".")[0]: m for m in tar.getmembers() if m.name.endswith((".jpg", ".png"))}
+    for number, reason in REASONS.items():
+        line = lines[f"s{number:05d}"]
+        assert reason in line["error"], line
+        assert (line["shard"], line["offset"]) == (shard.name, images[line["key"]].offset_data), line
 
 
 def damage_a_header(run: Run) -> None:
@@ -83,21 +94,36 @@ def bring_shard_back(run: Run) -> None:
     shutil.copy(run.folder / "sound.tar", Path(run.shards) / "000000.tar")
 
 
+REPLACED = "replaced by rule; the ledger has the reason, the shard and the offset"
+BOMB = Entry(
+    fault="a decompression bomb: a PNG of 400 million pixels",
+    outcome=REPLACED + "; it is not unpacked",
+    code=0,
+    bound_seconds=START_BOUND,
+    counted=Counted(shown="`RUN/ledger`"),
+)
+HOSTILE_MEMBERS = Entry(
+    fault="hostile tar members: links, a device, paths that lead out, pickles",
+    outcome="nothing is extracted or run, nothing of them is in the ledger",
+    code=0,
+    bound_seconds=START_BOUND,
+    counted=Counted(shown="`RUN/ledger`: none"),
+)
 DAMAGED = [
     Row(
         fault="a corrupt tar header",
         outcome="the run ends, shard and offset named; with the shard brought back it goes on",
-        world_size=0,
         prepare=damage_a_header,
         mend=bring_shard_back,
         code=3,
         bound_seconds=START_BOUND,
         says=("000000.tar",),
+        counted=Counted(exit_record=True),
     ),
     Row(
-        fault="corrupt JPEGs, a decompression bomb, hostile tar members",
-        outcome="images that do not decode are replaced by rule, counted and named; nothing is extracted or run",
-        world_size=0,
+        fault="corrupt JPEGs",
+        outcome=REPLACED,
+        shows_too=(BOMB, HOSTILE_MEMBERS),
         dataset=write_hostile_members,
         reference_changes={"data": {"max_replaced_fraction": 0.1}},
         changes={"data": {"workers": 1, "max_replaced_fraction": 0.1}},
@@ -109,52 +135,72 @@ DAMAGED = [
     ),
 ]
 
-RETRIED = Counted(metric="pretrain_storage_retries_total")
+
+def retried(count: int) -> Counted:
+    return Counted(metric="pretrain_storage_retries_total", at_least=count)
+
+
 BURST = Entry(
     fault="S3: a burst of 503 while training",
-    outcome="retried within the node's budget; no sample changes",
+    outcome="20 of them, retried within the node's budget; no sample changes",
     code=0,
-    bound_seconds=START_BOUND,
-    counted=RETRIED,
+    bound_seconds=60.0,
+    counted=retried(20),
 )
 STALL = Entry(
     fault="S3: an answer that stalls while training",
-    outcome="asked again from its last byte after `storage.read_timeout_seconds`; no sample changes",
+    outcome="2 of them, asked again from their last byte after `storage.read_timeout_seconds` (here 1); no sample "
+    "changes",
     code=0,
-    bound_seconds=START_BOUND,
-    counted=RETRIED,
+    bound_seconds=30.0,
+    counted=retried(2),
 )
 TRUNCATED = Entry(
     fault="S3: bodies that break off while training",
-    outcome="resumed at their last byte; no sample changes",
+    outcome="8 of them, resumed at their last byte; no sample changes",
     code=0,
-    bound_seconds=START_BOUND,
-    counted=RETRIED,
+    bound_seconds=30.0,
+    counted=retried(8),
 )
 REFRESHED = Entry(
     fault="S3: credentials that expire",
     outcome="renewed before they do, once a node; their secret is in no log",
     code=0,
-    bound_seconds=START_BOUND,
+    bound_seconds=30.0,
     counted=Counted(metric="pretrain_storage_credential_refreshes_total", at_least=2),
 )
 EXPIRED = Entry(
     fault="S3: credentials that expire and are not renewed",
-    outcome="the run ends ten seconds after they have; the secret is in no log",
+    outcome="the run ends within ten seconds after they have; the secret is in no log",
     code=3,
-    bound_seconds=10.0 + 5.0,  # and what ranks take to end
+    bound_seconds=10.0,
+    counted=Counted(exit_record=True),
 )
 MIRRORED = Entry(
     fault="S3: 503s, stalls and lost answers while a checkpoint is mirrored",
-    outcome="retried; what is committed there is whole",
+    outcome="retried; what is committed there is whole, and bitwise what is committed here",
     code=0,
-    bound_seconds=START_BOUND,
+    bound_seconds=60.0,
+    counted=retried(3),
 )
 NODE_LOST = Entry(
     fault="a node lost with its local disk",
-    outcome="started again elsewhere, the run is restored from its mirror in S3 and goes on",
+    outcome="started again elsewhere, without its cache too, the run is restored from its mirror in S3, though every "
+    "third GET fails meanwhile, and goes on",
     code=137,
     bound_seconds=5.0,
+    counted=Counted(metric="pretrain_attempt", at_least=2),
 )
 
-ROWS: list[Entry] = [*DAMAGED, BURST, STALL, TRUNCATED, REFRESHED, EXPIRED, MIRRORED, NODE_LOST]
+ROWS: list[Entry] = [
+    *DAMAGED,
+    BOMB,
+    HOSTILE_MEMBERS,
+    BURST,
+    STALL,
+    TRUNCATED,
+    REFRESHED,
+    EXPIRED,
+    MIRRORED,
+    NODE_LOST,
+]

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import socket
+from collections.abc import Callable
 from signal import SIGKILL, SIGSTOP, SIGTERM, SIGUSR1
 
 from faults.matrix.row import Counted, Entry, Row
+from faults.matrix.runs import SAVE_EVERY, STEPS, Run
 from faults.matrix.strikes import (
     after_step,
+    again_in_the_save,
+    ignored_by,
     in_a_save,
-    to_loader_worker,
+    loader_worker,
+    to,
     to_rank,
     to_supervisor,
-    to_writer,
+    writer,
 )
+
+from pretrain.checkpoint.manifest import read_manifest, step_folder
 
 PEER_SECONDS = 25.0  # the supervisor's patience with peers of a dead rank, SIGTERM to SIGKILL, and room
 GRACE_SECONDS = 30.0  # what schedulers give between SIGTERM and SIGKILL
@@ -27,11 +36,64 @@ WATCHDOG_BOUND = 5.0 + 10.0
 ONE_WORKER = {"data": {"workers": 1}}
 
 KILLED = "its peers lose it and end; the supervisor starts the run again from the newest checkpoint"
+DIE_WITH_IT = "the ranks die with it; nothing else is left either; started again by hand it goes on"
 TOLD = "all ranks agree on a step, save it and end"
 
 TORN = "the save never commits, that is said and counted; a new writer is started, training goes on"
 NOT_SAVED = Counted(metric="pretrain_checkpoint_failures_total")
 ENDED_BY_WATCHDOG = Counted(metric="pretrain_watchdog_ended_ranks")
+STARTED_AGAIN = Counted(metric="pretrain_attempt", at_least=2)
+STOPPED = Counted(event="stopped", at_most=1)
+NO_SAVE_FAILED = Counted(metric="pretrain_checkpoint_failures_total", at_least=0, at_most=0)
+ALL_SAVES = list(range(SAVE_EVERY, STEPS + 1, SAVE_EVERY))
+
+
+def without_one(step: int | None = None) -> Callable[[Run], None]:
+    """One save was given up, of that step if it is known, and never commits; all others have."""
+
+    def require(run: Run) -> None:
+        [failed] = [line["step"] for line in run.journal() if line["event"] == "checkpoint_failed"]
+        assert step in (None, failed), f"the save of step {failed} was hit"
+        assert run.committed_steps() == [each for each in ALL_SAVES if each != failed]
+
+    return require
+
+
+def all_saves_commit(run: Run) -> None:
+    assert run.committed_steps() == ALL_SAVES
+    assert not any(line["event"] == "checkpoint_failed" for line in run.journal())
+
+
+def the_one_under_way_as_well(run: Run) -> None:
+    """That of step 8, and the one where the run then stopped."""
+    stopped = run.attempt_lines()[0]["last_step"]
+    assert run.committed_steps() == sorted({*ALL_SAVES, stopped})
+
+
+def only_where_it_stopped(run: Run) -> None:
+    assert run.committed_steps() == sorted({run.attempt_lines()[0]["last_step"], STEPS})
+
+
+def saved_again(run: Run) -> None:
+    """What was torn with its process is of the second attempt: the first one's never was listed."""
+    assert run.committed_steps() == ALL_SAVES
+    attempts = {step: read_manifest(run.checkpoints / step_folder(step)).attempt for step in ALL_SAVES[:2]}
+    assert attempts == {4: 1, 8: 2}
+
+
+def named_by_its_watchdog(kind: str) -> Callable[[Run], None]:
+    def require(run: Run) -> None:
+        folder = run.run_dir / "attempts" / "1"
+        found = json.loads((folder / "watchdog-1.json").read_text())
+        assert (found["rank"], found["host"], found["kind"]) == (1, socket.gethostname(), kind), found
+        assert found["expired"]
+        assert found["at_fault"] == [1]
+        last = run.attempt_lines()[0]["last_step"]
+        assert last - 1 <= found["step"] <= last, f"{found}, the last step was {last}"
+        assert (folder / "stacks-1.txt").read_text().strip(), "its stacks are not there"
+
+    return require
+
 
 SIGNALS = [
     Row(
@@ -41,6 +103,8 @@ SIGNALS = [
         code=1,
         bound_seconds=PEER_SECONDS,
         says=("was ended by SIGKILL",),
+        counted=STARTED_AGAIN,
+        fast=True,
     ),
     Row(
         fault="SIGKILL of rank 0, from outside",
@@ -49,14 +113,16 @@ SIGNALS = [
         strike=to_rank(0, SIGKILL),
         code=1,
         bound_seconds=PEER_SECONDS,
+        counted=STARTED_AGAIN,
     ),
     Row(
         fault="SIGKILL of the supervisor",
-        outcome="the ranks die with it; nothing else is left either",
+        outcome=DIE_WITH_IT,
         when=after_step(9),
         strike=to_supervisor(SIGKILL),
         code=137,
         bound_seconds=5.0,
+        counted=STARTED_AGAIN,
     ),
     Row(
         fault="SIGTERM of the supervisor, 30 s grace",
@@ -66,16 +132,21 @@ SIGNALS = [
         code=75,
         bound_seconds=GRACE_SECONDS,
         says=("stopped and saved at step",),
-        counted=Counted(event="stopped"),
+        counted=STOPPED,
+        fast=True,
     ),
     Row(
-        fault="SIGTERM of the supervisor, twice",
-        outcome=TOLD + "; the second changes nothing",
+        fault="SIGTERM of the supervisor, and in the save that follows once more, of it and of all ranks",
+        outcome=TOLD + "; the second changes nothing, the save stands",
+        changes={"checkpoint": {"every_steps": 100}},  # there is no other save that could be taken for it
+        injected=(SLOW_DISK,),
         when=after_step(9),
-        strike=to_supervisor(SIGTERM, SIGTERM),
+        strike=again_in_the_save(SIGTERM),
         code=75,
         bound_seconds=GRACE_SECONDS,
         says=("stopped and saved at step",),
+        counted=STOPPED,
+        after=only_where_it_stopped,
     ),
     Row(
         fault="SIGTERM of a rank",
@@ -85,6 +156,7 @@ SIGNALS = [
         code=75,
         bound_seconds=GRACE_SECONDS,
         says=("stopped and saved at step",),
+        counted=STOPPED,
     ),
     Row(
         fault="SIGUSR1 of a rank",
@@ -94,6 +166,7 @@ SIGNALS = [
         code=75,
         bound_seconds=GRACE_SECONDS,
         says=("stopped and saved at step",),
+        counted=STOPPED,
     ),
 ]
 
@@ -101,13 +174,31 @@ SAVES = [
     Row(
         fault="SIGTERM during a save",
         outcome="the save is finished, then as above",
-        changes={"checkpoint": {"every_steps": 4}},
         injected=(SLOW_DISK,),
         when=in_a_save(8),
         strike=to_supervisor(SIGTERM),
         code=75,
         bound_seconds=GRACE_SECONDS,
         says=("stopped and saved at step",),
+        counted=STOPPED,
+        after=the_one_under_way_as_well,
+    ),
+    *(
+        Row(
+            fault=f"SIGKILL of {said} in mid-save",
+            outcome=f"{outcome}; what was torn is removed, and that step saved again",
+            injected=(SLOW_DISK,),
+            when=in_a_save(8),
+            strike=strike,
+            code=code,
+            bound_seconds=bound_seconds,
+            counted=STARTED_AGAIN,
+            after=saved_again,
+        )
+        for said, outcome, strike, code, bound_seconds in (
+            ("a rank", KILLED, to_rank(1, SIGKILL), 1, PEER_SECONDS),
+            ("the supervisor", DIE_WITH_IT, to_supervisor(SIGKILL), 137, 5.0),
+        )
     ),
     *(
         Row(
@@ -119,6 +210,8 @@ SAVES = [
             bound_seconds=10.0,
             says=("the process that writes checkpoints was ended by SIGXFSZ",),
             counted=NOT_SAVED,
+            after=without_one(12),
+            fast=said == "half",
         )
         for said, count in (("100 bytes", 100), ("half", 60_000), ("nearly all", 100_000))
     ),
@@ -130,22 +223,42 @@ SAVES = [
         bound_seconds=10.0,
         says=("the process that writes checkpoints was ended by SIGKILL",),
         counted=NOT_SAVED,
+        after=without_one(12),
     ),
-    *(
-        Row(
-            fault=f"{signum.name} of a checkpoint writer that is at work",
-            outcome=outcome,
-            injected=(SLOW_DISK,),
-            when=in_a_save(8),
-            strike=to_writer(1, signum),
-            code=0,
-            bound_seconds=10.0,
-            counted=counted,
-        )
-        for signum, outcome, counted in (
-            (SIGTERM, "it is ignored: the rank decides", None),
-            (SIGKILL, TORN, NOT_SAVED),
-        )
+    Row(
+        fault="SIGTERM of a checkpoint writer that is at work",
+        outcome="it is ignored: the rank decides; every save commits, by the same process",
+        injected=(SLOW_DISK,),
+        when=in_a_save(8),
+        strike=ignored_by(writer(1), SIGTERM),
+        code=0,
+        bound_seconds=10.0,
+        counted=NO_SAVE_FAILED,
+        after=all_saves_commit,
+    ),
+    Row(
+        fault="SIGKILL of a checkpoint writer that is at work",
+        outcome=TORN,
+        injected=(SLOW_DISK,),
+        when=in_a_save(8),
+        strike=to(writer(1), SIGKILL),
+        code=0,
+        bound_seconds=10.0,
+        says=("the process that writes checkpoints was ended by SIGKILL",),
+        counted=NOT_SAVED,
+        after=without_one(),
+    ),
+    Row(
+        fault="SIGSTOP of a checkpoint writer that is at work",
+        outcome="found when it is waited for, one interval later, and ended; then as above",
+        injected=(SLOW_DISK,),
+        when=in_a_save(8),
+        strike=to(writer(1), SIGSTOP),
+        code=0,
+        bound_seconds=20.0,  # it is waited for ten seconds
+        says=("the process that writes checkpoints was stopped",),
+        counted=NOT_SAVED,
+        after=without_one(),
     ),
 ]
 
@@ -160,19 +273,21 @@ WRITER_OFFSETS = Entry(  # tests/checkpoint/test_saver.py
 HELPERS = [
     Row(
         fault="SIGTERM of a loader worker",
-        outcome="it is ignored: its rank decides",
+        outcome="it is ignored: its rank decides; the same process goes on",
         changes=ONE_WORKER,
         when=after_step(5),
-        strike=to_loader_worker(0, SIGTERM),
+        strike=ignored_by(loader_worker(0), SIGTERM),
         code=0,
         bound_seconds=10.0,
+        counted=Counted(metric="pretrain_worker_restarts_total", at_least=0, at_most=0),
+        after=all_saves_commit,
     ),
     Row(
         fault="SIGKILL of a loader worker, as when memory runs out",
         outcome="it is started again once; no sample changes its place",
         changes=ONE_WORKER,
         when=after_step(5),
-        strike=to_loader_worker(0, SIGKILL),
+        strike=to(loader_worker(0), SIGKILL),
         code=0,
         bound_seconds=20.0,
         counted=Counted(metric="pretrain_worker_restarts_total"),
@@ -189,6 +304,7 @@ HANGS = [
         code=1,
         bound_seconds=WATCHDOG_BOUND,
         counted=ENDED_BY_WATCHDOG,
+        after=named_by_its_watchdog("stopped"),
     ),
     Row(
         fault="a rank that hangs and holds the GIL",
@@ -198,6 +314,7 @@ HANGS = [
         code=1,
         bound_seconds=WATCHDOG_BOUND,
         counted=ENDED_BY_WATCHDOG,
+        after=named_by_its_watchdog("held"),
     ),
     Row(
         fault="a rank that hangs and lets go of the GIL",
@@ -207,6 +324,7 @@ HANGS = [
         code=1,
         bound_seconds=WATCHDOG_BOUND,
         counted=ENDED_BY_WATCHDOG,
+        after=named_by_its_watchdog("stuck"),
     ),
 ]
 
@@ -217,7 +335,7 @@ WORKER_TOLD = [
         outcome=TOLD + ", on both nodes",
         code=75,
         bound_seconds=GRACE_SECONDS,
-        counted=Counted(event="stopped"),
+        counted=STOPPED,
     )
     for node in (0, 1)
 ]
@@ -228,6 +346,7 @@ WORKER_KILLED = [
         "go on from the newest checkpoint",
         code=137,
         bound_seconds=PEER_SECONDS,
+        counted=Counted(event="start", at_least=2),
     )
     for node in (0, 1)
 ]

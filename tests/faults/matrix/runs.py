@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from launching import ROOT, clean_environment, free_port
 
+from pretrain.checkpoint.attempts import read_attempts
+from pretrain.checkpoint.manifest import committed, step_folder
 from pretrain.metrics.journal import read_journal, steps_of
 
 INJECTED = Path(__file__).resolve().parent / "injected"
@@ -117,6 +119,11 @@ def processes_of(mark: str) -> list[Process]:
     return found
 
 
+def shared_memory() -> set[str]:
+    """What has a name in the memory that processes share."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
 def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
@@ -161,6 +168,7 @@ class Run:
         self.process: subprocess.Popen[bytes] | None = None
         # Not below pytest's own: names of sockets must be short.
         self.temporary = Path(tempfile.mkdtemp(prefix="matrix-"))
+        self.memory_before = shared_memory()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     # What it is.
@@ -299,8 +307,16 @@ class Run:
         """How many have begun to train."""
         return len({line["attempt"] for line in self.journal() if line["event"] == "start"})
 
-    def is_saving(self) -> bool:
-        return any(self.checkpoints.glob("*.saving*"))
+    def is_saving(self, step: int | None = None) -> bool:
+        folder = "step-*" if step is None else step_folder(step)
+        return any(self.checkpoints.glob(f"{folder}.*saving"))
+
+    def committed_steps(self) -> list[int]:
+        return [int(folder.name.removeprefix("step-")) for folder in committed(self.run_dir)]
+
+    def attempt_lines(self) -> list[dict[str, Any]]:
+        """As the supervisor wrote them down."""
+        return read_attempts(self.run_dir)
 
 
 class Scraper:

@@ -32,7 +32,9 @@ from faults.matrix.verdict import require_nobody_left, require_nothing_left, req
 from services.fault_proxy import Fault, FaultProxy
 from services.radosgw import Radosgw, missing_binaries
 
+from pretrain.checkpoint.attempts import all_attempts
 from pretrain.checkpoint.manifest import committed
+from pretrain.metrics.effective import effective_time
 from pretrain.metrics.journal import steps_of
 
 STEP_SECONDS = 0.25  # the pace of a step: the reference, which does without, takes a fraction of the time
@@ -109,7 +111,9 @@ class Soak:
 @contextlib.contextmanager
 def store(folder: Path, shards: Path) -> Iterator[tuple[str, FaultProxy | None, dict[str, str]]]:
     """(URL of the shards, the proxy before it, the environment that leads there)."""
-    if missing_binaries():
+    if missing := missing_binaries():
+        if os.environ.get("PRETRAIN_REQUIRE_SERVICES") == "1":
+            raise SystemExit(f"no S3 server ({', '.join(missing)}), and PRETRAIN_REQUIRE_SERVICES=1")
         print("no radosgw here: training from a folder", file=sys.stderr)
         yield str(shards), None, {}
         return
@@ -235,14 +239,17 @@ def main() -> int:
         require_the_references_end(run, reference)
 
         counted = sum(line["step_seconds"] for line in steps_of(run.journal()).values())
+        reported = effective_time(run.journal(), all_attempts(run.run_dir, run.journal()))
         told = ", ".join(f"{count} × {what}" for what, count in sorted(Counter(soak.done).items()))
         rejected = sum(line["event"] == "checkpoint_rejected" for line in run.journal())
         said = (
             f"{wall / 60:.0f} minutes, {len(soak.done)} faults (seed {args.seed}), {launches} launches, "
             f"{run.attempts()} attempts, {steps} steps: {told}. Every position came exactly once, every listed "
             f"checkpoint verified ({rejected} damaged ones were passed over), losses, weights and moments are bitwise "
-            f"those of a run that nothing happened to. Effective training time {counted / wall:.1%}, with a fault "
-            f"every {wall / max(1, len(soak.done)):.0f} s and a start of about ten seconds."
+            f"those of a run that nothing happened to. Effective training time {counted / wall:.1%} of the whole "
+            f"({reported.share:.1%} in `pretrain report`, which leaves out what passes between an end that was asked "
+            f"for and the next start), with a fault every {wall / max(1, len(soak.done)):.0f} s and a start of about "
+            "ten seconds."
         )
     print(said)
     if os.environ.get(measured.VARIABLE) == "1":

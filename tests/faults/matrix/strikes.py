@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Callable
 
-from faults.matrix.runs import Run
+from faults.matrix.runs import Run, is_alive
 
 Moment = Callable[[Run], bool]
 Strike = Callable[[Run], None]
@@ -16,37 +16,68 @@ def after_step(step: int) -> Moment:
     return lambda run: run.last_step() >= step
 
 
-def in_a_save(after: int) -> Moment:
-    """While a save is under way, after that step."""
-    return lambda run: run.last_step() >= after and run.is_saving()
+def in_a_save(step: int) -> Moment:
+    """While that step's save is under way."""
+    return lambda run: run.is_saving(step)
 
 
 def to_rank(rank: int, signum: signal.Signals) -> Strike:
     return lambda run: os.kill(run.ranks()[rank], signum)
 
 
-def to_supervisor(*signums: signal.Signals) -> Strike:
+def to_supervisor(signum: signal.Signals) -> Strike:
     def strike(run: Run) -> None:
         assert run.process is not None
-        for signum in signums:
-            run.process.send_signal(signum)
+        run.process.send_signal(signum)
 
     return strike
 
 
-def to_loader_worker(rank: int, signum: signal.Signals) -> Strike:
+def again_in_the_save(signum: signal.Signals) -> Strike:
+    """To the supervisor; and once more, to it and to every rank, while the save that the first one asked for is under
+    way. Standard signals merge: two that are sent at once may be one."""
+
     def strike(run: Run) -> None:
+        to_supervisor(signum)(run)
+        run.wait_for(run.is_saving, "the save that was asked for")
+        to_supervisor(signum)(run)
+        for pid in run.ranks().values():
+            os.kill(pid, signum)
+        assert run.is_saving(), "the save was over before the second signal"
+
+    return strike
+
+
+def ignored_by(find: Callable[[Run], int], signum: signal.Signals, *, steps: int = 5) -> Strike:
+    """To a process that is none the worse for it: `steps` later it is still there, and no other in its place."""
+
+    def strike(run: Run) -> None:
+        pid, step = find(run), run.last_step()
+        os.kill(pid, signum)
+        run.wait_for(lambda: run.last_step() >= step + steps, f"{steps} more steps")
+        assert is_alive(pid), f"process {pid} is gone: {run.processes()}"
+        assert find(run) == pid, f"another one took the place of process {pid}: {run.processes()}"
+
+    return strike
+
+
+def loader_worker(rank: int) -> Callable[[Run], int]:
+    def find(run: Run) -> int:
         workers = run.loader_workers(rank)
         assert workers, f"rank {rank} has no loader worker: {run.processes()}"
-        os.kill(workers[0], signum)
+        return workers[0]
 
-    return strike
+    return find
 
 
-def to_writer(rank: int, signum: signal.Signals) -> Strike:
-    def strike(run: Run) -> None:
+def writer(rank: int) -> Callable[[Run], int]:
+    def find(run: Run) -> int:
         writers = run.writers()
         assert rank in writers, f"rank {rank} has no writer: {run.processes()}"
-        os.kill(writers[rank], signum)
+        return writers[rank]
 
-    return strike
+    return find
+
+
+def to(find: Callable[[Run], int], signum: signal.Signals) -> Strike:
+    return lambda run: os.kill(find(run), signum)

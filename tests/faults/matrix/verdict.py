@@ -6,13 +6,17 @@ import re
 from pathlib import Path
 
 import torch
-from faults.matrix.runs import Run, processes_of, until
+from faults.matrix.runs import Run, processes_of, shared_memory, until
 
 from pretrain.checkpoint.load import CheckpointReader
 from pretrain.checkpoint.manifest import KINDS, committed
 
 # Names that only unfinished work has; a checkpoint that was found damaged is kept as `….rejected` on purpose.
 _UNFINISHED = re.compile(r"\.(saving|tmp|partial|old|done|lock-\d+)(\.|-|$)|^\.")
+
+# In the folder of temporary files, on purpose, one a user and not one a run: what a node's processes share
+# (pretrain/storage/node.py), and torch's cache of compiled kernels, which importing it makes. Nothing else.
+_STAY = (r"vit-pretrain-\d+(/|$)", r"torchinductor_\w+(/|$)")
 
 
 def state_of(checkpoint: Path) -> dict[tuple[str, str], torch.Tensor]:
@@ -63,9 +67,17 @@ def unfinished_files(run_dir: Path) -> list[str]:
 
 
 def require_nothing_left(run: Run) -> None:
-    """After an end that was not forced: no temporary file, in the run's folder or where those of processes go."""
+    """After an end that was not forced: no temporary file in the run's folder, among its cached chunks, in the folder
+    of temporary files or in shared memory."""
     assert unfinished_files(run.run_dir) == []
+    require_no_temporary_files(run.temporary)
+    cached = [path for path in (run.folder / "cache").rglob("*") if path.parent.name == "partial"]
+    assert not cached, f"unfinished in the cache: {cached}"
+    more = shared_memory() - run.memory_before
+    assert not more, f"left in shared memory: {sorted(more)}"
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def require_no_temporary_files(folder: Path) -> None:
+    left = [str(path.relative_to(folder)) for path in folder.rglob("*")]
+    left = [name for name in left if not any(re.match(stays, name) for stays in _STAY)]
+    assert not left, f"left among temporary files: {sorted(left)}"

@@ -79,6 +79,12 @@ class Fault:
         time.sleep(self.wants["seconds"])
         return value
 
+    def await_file(self, value):
+        """Until something else has got so far."""
+        while not os.path.exists(self.wants["path"]):
+            time.sleep(0.01)
+        return value
+
     def limit_files(self, value):
         """The kernel ends this process when it has written `bytes` of one file: a kill at that very byte."""
         import resource
