@@ -5,7 +5,9 @@
 # make streams   one stream over ranks, workers, kills and a store that fails, 18 ways; requests counted at the server
 # make fuzz      ten minutes of damaged input for what reads tars, indexes and images
 # make faults    every row of the fault matrix, and its table, tests/faults/README.md
-# make soak      half an hour of training with a fault every 30 to 60 seconds, then the proof that nothing was lost
+# make faults-deepspeed  the same signals under plain `deepspeed`, for that page
+# make soak      half an hour of training with a fault every 30 to 60 seconds, then the proof that nothing was lost;
+#                for that page as well
 #
 # PYTHON                     the interpreter for .venv (3.10 or newer)
 # PRETRAIN_TORCH             pip's requirement for torch, for example a CPU build
@@ -19,7 +21,7 @@ PRETRAIN_TEST_PROCESSES ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PRETRAIN_PIP_ARGS) -c constraints.txt
 
-.PHONY: demo test test-all streams fuzz faults soak check format clean
+.PHONY: demo test test-all streams fuzz faults faults-deepspeed soak check format clean
 
 demo: .venv/installed
 	$(BIN)/pretrain demo
@@ -47,8 +49,11 @@ fuzz: .venv/installed
 faults: .venv/installed
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix
 
+faults-deepspeed: .venv/installed
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix --plain-deepspeed
+
 soak: .venv/installed
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix.soak --minutes 30
+	MATRIX_MEASURE=1 OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python -m faults.matrix.soak --minutes 30
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

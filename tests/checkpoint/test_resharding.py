@@ -1,7 +1,9 @@
 """State of 8 ranks, taken over by 1, 2, 3, 4, 7 and 16 and given back to 8: not a bit differs.
 
-The ranks are logical ones, cut as the engines cut: stage 0 by shares of every parameter, stages 1 and 2 by equal
-ranges of all parameters laid end to end, stage 3 by equal parts of each parameter with the last ones short or empty.
+The ranks are logical ones, and their cuts are written anew here, after what the engines do (that real engines hold
+what was saved is shown with launches, in tests/faults/test_matrix_elastic.py): stage 0 by shares of every parameter,
+stages 1 and 2 by equal ranges of all parameters laid end to end, stage 3 by equal parts of each parameter with the
+last ones short or empty.
 """
 
 from __future__ import annotations
