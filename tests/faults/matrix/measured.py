@@ -36,8 +36,12 @@ def keep(row: Measured) -> None:
     wanted = os.environ.get(VARIABLE)
     known = read(ROWS)
     if wanted == "1" or (wanted == "missing" and not holds(known.get(row.fault), row)):
-        beside = {"beside_other_work": True} if os.environ.get(BESIDE) == "1" else {}
-        write(ROWS, {**known, row.fault: {**row.as_json, **beside}})
+        write(ROWS, {**known, row.fault: {**row.as_json, **beside()}})
+
+
+def beside() -> dict[str, bool]:
+    """What an entry has besides, where the machine has other work as well."""
+    return {"beside_other_work": True} if os.environ.get(BESIDE) == "1" else {}
 
 
 def holds(entry: Mapping[str, Any] | None, row: Entry | Measured) -> bool:

@@ -115,5 +115,5 @@ def measure(only: str | None = None) -> None:
             finally:
                 run.close()
             print(entry, file=sys.stderr, flush=True)
-            found[key] = entry
+            found[key] = {**entry, **measured.beside()}
     measured.write(measured.DEEPSPEED, found)

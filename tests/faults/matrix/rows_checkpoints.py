@@ -16,7 +16,7 @@ from end_to_end.wrong_things import Hostile, flip_a_byte
 from faults.matrix.row import Counted, Entry, Row
 from faults.matrix.rows_processes import PEER_SECONDS, without_one
 from faults.matrix.runs import Run
-from faults.matrix.strikes import after_step
+from faults.matrix.strikes import after_step, until_given_up
 from launching import free_port
 from services.required import skip_or_fail
 
@@ -223,8 +223,7 @@ def free_disk(run: Run) -> None:
 
 def full_for_a_save(run: Run) -> None:
     """Full until a save was given up, and then no longer."""
-    fill_disk(run)
-    run.wait_for(lambda: any(line["event"] == "checkpoint_failed" for line in run.journal()), "a failed save")
+    until_given_up(fill_disk)(run)
     free_disk(run)
 
 

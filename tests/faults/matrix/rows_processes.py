@@ -18,6 +18,7 @@ from faults.matrix.strikes import (
     to,
     to_rank,
     to_supervisor,
+    until_given_up,
     writer,
 )
 
@@ -253,7 +254,7 @@ SAVES = [
         outcome="found when it is waited for, one interval later, and ended; then as above",
         injected=(SLOW_DISK,),
         when=in_a_save(8),
-        strike=to(writer(1), SIGSTOP),
+        strike=until_given_up(to(writer(1), SIGSTOP)),
         code=0,
         bound_seconds=20.0,  # it is waited for ten seconds
         says=("the process that writes checkpoints was stopped",),

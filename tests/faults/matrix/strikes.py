@@ -48,6 +48,18 @@ def again_in_the_save(signum: signal.Signals) -> Strike:
     return strike
 
 
+def until_given_up(strike: Strike) -> Strike:
+    """Until the run has said, too, that a save is not to be had."""
+
+    def struck(run: Run) -> None:
+        strike(run)
+        run.wait_for(
+            lambda: any(line["event"] == "checkpoint_failed" for line in run.journal()), "a failed save"
+        )
+
+    return struck
+
+
 def ignored_by(find: Callable[[Run], int], signum: signal.Signals, *, steps: int = 5) -> Strike:
     """To a process that is none the worse for it: `steps` later it is still there, and no other in its place."""
 

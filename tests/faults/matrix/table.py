@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from faults.matrix import measured
@@ -15,9 +16,10 @@ BEFORE = """# The fault matrix
 
 What happens to a run when something goes wrong. Most rows are launches: a small ViT in float32 on two to eight gloo
 ranks under `pretrain launch local`, or `launch worker` where that is said, {STEPS} steps of {BATCH} images, a
-checkpoint every {SAVE_EVERY}. The two hosts that are parted have a rank each, without a launcher. {ALONE} are one
-process without one, as what they show each process finds for itself: {ALONE_NAMES}. Three are many tries without a
-run: a saving process and a writer that are killed, bits that flip.
+checkpoint every {SAVE_EVERY}. The two hosts that are parted have a rank each, without a launcher. Three rows are many
+tries without a run: a saving process and a writer that are killed, bits that flip. {ALONE} are one process without a
+launcher, as each process finds for itself what they show:
+{ALONE_NAMES}.
 
 A fault strikes; the run goes on, or the attempt ends with the exit code and within the bound below and the run is
 started again: after 1, and after a 75 that nobody asked the supervisor for, by the supervisor itself
@@ -37,10 +39,11 @@ some, `--missing` all and keeps the times of those that are new or have changed.
 *Noticed*: until a line of the journal, a watchdog or a rank's exit record said that something was wrong. There is
 none where a run was told to stop, where something is retried or nothing is wrong, and where the fault took along
 whoever would have written it. *Ended*: until the last process of the attempt was gone. *Back*: until the run was
-beyond where it had been; of a restart most is imports, about ten seconds there.{BESIDE}
+beyond where it had been; of a restart most is imports, about ten seconds there.{BESIDE}{NOT_LOOKED_FOR}
 
 """
-BESIDE = " *: measured on a machine that was busy with other work as well."
+BESIDE = "\n\\*: measured on a machine that was busy with other work as well."
+NOT_LOOKED_FOR = "\nRows whose times are older than that column have none in it yet."
 
 DEEPSPEED = """
 ## The same signals, plain `deepspeed`
@@ -71,9 +74,13 @@ def seconds(value: object, mark: str = "") -> str:
     return f"{value:.1f}{mark}" if isinstance(value, int | float) else ""
 
 
+def mark_of(took: Mapping[str, object]) -> str:
+    return "\\*" if took.get("beside_other_work") else ""
+
+
 def line(entry: Entry, known: dict[str, dict[str, object]]) -> str:
     took = known.get(entry.fault, {})
-    mark = "\\*" if took.get("beside_other_work") else ""
+    mark = mark_of(took)
     code = "goes on" if entry.code == 0 else str(entry.code)
     cells = (
         entry.fault,
@@ -97,6 +104,9 @@ def before(known: dict[str, dict[str, object]]) -> str:
         ALONE=COUNTS[len(alone)],
         ALONE_NAMES="; ".join(alone),
         BESIDE=BESIDE if any(took.get("beside_other_work") for took in known.values()) else "",
+        NOT_LOOKED_FOR=NOT_LOOKED_FOR
+        if any("noticed_seconds" not in took for took in known.values())
+        else "",
     )
 
 
@@ -112,7 +122,13 @@ def text() -> str:
     if plain := measured.read(measured.DEEPSPEED):
         page += DEEPSPEED
         for entry in plain.values():
-            cells = (entry["signal"], entry["to"], entry["code"], seconds(entry["seconds"]), entry["left"])
+            cells = (
+                entry["signal"],
+                entry["to"],
+                entry["code"],
+                seconds(entry["seconds"], mark_of(entry)),
+                entry["left"],
+            )
             page += "| " + " | ".join(map(str, cells)) + " |\n"
     if soak := measured.read(measured.SOAK):
         page += "\n## The soak\n\n" + soak["said"] + "\n\n" + OF_THE_SOAK
