@@ -58,7 +58,7 @@ run still alive 20 s after the launcher had ended (or after the signal, where it
 OF_THE_SOAK = """\
 `make soak` plays it and writes this. The best that is published is 97 %, on 9,600 GPUs (ByteRobust,
 arXiv:2509.16293). A fault here costs about 11 s, most of them imports: 97 % takes a fault no more often than about
-every 6 minutes (11 s of 367), where this soak has one every 43 s.
+every 6 minutes (11 s of 367); the soak has them far closer.
 """
 
 RESHARDING = """
