@@ -129,9 +129,7 @@ def tool(name: str) -> str:
     """The path of a validator, which stands beside Python or in PATH. Skips where it is not, or fails."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
-    if (
-        found is None and name == "kubectl"
-    ):  # Debian 12's is too old to know components, so CI cannot have one
+    if found is None and name == "kubectl":  # Debian 12's is too old to know components: it may be missing
         pytest.skip("kubectl is not installed")
     return found or skip_or_fail(f"{name} is not installed")
 

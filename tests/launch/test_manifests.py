@@ -1,7 +1,7 @@
 """Every manifest against the schemas of what it is for: Kubernetes' own, the custom resources', the security scan.
 
 PRETRAIN_CRDS names a folder with the schemas of custom resources, PRETRAIN_CHECKOV the scan's program, which is no
-dependency for its size (680 MB). Neither is to be had in the project's own CI: there these two skip, and say so.
+dependency for its size (680 MB). Where they are not at hand, these two skip, and say so.
 """
 
 from __future__ import annotations

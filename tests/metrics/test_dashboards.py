@@ -44,12 +44,18 @@ def expressions(*, rate_interval: str = "1m", run: str = ".*") -> dict[str, str]
 
 
 def left_sides() -> dict[str, str]:
-    """Of the alerts: what is compared with a limit, as a query."""
+    """Of the alerts: what is compared with a limit, as a query.
+
+    Where that stands inside of more, the whole, its comparison giving 0 or 1, as it is before `unless` takes away
+    the runs that are there.
+    """
     found = {}
     for rule in rules():
         if "alert" in rule:
             left, right = COMPARED.split(rule["expr"].strip(), maxsplit=1)
             assert not COMPARED.search(right), f"{rule['alert']} compares twice"
+            if left.count("(") != left.count(")"):
+                left = COMPARED.sub(r"\g<0>bool ", rule["expr"]).split(" unless ")[0]
             found[rule["alert"]] = left
     return found
 
