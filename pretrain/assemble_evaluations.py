@@ -171,7 +171,13 @@ def build_evaluations(
 
 
 def probe_choice(probes: ProbesConfig) -> ProbeChoice:
-    return ProbeChoice(knn=probes.knn, linear=probes.linear, few_shot=probes.few_shot, dense=probes.dense)
+    return ProbeChoice(
+        knn=probes.knn,
+        knn_standardized=probes.knn_standardized,
+        linear=probes.linear,
+        few_shot=probes.few_shot,
+        dense=probes.dense,
+    )
 
 
 def _facts(data: ProbeData) -> dict[str, Any]:

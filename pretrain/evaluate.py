@@ -5,6 +5,8 @@ datasets are seen as in validation: the image's centre, no augmentation. --init 
 network untrained: what the pretraining adds is the difference.
 
     knn        the 20 nearest training images vote (DINO)
+    knn-standardized   the same, each feature brought to mean 0 and deviation 1 before: what all images have in common,
+               much after SimMIM, then hides nothing
     linear     logistic regression on the training features, its penalty chosen on a tenth of them
     few-shot   least squares on --shots images a class, mean of three draws (ViT's few-shot accuracy); a class with
                fewer gives all it has. A result for each number
@@ -68,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     )
     choice = ProbeChoice(
         knn=args.probe == "knn",
+        knn_standardized=args.probe == "knn-standardized",
         linear=args.probe == "linear",
         few_shot=tuple(args.shots) if args.probe == "few-shot" else (),
         dense=args.probe == "dense",

@@ -234,7 +234,7 @@ def _probes(config: RunConfig) -> Iterator[tuple[str, str]]:
     probes = config.eval.probes
     if probes is None:
         return
-    names = [name for name in ("knn", "linear", "dense") if getattr(probes, name)]
+    names = [name for name in ("knn", "knn_standardized", "linear", "dense") if getattr(probes, name)]
     names += [f"few_shot_{shots}" for shots in probes.few_shot]
     when = f"every {probes.every_steps:,} steps and at the end" if probes.every_steps else "at the end"
     most = [

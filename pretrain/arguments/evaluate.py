@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.arguments.numbers import not_negative, positive
 
-PROBES = ("knn", "linear", "few-shot", "dense")
+PROBES = ("knn", "knn-standardized", "linear", "few-shot", "dense")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

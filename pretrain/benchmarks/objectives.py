@@ -30,7 +30,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pretrain.benchmarks.objectives_cells import BATCH, CELLS, CLASSIFIER, digest, recipe, steps_for
+from pretrain.benchmarks.objectives_cells import BATCH, CELLS, CLASSIFIER, PROBES, digest, recipe, steps_for
 from pretrain.benchmarks.objectives_runs import Stop, has_timm, timm_seed, train_seed, write_images
 from pretrain.benchmarks.objectives_table import as_markdown, as_text, summary
 from pretrain.config.schema import RunConfig
@@ -255,7 +255,7 @@ def _cores() -> int:
 def _said(name: str, seed: int, result: Mapping[str, Any]) -> str:
     parts = [
         f"{probe} {100 * result[probe]['before']:.2f} → {100 * result[probe]['after']:.2f} %"
-        for probe in ("knn", "linear")
+        for probe in PROBES
         if probe in result
     ]
     if "top1" in result:

@@ -16,6 +16,7 @@ from pretrain.config.schema import RunConfig
 
 BATCH = 64
 IMAGE_SIDE = 32
+PROBES = ("knn", "knn_standardized", "linear")
 PROBE_TRAIN, PROBE_VAL = 5000, 5000  # labelled images that the probes look at; classes in proportion
 CLASSIFIER = "classification-vit"  # the cell that stands next to timm
 
@@ -115,6 +116,7 @@ def recipe(
                 "probes": {
                     "at_start": True,
                     "knn": True,
+                    "knn_standardized": True,
                     "linear": True,
                     "few_shot": [],
                     "max_train_samples": PROBE_TRAIN,

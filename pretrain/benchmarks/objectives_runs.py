@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pretrain.benchmarks.objectives_cells import IMAGE_SIDE
+from pretrain.benchmarks.objectives_cells import IMAGE_SIDE, PROBES
 from pretrain.config.load import as_yaml
 from pretrain.config.schema import RunConfig
 from pretrain.data.index import DatasetIndex
@@ -80,7 +80,7 @@ def read_run(run_dir: Path) -> dict[str, Any]:
     probes = read_events(journal, ["probe"])
     last = max((int(record["step"]) for record in probes), default=0)
     found: dict[str, Any] = {"steps": len(losses), "loss": {"first": losses[0], "last": losses[-1]}}
-    for name in ("knn", "linear"):
+    for name in PROBES:
         # Of a start that was broken off and made again the last line counts.
         top1 = {int(record["step"]): record["top1"] for record in probes if record["probe"] == name}
         if 0 not in top1 or not last:

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
-from pretrain.benchmarks.objectives_cells import CLASSIFIER, PROBE_TRAIN, PROBE_VAL
+from pretrain.benchmarks.objectives_cells import CLASSIFIER, PROBE_TRAIN, PROBE_VAL, PROBES
 from pretrain.intervals import Interval, t_interval
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by cell, one result a seed
 Verdict = Literal["above", "level", "below"]
-PROBES = ("knn", "linear")
 TIMM = "timm"
+SAID = {"knn": "kNN", "knn_standardized": "kNN, standardised", "linear": "linear"}
 WHAT = ("before", "after", "learned")
 FEWEST = 2  # seeds that an interval can be of
 
@@ -69,7 +69,7 @@ def _percent(interval: Mapping[str, float]) -> str:
 
 
 def _rows(found: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["cell", "seeds", *(f"{probe} {what}" for probe in ("kNN", "linear") for what in WHAT), "top-1"]]
+    rows = [["cell", "seeds", *(f"{SAID[probe]} {what}" for probe in PROBES for what in WHAT), "top-1"]]
     for name, cell in found["cells"].items():
         row = [name, str(cell["seeds"])]
         for probe in PROBES:

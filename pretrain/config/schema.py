@@ -94,6 +94,7 @@ class ProbesConfig(Section):
     every_steps: PositiveInt | None = None  # and at the end; only there when left out
     at_start: bool | None = None  # before the first step, too; when left out: where the run has an init_from
     knn: bool = True
+    knn_standardized: bool = False  # each feature brought to mean 0 and deviation 1 before
     linear: bool = False  # iterates over all features on rank 0: the costly one
     few_shot: Annotated[tuple[PositiveInt, ...], Field(strict=False)] = (5, 10, 25)  # images a class
     dense: bool = False  # of patches; a second forward of each image
@@ -102,9 +103,10 @@ class ProbesConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ProbesConfig:
-        if not (self.knn or self.linear or self.few_shot or self.dense):
+        if not (self.knn or self.knn_standardized or self.linear or self.few_shot or self.dense):
             raise ValueError(
-                "eval.probes measures nothing: turn on knn, linear, few_shot or dense, or leave it out"
+                "eval.probes measures nothing: turn on knn, knn_standardized, linear, few_shot or dense, or leave "
+                "it out"
             )
         if len(set(self.few_shot)) != len(self.few_shot) or len(self.few_shot) > 8:
             raise ValueError(f"eval.probes.few_shot={list(self.few_shot)}: give up to 8 numbers, each once")

@@ -7,8 +7,8 @@ events that are drawn:
                 ranks (on GPUs of the step before): forward_seconds, backward_seconds, optimizer_seconds; utilization,
                 0 to 1, where a peak is known
     validation  step, samples, and one field a metric (loss, top1, …)
-    probe       probe (knn, linear, few_shot_5, …, dense), top1, step, samples, by ("train", or "evaluate" with init),
-                and of what: train, train_identity, train_samples, val, val_identity, val_samples, num_classes
+    probe       probe (knn, knn_standardized, linear, few_shot_5, …, dense), top1, step, samples, by ("train", or
+                "evaluate" with init), train, train_identity, train_samples, val, val_identity, val_samples, num_classes
 
 and, of what a run was when an attempt began:
 

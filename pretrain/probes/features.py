@@ -90,6 +90,13 @@ def extract_features(
     return torch.cat(features), torch.cat(labels)
 
 
+def mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (D,) of each feature of (N, D); a deviation of 1 for one that never changes."""
+    std, mean = torch.std_mean(features, dim=0, correction=0)
+    constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
+    return mean, torch.where(constant, 1.0, std)
+
+
 def check_probe_data(features: Tensor, labels: Tensor, *, name: str) -> None:
     """Raise DataError if there are no samples, or samples without a label; `name` says whose they are."""
     if len(features) == 0:

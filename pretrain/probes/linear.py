@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pretrain.errors import DataError
-from pretrain.probes.features import Moved, check_probe_data, not_said
+from pretrain.probes.features import Moved, check_probe_data, mean_and_std, not_said
 
 L2_VALUES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # strongest first: each fit starts from the one before
 HOLDOUT_FRACTION = 0.1
@@ -102,7 +102,7 @@ def fit_linear_probe(
     held = min(max(1, round(N * holdout_fraction)), N - 1)
     holdout, fitted = order[:held], order[held:]
 
-    mean, std = _mean_and_std(features[fitted])
+    mean, std = mean_and_std(features[fitted])
     x, x_holdout = (features[fitted] - mean) / std, (features[holdout] - mean) / std
     best_top1, best_l2 = -1.0, l2_values[0]
     start = None
@@ -114,7 +114,7 @@ def fit_linear_probe(
         if top1 > best_top1:
             best_top1, best_l2 = top1, l2
 
-    mean, std = _mean_and_std(features)
+    mean, std = mean_and_std(features)
     weight, bias = fit_logistic_regression(
         (features - mean) / std, labels, num_classes=num_classes, l2=best_l2, moved=moved
     )
@@ -146,13 +146,6 @@ def linear_top1(
         moved=moved,
     )
     return _top1(probe.predict(val_features), val_labels)
-
-
-def _mean_and_std(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation (D,) of each feature; 1 for one that never changes."""
-    std, mean = torch.std_mean(features, dim=0, correction=0)
-    constant = std <= 1e-6 * mean.abs().clamp(min=1e-6)
-    return mean, torch.where(constant, 1.0, std)
 
 
 def _top1(predicted: Tensor, labels: Tensor) -> float:

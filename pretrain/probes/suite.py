@@ -20,7 +20,15 @@ from torch import Tensor
 
 from pretrain.distributed import Sums, World, from_main_in_pieces, gather_rows
 from pretrain.probes.dense import PatchClassifier, PatchStatistics, labels_of_patches
-from pretrain.probes.features import Backbone, Moved, PatchSink, PixelTransform, extract_features, not_said
+from pretrain.probes.features import (
+    Backbone,
+    Moved,
+    PatchSink,
+    PixelTransform,
+    extract_features,
+    mean_and_std,
+    not_said,
+)
 from pretrain.probes.few_shot import NUM_SEEDS, few_shot_top1
 from pretrain.probes.knn import knn_top1
 from pretrain.probes.linear import linear_top1
@@ -31,6 +39,7 @@ class ProbeChoice:
     """What is measured. few_shot: images a class, a probe each. seed: of the shots' choice and the linear holdout."""
 
     knn: bool = False
+    knn_standardized: bool = False
     linear: bool = False
     few_shot: tuple[int, ...] = ()
     dense: bool = False
@@ -40,7 +49,8 @@ class ProbeChoice:
     def names_of_features(self) -> list[str]:
         """The results of those that look at pooled features."""
         few_shot = [f"few_shot_{shots}" for shots in self.few_shot]
-        return ["knn"] * self.knn + few_shot + ["linear"] * self.linear
+        knn = ["knn"] * self.knn + ["knn_standardized"] * self.knn_standardized
+        return knn + few_shot + ["linear"] * self.linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +140,12 @@ def _measure(
         return dict.fromkeys(choice.names_of_features, 0.0)
     if choice.knn:
         found["knn"] = knn_top1(train_features, train_labels, val_features, val_labels, moved=moved)
+    if choice.knn_standardized:
+        mean, std = mean_and_std(train_features.to(torch.float32))
+        train_standardized, val_standardized = ((one - mean) / std for one in (train_features, val_features))
+        found["knn_standardized"] = knn_top1(
+            train_standardized, train_labels, val_standardized, val_labels, moved=moved
+        )
     for shots in choice.few_shot:
         found[f"few_shot_{shots}"] = few_shot_top1(
             train_features,

@@ -101,21 +101,23 @@ def test_learned_means_that_the_intervals_do_not_overlap_and_level_that_they_do(
     )
     worse = probes([0.2, 0.21, 0.22], [0.05, 0.06, 0.07])
     results = {
-        CLASSIFIER: seeds_of(knn=clear, linear=close, top1=[0.3, 0.31, 0.32]),
-        "mae-vit": seeds_of(knn=worse, linear=clear),
-        "simmim-pvt": seeds_of(knn=clear[:1], linear=clear[:1]),
+        CLASSIFIER: seeds_of(knn=clear, knn_standardized=clear, linear=close, top1=[0.3, 0.31, 0.32]),
+        "mae-vit": seeds_of(knn=worse, knn_standardized=close, linear=clear),
+        "simmim-pvt": seeds_of(knn=clear[:1], knn_standardized=clear[:1], linear=clear[:1]),
         "timm": seeds_of(top1=[0.29, 0.31, 0.33]),
     }
     found = summary(results, facts=FACTS)
     learned = {
         (cell, probe): found["cells"][cell][probe]["learned"]
         for cell in found["cells"]
-        for probe in ("knn", "linear")
+        for probe in ("knn", "knn_standardized", "linear")
     }
     assert learned == {
         (CLASSIFIER, "knn"): True,
+        (CLASSIFIER, "knn_standardized"): True,
         (CLASSIFIER, "linear"): False,
         ("mae-vit", "knn"): False,
+        ("mae-vit", "knn_standardized"): False,
         ("mae-vit", "linear"): True,
     }
     assert found["timm"]["ours_is"] == "level"
@@ -146,13 +148,16 @@ def test_a_run_is_read_from_its_journal_and_one_without_its_start_is_refused(tmp
         ("step", {"step": 2, "loss": 3.0}),
         ("validation", {"step": 2, "loss": 3.5, "top1": 0.2}),
         probe(2, "knn", 0.1),
+        probe(2, "knn_standardized", 0.15),
         probe(2, "linear", 0.2),
     ]
-    write_journal(tmp_path / "a", probe(0, "knn", 0.01), probe(0, "linear", 0.02), *after)
+    before = probe(0, "knn", 0.01), probe(0, "knn_standardized", 0.015), probe(0, "linear", 0.02)
+    write_journal(tmp_path / "a", *before, *after)
     assert read_run(tmp_path / "a") == {
         "steps": 2,
         "loss": {"first": 4.0, "last": 3.0},
         "knn": {"before": 0.01, "after": 0.1},
+        "knn_standardized": {"before": 0.015, "after": 0.15},
         "linear": {"before": 0.02, "after": 0.2},
         "top1": 0.2,
     }

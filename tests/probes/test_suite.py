@@ -13,7 +13,7 @@ from pretrain.probes.knn import knn_top1
 from pretrain.probes.suite import ProbeChoice, run_probes
 
 ALONE = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
-ALL = ProbeChoice(knn=True, linear=True, few_shot=(2, 4), dense=True)
+ALL = ProbeChoice(knn=True, knn_standardized=True, linear=True, few_shot=(2, 4), dense=True)
 
 
 def network():
@@ -50,13 +50,31 @@ def test_all_probes_are_told_by_name_and_knn_is_that_of_the_features_alone():
     found = run(
         network(), Batches(1), Batches(2), moved=lambda: moves.append(1), each_batch=lambda: batches.append(1)
     )
-    assert list(found.top1) == ["knn", "few_shot_2", "few_shot_4", "linear", "dense"]
+    assert list(found.top1) == ["knn", "knn_standardized", "few_shot_2", "few_shot_4", "linear", "dense"]
     assert (found.train_samples, found.val_samples, found.unreadable) == (31, 31, 2)
     parts = [extract_features(network(), Batches(seed), scale, "cpu") for seed in (1, 2)]
     assert found.top1["knn"] == knn_top1(*parts[0], *parts[1])
     assert 1 / 3 < found.top1["dense"] < 1
     assert len(batches) == 4
     assert len(moves) > 20, "long work must tell that it moves"
+
+
+def test_standardized_neighbours_do_not_see_what_all_features_have_in_common():
+    def shifted(images):
+        return network().features(images) * torch.linspace(0.1, 9.0, 16) + 50.0
+
+    plain = network()
+    moved = SimpleNamespace(
+        embed_dim=16, training=False, eval=plain.eval, train=plain.train, features=shifted
+    )
+    choice = ProbeChoice(knn=True, knn_standardized=True)
+    wanted, found = (run(one, Batches(1), Batches(2), choice).top1 for one in (plain, moved))
+    assert found["knn_standardized"] == pytest.approx(wanted["knn_standardized"], abs=0.04)
+    parts = [extract_features(plain, Batches(seed), scale, "cpu") for seed in (1, 2)]
+    (train, labels), (val, truth) = parts
+    mean, deviation = train.mean(0), train.std(0, correction=0)
+    by_hand = knn_top1((train - mean) / deviation, labels, (val - mean) / deviation, truth)
+    assert wanted["knn_standardized"] == by_hand
 
 
 def test_one_probe_alone_costs_no_other():
@@ -79,7 +97,9 @@ def test_a_network_whose_weights_are_not_finite_is_at_0_and_no_crash():
     with torch.no_grad():
         vit.blocks[1].mlp.fc1.weight[0, 0] = torch.nan
     found = run(vit, Batches(1), Batches(2))
-    assert found.top1 == dict.fromkeys(["knn", "few_shot_2", "few_shot_4", "linear", "dense"], 0.0)
+    assert found.top1 == dict.fromkeys(
+        ["knn", "knn_standardized", "few_shot_2", "few_shot_4", "linear", "dense"], 0.0
+    )
 
 
 @pytest.mark.parametrize("choice", [ProbeChoice(knn=True), ProbeChoice(dense=True)])
