@@ -53,8 +53,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "optim": {"lr": 1e-3, "betas": [0.9, 0.999]},
     },
     "simmim": {
-        "objective": {"name": "simmim", "mask_ratio": 0.6, "mask_patch_size": 8},
-        "optim": {"lr": 1e-3, "betas": [0.9, 0.95]},
+        # 12 of 16 squares are seen: of 6, as at the paper's 0.6, little more than colours is guessed in so few steps
+        "objective": {"name": "simmim", "mask_ratio": 0.25, "mask_patch_size": 8},
+        "optim": {"lr": 3e-3, "betas": [0.9, 0.95]},
     },
     "mae": {
         "objective": {
