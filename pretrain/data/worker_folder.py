@@ -19,7 +19,8 @@ from pathlib import Path
 
 from pretrain.storage.node import is_at
 
-PREFIX = "pretrain-fork-"  # short: a socket's whole name has about a hundred characters
+PREFIX = "pretrain-w-"
+_LONGEST = 69  # characters of the folder that ours is in: a socket's whole name has 107, of which 38 follow
 _AFTER_ALL_ELSE = -101  # multiprocessing's own of this kind has -100
 
 
@@ -35,6 +36,10 @@ def _take(pid: int) -> int | None:
     if not isinstance(config, dict) or config.get("tempdir"):
         return None
     where = Path(tempfile.gettempdir())
+    if (
+        len(os.fsencode(where)) > _LONGEST
+    ):  # multiprocessing's own has a shorter name, and newer ones know a way out
+        return None
     remove_abandoned(where)
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=where)

@@ -6,8 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from launching import ROOT, clean_environment
 
 TRAINER = """\
@@ -19,6 +22,13 @@ worker.start(); worker.join()
 print(worker.exitcode, flush=True)
 sys.stdin.read()
 """
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """With a short name: a socket's is limited."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
 
 
 def start(temporary: Path) -> subprocess.Popen[str]:
@@ -41,10 +51,8 @@ def folders(temporary: Path) -> list[str]:
 
 
 def test_a_killed_trainers_folder_is_removed_by_the_next_one_and_that_of_a_living_one_is_not(
-    tmp_path: Path,
+    temporary: Path,
 ) -> None:
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     (temporary / "pymp-somebody-elses").mkdir()
     killed = start(temporary)
     [of_killed, _] = folders(temporary)
@@ -60,3 +68,12 @@ def test_a_killed_trainers_folder_is_removed_by_the_next_one_and_that_of_a_livin
         process.communicate()
         assert process.returncode == 0
     assert folders(temporary) == ["pymp-somebody-elses"]
+
+
+def test_where_names_are_long_workers_start_all_the_same(temporary: Path) -> None:
+    long = temporary / ("x" * (74 - len(str(temporary)) - 1))  # as long as multiprocessing itself can bear
+    long.mkdir()
+    process = start(long)
+    process.communicate()
+    assert process.returncode == 0
+    assert folders(long) == []
