@@ -33,7 +33,6 @@ from launch.examination import examine
 from launch.family import say
 from launch.hostfile import read_hostfile
 from launch.inbox import Inbox
-from launch.local import add_train_arguments, train_options
 from launch.restarts import Decision, stopped_code
 from launch.sessions import (
     NO_SUCH_COMMAND,
@@ -44,6 +43,7 @@ from launch.sessions import (
     how_it_failed,
     on_host,
 )
+from launch.train_command import add_train_arguments, train_options
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.errors import EXIT_CRASHED, UsageError

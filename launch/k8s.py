@@ -26,7 +26,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from launch import restarts
-from launch.local import add_train_arguments, train_options
 from launch.manifest import (
     CACHE_GIB,
     COMPONENTS,
@@ -40,6 +39,7 @@ from launch.manifest import (
     render,
 )
 from launch.plan import WRITE_MB_A_SECOND, checkpoint_bytes
+from launch.train_command import add_train_arguments, train_options
 from pretrain.config.load import load_config
 from pretrain.config.schema import RunConfig
 from pretrain.cost import cost_of
@@ -252,9 +252,8 @@ def _check_checkpoints(args: argparse.Namespace, config: RunConfig, *, is_shared
     """A node writes its ranks' part of each; on its own disk it holds those that are kept, and one that is written."""
     part = checkpoint_bytes(config, cost_of(config, config.objective.num_classes)) / args.nodes
     rate = args.write_mb_per_second * 1e6
-    seconds = (
-        part / rate * (2 if config.checkpoint.mirror else 1)
-    )  # the mirror's copy is read from the disk's
+    times = 2 if config.checkpoint.mirror else 1  # the mirror's copy is read from the disk's
+    seconds = times * part / rate
     if 0 < args.save_seconds < seconds:  # 0: who asks for it wants no save
         sent = " and sends it to the mirror" if config.checkpoint.mirror else ""
         raise UsageError(

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from launch import restarts
-from launch.local import add_train_arguments, train_options
+from launch.train_command import add_train_arguments, train_options
 from pretrain import __version__
 from pretrain.config.load import load_config
 from pretrain.errors import EXIT_INTERRUPTED, UsageError

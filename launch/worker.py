@@ -34,16 +34,14 @@ from launch.coordinator import Coordinator, Terms
 from launch.family import Patience, say
 from launch.inbox import ENDING_SIGNALS, Inbox
 from launch.local import (
-    add_train_arguments,
     choose_processes,
     cuda_devices,
     describe,
     rank_environments,
-    train_command,
-    train_options,
 )
 from launch.processes import count_cores, die_with_parent
 from launch.restarts import Decision, stopped_code
+from launch.train_command import add_train_arguments, train_command, train_options
 from pretrain.config.load import as_yaml, load_config
 from pretrain.config.schema import MetricsConfig, RunConfig
 from pretrain.errors import EXIT_CRASHED, UsageError

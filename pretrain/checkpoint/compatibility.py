@@ -66,13 +66,8 @@ FREE_KEYS = {
     "watchdog": "",
     "deepspeed": "ZeRO stage, buckets …",
 }
-_WITHOUT_MEANING = (
-    "run_dir",
-    "init_from",
-    "init_trust_pickle",
-    "init_head",
-    "metrics.host",
-)  # for what is trained
+# For what is trained.
+_WITHOUT_MEANING = ("run_dir", "init_from", "init_trust_pickle", "init_head", "metrics.host")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ Journal: `checkpoint` (committed), `checkpoint_failed` (step, reasons, in_a_row)
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -280,17 +279,19 @@ class Saver:
 
     def _read_until(self, done: Any) -> None:
         """Training stands still meanwhile. A slow disk may take its time, and is said to; what was stopped does not."""
-        look_at = time.monotonic() + _PATIENCE_SECONDS
+        look_at, is_said = time.monotonic() + _PATIENCE_SECONDS, False
         while not done():
             self._read(1.0)
-            if time.monotonic() >= look_at and not done():
-                look_at = math.inf
-                self._look_what_ails_the_writer()
+            if time.monotonic() < look_at or done():
+                continue
+            look_at = time.monotonic() + _PATIENCE_SECONDS
+            if self._writer.is_stopped:
+                self._writer.end_stopped()
+            elif not is_said:
+                self._say_who_is_waited_for()
+                is_said = True
 
-    def _look_what_ails_the_writer(self) -> None:
-        if self._writer.is_stopped:
-            self._writer.end_stopped()
-            return
+    def _say_who_is_waited_for(self) -> None:
         what = (
             "to be given up" if self._under_way is None else f"of step {self._under_way.step} to be written"
         )

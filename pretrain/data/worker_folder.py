@@ -36,9 +36,7 @@ def _take(pid: int) -> int | None:
     if not isinstance(config, dict) or config.get("tempdir"):
         return None
     where = Path(tempfile.gettempdir())
-    if (
-        len(os.fsencode(where)) > _LONGEST
-    ):  # multiprocessing's own has a shorter name, and newer ones know a way out
+    if len(os.fsencode(where)) > _LONGEST:  # multiprocessing's own has a shorter name
         return None
     remove_abandoned(where)
     while True:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from pretrain.distributed import World
 from pretrain.engine.fragments import Fragment, share
 from pretrain.metrics.reporter import Reporter
 
+PATIENCE_SECONDS = 60
+SHAPES = {"small": [3], "large": [2_000_000]}  # 24 MB of weights and moments
 ALONE = World(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"), launched=False)
 
 
@@ -91,3 +95,45 @@ def children(parent: int) -> dict[int, str]:
         if command:  # else it has ended
             found[int(pid)] = command.replace(b"\0", b" ").decode()
     return found
+
+
+def until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, "what the test waits for did not happen in time"
+        time.sleep(0.001)
+
+
+def writer_of(process: int) -> int:
+    """The writer that a process has, once it has one."""
+    found: list[int] = []
+
+    def look() -> list[int]:
+        try:
+            found[:] = [pid for pid, command in children(process).items() if "checkpoint.writer" in command]
+        except OSError:  # the process is just coming up
+            return []
+        return found
+
+    until(look)
+    return found[0]
+
+
+def written(run_dir: Path, step: int) -> int:
+    """Bytes so far of rank 0's file of a save that is under way."""
+    sizes = [
+        path.stat().st_size for path in run_dir.glob(f"checkpoints/step-{step:08d}.*/rank-00000.safetensors")
+    ]
+    return max(sizes, default=0)
+
+
+def listing(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def poll_until_failed(saver: Saver) -> None:
+    def failed() -> float:
+        saver.poll()
+        return saver.failed()
+
+    until(failed)

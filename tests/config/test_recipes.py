@@ -88,10 +88,8 @@ def test_a_recipe_and_its_command_agree_on_the_run_and_what_it_begins_with_and_n
     path: Path,
 ) -> None:
     check_exports(config_of(path))
-    config, commanded = (
-        config_of(path),
-        load_config(path, command(path)),
-    )  # refuses a run that begins with itself
+    config = config_of(path)
+    commanded = load_config(path, command(path))  # refuses a run that begins with itself
     assert commanded.run_dir.endswith(config.run_dir)
     if begun_with(config) is not None:
         assert commanded.init_from is not None

@@ -18,7 +18,7 @@ from faults.matrix import measured, plain_deepspeed, table
 
 TESTS = Path(__file__).resolve().parents[2]
 ELSEWHERE = [  # tests of other folders that are rows as well
-    "checkpoint/test_saver.py::test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_takes_its_place"
+    "checkpoint/test_writer_ends.py::test_a_writer_killed_at_any_of_twenty_offsets_commits_nothing_and_another_takes_its_place"
 ]
 
 

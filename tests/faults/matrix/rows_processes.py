@@ -263,7 +263,7 @@ SAVES = [
     ),
 ]
 
-WRITER_OFFSETS = Entry(  # tests/checkpoint/test_saver.py
+WRITER_OFFSETS = Entry(  # tests/checkpoint/test_writer_ends.py
     fault="SIGKILL of a checkpoint writer at 20 offsets of its file",
     outcome=TORN,
     code=0,
