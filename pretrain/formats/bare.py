@@ -32,14 +32,8 @@ FAMILIES = {  # how names of timm's begin
     "swin_v2": ("swinv2_",),
     "pvt": ("pvt_v2_",),
 }
-OTHER_FUNCTIONS = (
-    "quickgelu",
-    "relpos",
-    "rope",
-    "parallel",
-    "linear",
-    "swinv2_cr",
-)  # that no tensor's shape would tell
+# That no tensor's shape would tell.
+OTHER_FUNCTIONS = ("quickgelu", "relpos", "rope", "parallel", "linear", "swinv2_cr")
 
 
 def spec_of_tensors(tensors: Mapping[str, Tensor], *, where: str) -> tuple[BackboneSpec, tuple[str, ...]]:

@@ -27,11 +27,8 @@ from pretrain.models.spec import BackboneSpec
 LAYER_NORM_EPS = 1e-6  # timm's and ours; transformers' default is 1e-12
 THEIR_EPS = 1e-12  # what Google's ViTs and MAE's have there
 BICUBIC = 3  # PIL.Image.Resampling.BICUBIC
-PREFIX = {
-    "vit": "vit",
-    **hugging_face_swin.PREFIX,
-    "pvt": "pvt_v2",
-}  # of the backbone's tensors beside a head
+# Of the backbone's tensors beside a head.
+PREFIX = {"vit": "vit", **hugging_face_swin.PREFIX, "pvt": "pvt_v2"}
 
 # timm's name: transformers' name, for all but the fused attention weights
 TOP = {
