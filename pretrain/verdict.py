@@ -43,19 +43,23 @@ class Stall:
     ) -> None:
         self._step_seconds, self._start_seconds, self._clock = step_seconds, start_seconds, clock
         self._looked_at, self.sight = clock(), sight
-        self.seconds = self.without_beat = 0.0
+        self.seconds = self.without_beat = self.stopped_seconds = 0.0
 
-    def look(self, sight: Sight) -> None:
+    def look(self, sight: Sight, *, is_stopped: bool = False) -> None:
+        """is_stopped: the system lets the process do nothing (`Process.is_stopped`)."""
         now, before = self._clock(), self.sight
         passed = min(now - self._looked_at, _LONGEST_LOOK)
         self._looked_at, self.sight = now, sight
         moved = sight.changes != before.changes
         self.seconds = 0.0 if moved else self.seconds + passed
         self.without_beat = 0.0 if sight.beats != before.beats else self.without_beat + passed
+        self.stopped_seconds = self.stopped_seconds + passed if is_stopped and not moved else 0.0
 
     @property
     def limit(self) -> float:
-        """Seconds without a move that the rank may take where it is."""
+        """Seconds without a move that the rank may take where it is; stopped, it is at nothing that takes longer."""
+        if self.stopped_seconds >= self._step_seconds:
+            return self._step_seconds
         return limit_of(self.sight, step_seconds=self._step_seconds, start_seconds=self._start_seconds)
 
     @property
@@ -80,6 +84,10 @@ class Process:
     state: str
     ticks: int
 
+    @property
+    def is_stopped(self) -> bool:
+        return self.state in "Tt"
+
     @classmethod
     def look_at(cls, pid: int) -> Process:
         try:
@@ -92,7 +100,7 @@ class Process:
 
 def kind_of(process: Process, stall: Stall, stacks: str) -> str:
     """`stacks`: what faulthandler wrote of the rank's threads, "" if nothing came."""
-    if process.state in "Tt":
+    if process.is_stopped:
         return STOPPED
     if stall.is_held:
         return UNINTERRUPTIBLE if process.state == "D" else HELD

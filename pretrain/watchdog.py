@@ -72,13 +72,16 @@ class Watchdog:
         """Until the rank is gone."""
         while self._rank_lives():
             time.sleep(LOOK_SECONDS)
-            self._stall.look(read_sight(self._pulse))
+            self._look()
             if self._record is not None and self._stall.seconds == 0.0 and self._stall.sight.phase != "end":
                 self._take_back()
             if self._stall.is_expired:
                 self._end_rank()
             elif self._record is None and self._is_asked():
                 self._find_out()
+
+    def _look(self) -> None:
+        self._stall.look(read_sight(self._pulse), is_stopped=Process.look_at(self._pid).is_stopped)
 
     def _rank_lives(self) -> bool:
         return os.getppid() == self._pid
@@ -107,7 +110,7 @@ class Watchdog:
         later = Process.look_at(self._pid)
         # A stopped process cannot answer. One that is held is not asked before its time is over: the signal ends some
         # system calls, and it should be its own doing if it goes on.
-        silent = before.state in "Tt" or (stall.is_held and not stall.is_expired)
+        silent = before.is_stopped or (stall.is_held and not stall.is_expired)
         stacks = "" if silent else self._dump()
         now = Process.look_at(self._pid)
         kind = kind_of(now, stall, stacks)
@@ -176,7 +179,7 @@ class Watchdog:
                     record["conclusion"] = conclusion(records, self._hosts)
                     self._write_record()
             time.sleep(LOOK_SECONDS)
-            self._stall.look(read_sight(self._pulse))
+            self._look()
             if self._stall.seconds == 0.0:
                 return True
         if compares:

@@ -41,7 +41,7 @@ from pretrain.probes.choose import refuse_unfit
 from pretrain.signals import StopSignals, exit_code_for
 
 TIMM = "timm"
-DEFAULT_IMAGES = 40_000
+DEFAULT_IMAGES = 60_000
 MOST_JOBS = 8
 
 

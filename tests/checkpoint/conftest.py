@@ -1,4 +1,4 @@
-"""Where the tests of saving save to."""
+"""Where the tests of saving save to, and what they mirror to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 from held_state import children
+from mirrored_runs import QUICK
+from services.fault_proxy import FaultProxy
+from services.radosgw import Radosgw
+
+from pretrain.checkpoint.mirror import Mirror
 
 
 @pytest.fixture
@@ -15,3 +20,20 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "attempts" / "1").mkdir(parents=True)
     yield tmp_path
     assert all("checkpoint.writer" not in c for c in children(os.getpid()).values())
+
+
+@pytest.fixture
+def proxy(s3_bucket: str, s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy
+
+
+@pytest.fixture
+def mirror(proxy: FaultProxy, s3_bucket: str) -> Mirror:
+    return Mirror(f"{s3_bucket}/run", s3=QUICK)
+
+
+@pytest.fixture
+def folder_mirror(tmp_path: Path) -> Mirror:
+    return Mirror(str(tmp_path / "mirror"), s3=QUICK)

@@ -118,6 +118,21 @@ def test_time_counts_from_the_last_move_and_only_while_the_watchdog_looks():
     assert not stall.is_expired
 
 
+@pytest.mark.parametrize("phase", ["start", "save", "validate", "end"])
+def test_a_stopped_process_may_take_a_step_s_time_in_a_phase_that_may_take_longer(phase):
+    clock = Clock()
+    stall = stall_of(sight(1, phase=phase), clock)
+    for second in range(30):  # at work for twenty seconds, stopped for ten
+        assert not stall.is_expired
+        clock.now += 1.0
+        stall.look(sight(1, phase=phase), is_stopped=second >= 20)
+    assert stall.is_expired
+    assert (stall.limit, stall.setting) == (10.0, "watchdog.step_seconds")
+    clock.now += 1.0
+    stall.look(sight(1, phase=phase))  # it goes on
+    assert not stall.is_expired
+
+
 def test_beats_without_moves_are_a_rank_that_is_stuck_and_neither_one_that_is_held():
     clock = Clock()
     beating, held = stall_of(sight(1), clock), stall_of(sight(1), clock)

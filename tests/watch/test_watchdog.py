@@ -73,6 +73,7 @@ WAITS = "pulse.at('count', 9); wait_in_collective()"
 PROGRAMS = {
     "stuck": "pulse.at('forward', 41); hang()",
     "stopped": "pulse.at('data', 7); hang()",
+    "stopped_in_save": "pulse.at('save', 7); hang()",
     "held": "pulse.at('backward', 3); hold()",
     "unwritable": "pulse.at('forward', 2); hang()",
     "moves": """
@@ -118,7 +119,7 @@ def runs(tmp_path_factory) -> Iterator[Callable[..., Watched]]:
             (folder / "file").write_text("")
             folder = folder / "file" / "below"
         started[name] = [Watched(folder, program, **SETTINGS.get(name, {}))]
-        if name in ("stopped", "goes_on"):
+        if name in ("stopped", "stopped_in_save", "goes_on"):
             started[name][0].process.send_signal(signal.SIGSTOP)
         if name == "goes_on":
             threading.Timer(1.0, started[name][0].process.send_signal, [signal.SIGCONT]).start()
@@ -182,12 +183,14 @@ def test_a_process_that_is_stuck_in_python_is_ended_with_its_stacks(runs):
     assert "is stuck, in phase forward after step 41" in ending["reason"]
 
 
-def test_a_process_that_is_stopped_is_ended_and_said_to_be_stopped(runs):
-    watched = runs("stopped")
+@pytest.mark.parametrize("name", ["stopped", "stopped_in_save"])
+def test_a_process_that_is_stopped_is_ended_and_said_to_be_stopped(runs, name):
+    watched = runs(name)
     assert watched.end() == -signal.SIGKILL
     assert watched.seconds < STEP_SECONDS + BOUND_SECONDS
     assert watched.record()["kind"] == "stopped"
     assert "is stopped (SIGSTOP" in watched.said
+    assert "watchdog.step_seconds" in watched.said
     assert "state T" in watched.stacks()
 
 
