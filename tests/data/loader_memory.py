@@ -1,10 +1,10 @@
 """Memory of a trainer's process and its loader workers over many batches: does it stay flat?
 
-    python tests/data/loader_memory.py [--batches 20000] [--workers 2]
+    python tests/data/loader_memory.py [--batches 40000] [--workers 2]
 
-Prints the proportional set size (PSS: private pages, and a share of those that are shared) of each process now and
-then, and for each a straight line's slope over the batches after the first quarter. Pages of files are left out: a
-process's share of libraries grows when another that had them ends. Called by test_loader_memory.py.
+Prints the resident set size (RSS) of each process now and then, and for each a straight line's slope over the batches
+after the first quarter. Not PSS: a process's share of libraries grows when another that had them ends. Called by
+test_loader_memory.py.
 """
 
 from __future__ import annotations
@@ -32,15 +32,13 @@ B, SAMPLES = 16, 2000
 BAD = 1000  # a sample that does not decode: replacing must not leak either
 
 
-def pss_bytes(pid: int) -> int:
-    kilobytes = dict(
-        line.split()[:2] for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
-    )
-    return int(kilobytes["Pss_Anon:"]) + int(kilobytes["Pss_Shmem:"]) << 10
+def resident_bytes(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("Rss:")) << 10
 
 
 def measure(folder: Path, *, batches: int, workers: int, samples: int = 100) -> dict[str, np.ndarray]:
-    """Process -> PSS in bytes, float64[samples], at equal intervals; and "batch", where they were taken."""
+    """Process -> RSS in bytes, float64[samples], at equal intervals; and "batch", where they were taken."""
     index = write_dataset(
         folder / "d",
         count=SAMPLES,
@@ -73,7 +71,7 @@ def measure(folder: Path, *, batches: int, workers: int, samples: int = 100) -> 
             children = sorted(child.pid for child in multiprocessing.active_children() if child.pid)
             processes |= {f"worker {i}": pid for i, pid in enumerate(children)}
             for name, pid in processes.items():
-                taken.setdefault(name, []).append(pss_bytes(pid))
+                taken.setdefault(name, []).append(resident_bytes(pid))
     loader.close()
     return {name: np.array(values, np.float64) for name, values in taken.items()}
 
@@ -88,7 +86,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--batches", type=int, default=20_000)
+    parser.add_argument("--batches", type=int, default=40_000)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     began = time.monotonic()
@@ -96,7 +94,7 @@ def main() -> int:
         taken = measure(Path(folder), batches=args.batches, workers=args.workers)
     batch = taken.pop("batch")
     print(
-        f"{args.batches} batches of {B}, {args.workers} workers, {time.monotonic() - began:.0f} s; PSS in MiB"
+        f"{args.batches} batches of {B}, {args.workers} workers, {time.monotonic() - began:.0f} s; RSS in MiB"
     )
     names = list(taken)
     print(f"{'batch':>8} " + " ".join(f"{name:>10}" for name in names))
