@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from services.aws_variables import AWS_VARIABLES
+from services.fault_proxy import FaultProxy
 from services.radosgw import Radosgw, missing_binaries
 from services.required import skip_or_fail
 
@@ -66,3 +67,11 @@ def real_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is not a folder; set PRETRAIN_REAL_DATA")
     return folder
+
+
+@pytest.fixture
+def proxy(s3_bucket: str, s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between this process and the store, for faults."""
+    with FaultProxy(s3_server.port) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
+        yield proxy

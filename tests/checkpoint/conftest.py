@@ -10,7 +10,6 @@ import pytest
 from held_state import children
 from mirrored_runs import QUICK
 from services.fault_proxy import FaultProxy
-from services.radosgw import Radosgw
 
 from pretrain.checkpoint.mirror import Mirror
 
@@ -20,13 +19,6 @@ def run_dir(tmp_path: Path) -> Iterator[Path]:
     (tmp_path / "attempts" / "1").mkdir(parents=True)
     yield tmp_path
     assert all("checkpoint.writer" not in c for c in children(os.getpid()).values())
-
-
-@pytest.fixture
-def proxy(s3_bucket: str, s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        yield proxy
 
 
 @pytest.fixture

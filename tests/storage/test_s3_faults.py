@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import re
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -18,13 +17,6 @@ from pretrain.storage import RetryPolicy, S3Settings, Storage, counters, open_st
 QUICK = RetryPolicy(attempts=4, seconds=30.0, first_delay_seconds=0.01, longest_delay_seconds=0.05)
 DATA = random.Random(0).randbytes(3_000_000)
 FAULT_AT = 1_700_000  # bytes of the answer, in the middle of the body
-
-
-@pytest.fixture
-def proxy(s3_bucket: str, s3_server: Radosgw, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.port) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
-        yield proxy
 
 
 @pytest.fixture
