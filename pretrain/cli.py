@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pretrain import __version__
 from pretrain.errors import EXIT_BROKEN_PIPE, exit_code_of
-from pretrain.signals import ctrl_c_waits
+from pretrain.signals import ctrl_c_is_not_lost, ctrl_c_waits
 
 
 class Command(NamedTuple):
@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
-        return exit_code_of(name, lambda: _run(name, command, arguments))
+        with ctrl_c_is_not_lost():
+            return exit_code_of(name, lambda: _run(name, command, arguments))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

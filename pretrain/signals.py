@@ -8,11 +8,47 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from pretrain.errors import EXIT_CTRL_C, EXIT_INTERRUPTED
+
+_AGAIN_SECONDS = 0.1  # by then the main thread has long left what swallowed its KeyboardInterrupt
+
+
+@contextmanager
+def ctrl_c_is_not_lost() -> Iterator[None]:
+    """Send this process its SIGINT again where Python dropped the KeyboardInterrupt.
+
+    Raised in a destructor or in the callback of a weak reference, which importlib has for each module
+    it imports, an exception cannot go on: it ends in `sys.unraisablehook`, and the command would go on
+    as if nobody had pressed anything.
+    """
+    before = sys.unraisablehook
+    sent: list[threading.Timer] = []
+
+    def hook(dropped: sys.UnraisableHookArgs) -> None:
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            before(dropped)
+            return
+        # Not from here: the hook is within what swallows exceptions.
+        again = threading.Timer(
+            _AGAIN_SECONDS, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        )
+        again.daemon = True
+        again.start()
+        sent.append(again)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for again in sent:
+            again.cancel()  # what it should have stopped has ended by itself
 
 
 @contextmanager

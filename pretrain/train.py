@@ -65,7 +65,7 @@ from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
 from pretrain.resume import changed_since, claim, has_checkpoint, is_finished, resume
 from pretrain.rollback import Rollback
-from pretrain.signals import StopSignals, exit_code_for
+from pretrain.signals import StopSignals, ctrl_c_is_not_lost, exit_code_for
 from pretrain.steps import preparing, take_step
 
 
@@ -404,7 +404,8 @@ def main() -> int:
         config = recipe.resolve(args)
         return EXIT_FINISHED if config is None else run(args, config)
 
-    return exit_code_of("train", command)
+    with ctrl_c_is_not_lost():
+        return exit_code_of("train", command)
 
 
 if __name__ == "__main__":
