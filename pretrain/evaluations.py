@@ -86,16 +86,19 @@ class Evaluations:
         self._asked: Callable[[], bool] | None = None  # None: what is under way is finished
         self._batches = 0  # as many on all ranks
 
-    def begin(self, run_dir: Path, step: int, samples: int, *, asked: Callable[[], bool]) -> None:
-        """Before the first step of an attempt, `step` being done. asked: has this rank been asked to stop?"""
+    def begin(self, run_dir: Path, step: int, samples: int, *, asked: Callable[[], bool]) -> bool:
+        """Before the first step of an attempt, `step` being done. asked: has this rank been asked to stop?
+
+        False, on all ranks, when the probes before the run's first step were given up: they cannot be had once it
+        is taken, and nothing is lost by beginning anew.
+        """
         self._asked = asked
         if self._probes is None:
-            return
+            return True
         if self._world.is_main and step:  # what the probes of earlier attempts came to
             records = read_events(run_dir / JOURNAL_NAME, ("probe", "start", "rollback"))
             self._falls.read(records, same=self._probes.facts, up_to_step=step)
-        if self._probes.at_start and step == 0:
-            self._probe(step, samples)
+        return self._probe(step, samples) if self._probes.at_start and step == 0 else True
 
     def go_back(self, step: int) -> None:
         """The run goes on from `step`."""
@@ -139,10 +142,11 @@ class Evaluations:
         self._reporter.validation(step=step, samples=samples, unreadable=unreadable, **results)
         return results
 
-    def _probe(self, step: int, samples: int) -> None:
+    def _probe(self, step: int, samples: int) -> bool:
+        """False: given up."""
         plan, started = self._probes, time.monotonic()
         if plan is None:
-            return
+            return True
         self._pulse.at("validate", step)
         try:
             results = probe(
@@ -155,7 +159,7 @@ class Evaluations:
             )
         except AskedToStopError:
             self._tell_given_up("probes", step, samples)
-            return
+            return False
         found = []
         for name, top1 in results.top1.items():
             found += self._falls.add(name, Measured(step=step, top1=top1, samples=results.val_samples))
@@ -172,6 +176,7 @@ class Evaluations:
             seconds=round(time.monotonic() - started, 3),
             **plan.facts,
         )
+        return True
 
     def _analyze(self, step: int, samples: int) -> None:
         plan, started = self._analyses, time.monotonic()

@@ -53,6 +53,7 @@ from pretrain.distributed import (
     join,
     leave,
     lost_peers_named,
+    sum_over_ranks,
     together,
 )
 from pretrain.engine.compiled import compile_blocks
@@ -235,7 +236,17 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         )
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
-        evaluations.begin(run_dir, step, samples, asked=stop.is_asked)
+
+        def end_as_asked(exit_code: int | None, saved: str) -> int:
+            assert exit_code is not None, "ended as asked, and nobody asked"
+            reporter.event("stopped", note=f"stopped and {saved}", step=step, samples=samples)
+            barrier()  # nobody leaves while a peer may still need it
+            ending.code, ending.reason = exit_code, f"asked to stop, {saved}"
+            return exit_code
+
+        if not evaluations.begin(run_dir, step, samples, asked=stop.is_asked):
+            flags_of_all = sum_over_ranks(torch.tensor(stop.flags(), device=engine.device)).tolist()
+            return end_as_asked(exit_code_for(*flags_of_all), "saved nothing, before the first step")
         bests = build_bests(config, world=world, is_shared=shared)
         bests.begin(step)
 
@@ -353,12 +364,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             if is_last or exit_code is not None or due:
                 save(wait=is_last or exit_code is not None)
             if exit_code is not None and not is_last:
-                reporter.event(
-                    "stopped", note=f"stopped and saved at step {step}", step=step, samples=samples
-                )
-                barrier()  # nobody leaves while a peer may still need it
-                ending.code, ending.reason = exit_code, f"asked to stop, saved at step {step}"
-                return exit_code
+                return end_as_asked(exit_code, f"saved at step {step}")
             if not is_last:
                 better = bests.add(step, evaluations.between(step, samples))
                 early = bests.is_stuck and not judge.in_trouble

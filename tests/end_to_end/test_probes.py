@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from launching import free_port
+from launching import ROOT, free_port, run_ranks
 from prometheus_client.parser import text_string_to_metric_families
 from small_run import RECIPE, losses, train
 
@@ -222,6 +222,23 @@ def test_probes_work_in_bf16_and_under_deterministic_algorithms(
     assert len(probes_of(tmp_path / "bf16")) == 6
 
 
+def train_told_to_stop_in(where: str, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of a run that gets a SIGTERM in the midst of its first probe."""
+    original = getattr(suite, where)
+
+    def told_meanwhile(*arguments: Any, **named: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **named)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(suite, where, told_meanwhile)
+        try:
+            return train(recipe)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize("where", ["knn_top1", "extract_features"])
 def test_a_run_told_to_stop_in_a_probe_gives_it_up_saves_and_goes_on_to_the_same_losses(
     runs: tuple[Path, Path],
@@ -231,20 +248,8 @@ def test_a_run_told_to_stop_in_a_probe_gives_it_up_saves_and_goes_on_to_the_same
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
-    original = getattr(suite, where)
-
-    def told_meanwhile(*arguments: Any, **named: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments, **named)
-
     recipe = write(tmp_path / "told.yaml", shards, val, {"every_steps": 2, "few_shot": []})
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(suite, where, told_meanwhile)
-    try:
-        assert train(recipe) == 75
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    monkeypatch.undo()
+    assert train_told_to_stop_in(where, recipe, monkeypatch) == 75
     events = [(r["event"], r["step"]) for r in read_journal(tmp_path / "told" / "journal.jsonl")]
     assert ("evaluation_given_up", 2) in events
     assert ("checkpoint", 3) in events
@@ -252,6 +257,49 @@ def test_a_run_told_to_stop_in_a_probe_gives_it_up_saves_and_goes_on_to_the_same
     assert train(recipe) == 0
     assert losses(tmp_path / "told") == losses(runs[0])
     assert [r["step"] for r in probes_of(tmp_path / "told")] == [4, STEPS]
+
+
+@pytest.mark.parametrize("where", ["knn_top1", "extract_features"])
+def test_a_run_told_to_stop_in_the_probes_before_its_first_step_begins_anew_with_them(
+    runs: tuple[Path, Path],
+    shards: Path,
+    val: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    recipe = write(tmp_path / "told.yaml", shards, val, {"at_start": True, "few_shot": []})
+    run_dir = tmp_path / "told"
+    assert train_told_to_stop_in(where, recipe, monkeypatch) == 75
+    events = [(r["event"], r["step"]) for r in read_journal(run_dir / "journal.jsonl") if "step" in r]
+    assert events[-2:] == [("evaluation_given_up", 0), ("stopped", 0)]
+    assert losses(run_dir) == {}
+    assert not list((run_dir / "checkpoints").glob("*"))
+    record = json.loads((run_dir / "attempts/1/exit-0.json").read_text())
+    assert (record["code"], record["reason"]) == (75, "asked to stop, saved nothing, before the first step")
+    assert train(recipe) == 0
+    assert losses(run_dir) == losses(runs[0])
+    assert [r["step"] for r in probes_of(run_dir)] == [0, STEPS]
+
+
+def test_of_two_ranks_one_is_told_to_stop_in_the_probes_before_the_first_step_and_both_do(
+    shards: Path, val: str, tmp_path: Path
+) -> None:
+    recipe = write(tmp_path / "told.yaml", shards, val, {"at_start": True, "few_shot": []})
+    run_dir = tmp_path / "told"
+    script = str(ROOT / "tests/end_to_end/told_in_a_probe.py")
+    run_ranks(
+        2,
+        [script, str(recipe)],
+        timeout_seconds=120,
+        folder=tmp_path,
+        expect=75,
+        extra={"RANK_TOLD": "1"},
+    )
+    assert probes_of(run_dir) == []
+    assert losses(run_dir) == {}
+    run_ranks(2, ["-m", "pretrain.train", str(recipe)], timeout_seconds=120, folder=tmp_path)
+    assert [r["step"] for r in probes_of(run_dir)] == [0, STEPS]
 
 
 @pytest.mark.parametrize(
