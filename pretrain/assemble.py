@@ -7,6 +7,7 @@ optimizer.py config keys meet constructor arguments, and nowhere else.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from pretrain.derived import Split, backbone_spec, s3_settings
 from pretrain.distributed import World
 from pretrain.engine.base import Engine
 from pretrain.formats.incoming import Incoming, read_backbone
-from pretrain.formats.loading import LoadReport, check_head, load_into
+from pretrain.formats.loading import LoadReport, check_head, load_into, with_head_for
 from pretrain.judge import Judge, SpikeRule
 from pretrain.metrics.reporter import Reporter
 from pretrain.models.build import build_backbone
@@ -75,8 +76,12 @@ def build_objective(config: RunConfig, *, num_classes: int | None) -> Objective:
     )
 
 
-def read_start(config: RunConfig, *, num_classes: int | None) -> Incoming | None:
+def read_start(
+    config: RunConfig, *, num_classes: int | None, class_names: Sequence[str] | None
+) -> Incoming | None:
     """What a run without a checkpoint begins with, of init_from; None for one that begins anew.
+
+    num_classes: of the run's head. class_names: of its data's classes, where they have names.
 
     Raises as read_backbone, and CheckpointError where init_head asks for a class head that does not fit.
     """
@@ -86,6 +91,7 @@ def read_start(config: RunConfig, *, num_classes: int | None) -> Incoming | None
     if config.init_head:
         assert num_classes is not None, "classification has classes"
         check_head(incoming, num_classes)
+        incoming = with_head_for(incoming, class_names)
     return incoming
 
 

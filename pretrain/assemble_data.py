@@ -31,6 +31,7 @@ from pretrain.derived import (
     cache_bytes,
     cache_dir,
     check_validation_labels,
+    class_names_of,
     is_image_source,
     num_classes_for,
     run_lanes,
@@ -46,6 +47,10 @@ class Data(RunData):
 
     val_index: DatasetIndex | None
     num_classes: int | None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        return class_names_of(self.indexes)
 
 
 def open_data(config: RunConfig, *, world: World, debug: bool) -> Data:

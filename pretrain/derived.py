@@ -268,10 +268,14 @@ def check_validation_labels(
         )
 
 
+def class_names_of(indexes: Sequence[DatasetIndex]) -> tuple[str, ...] | None:
+    """Of a run's classes; None where none of its datasets names them."""
+    return next((index.class_names for index in indexes if index.class_names is not None), None)
+
+
 def dataset_facts(indexes: Sequence[DatasetIndex]) -> dict[str, Any]:
     """What a checkpoint remembers of its data as a whole; its segments say which and when."""
-    first = indexes[0]
-    named = next((index for index in indexes if index.class_names is not None), first)
+    first, names = indexes[0], class_names_of(indexes)
     identities = [index.identity for index in indexes]
     return {
         "url": " + ".join(index.url for index in indexes),
@@ -280,7 +284,7 @@ def dataset_facts(indexes: Sequence[DatasetIndex]) -> dict[str, Any]:
         else hashlib.sha256(" ".join(identities).encode()).hexdigest(),
         "num_samples": sum(index.num_samples for index in indexes),
         "num_classes": first.num_classes,
-        "class_names": None if named.class_names is None else list(named.class_names),
+        "class_names": None if names is None else list(names),
     }
 
 

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = build_objective(config, num_classes=data.num_classes)
-    manifest, weights = _weights(existing, args.checkpoint, start, objective, num_classes=data.num_classes)
+    manifest, weights = _weights(existing, args.checkpoint, start, objective, data)
     world = World(rank=0, local_rank=0, world_size=1, device=device, launched=False)
     loader = build_train_loader(config, data, world=world, split=split_batch(config, 1), workers=0)
     steps = loader.steps(start)
@@ -139,8 +139,7 @@ def _weights(
     named: Path | None,
     start: int,
     objective: Any,
-    *,
-    num_classes: int | None,
+    data: Data,
 ) -> tuple[Manifest | None, str]:
     """Load what is nearest to the step into `objective`: (its manifest, what it is, in words)."""
     folder = named if named is not None else _newest_before(existing.run_dir, start)
@@ -159,7 +158,7 @@ def _weights(
         if objective.teacher is not None:
             objective.teacher.load_state_dict(load_weights(folder, kind=EMA), strict=False)
         return manifest, str(folder)
-    incoming = read_start(existing.config, num_classes=num_classes)
+    incoming = read_start(existing.config, num_classes=data.num_classes, class_names=data.class_names)
     if incoming is not None:
         start_from(existing.config, objective, incoming)
         if objective.teacher is not None:

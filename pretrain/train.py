@@ -125,7 +125,11 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
             print(f"{run_dir} is finished at step {done}; give it more train.steps, or another run_dir")
         return EXIT_FINISHED
     resuming = from_main(world, lambda: has_checkpoint(run_dir))
-    incoming = None if resuming else together(lambda: read_start(config, num_classes=data.num_classes))
+    incoming = (
+        None
+        if resuming
+        else together(lambda: read_start(config, num_classes=data.num_classes, class_names=data.class_names))
+    )
 
     # Who this is: one live attempt a run, claimed by rank 0.
     with ExitStack() as stack:
@@ -195,7 +199,7 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         prepared = preparing(engine.device, device_transform, build_mixing(config))
         ledger = Ledger(run_dir, attempt=attempt, rank=world.rank)
         stack.callback(ledger.close)
-        debugging = Debugging(asked, config, world=world, class_names=data.indexes[0].class_names)
+        debugging = Debugging(asked, config, world=world, class_names=data.class_names)
         stack.callback(debugging.close)
         batches = debugging.batches(train_loader.steps(samples))
         compute = ComputeTime(engine.device)

@@ -6,9 +6,9 @@ it is known to fit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -138,6 +138,31 @@ def check_head(incoming: Incoming, num_classes: int) -> None:
             f"{incoming.source} has a class head of {theirs} classes, and this run has {num_classes}: init_head=true "
             f"takes one along as it is; leave init_head out, and a new one is trained{wider}"
         )
+
+
+def with_head_for(incoming: Incoming, class_names: Sequence[str] | None) -> Incoming:
+    """incoming with its class head for data whose classes have these names, in this order.
+
+    Where both name the same classes, its rows are put in the data's order. Where the names differ (ImageNet's come as
+    words and as WordNet's numbers) it stays as it is, and a note says so. check_head goes before.
+    """
+    theirs = incoming.spec.class_names
+    if not class_names or not theirs or theirs[: len(class_names)] == tuple(class_names):
+        return incoming
+    if len(set(theirs)) == len(theirs) and sorted(theirs) == sorted(class_names):
+        rows = torch.tensor([theirs.index(name) for name in class_names])
+        return replace(
+            incoming,
+            head={name: value[rows] for name, value in incoming.head.items()},
+            spec=replace(incoming.spec, class_names=tuple(class_names)),
+            notes=(*incoming.notes, "the class head's rows are put in the order of this data's classes"),
+        )
+    number = next(i for i, name in enumerate(class_names) if theirs[i] != name)
+    note = (
+        f"the class head comes along by number, and its class {number} is named {theirs[number]!r}, this data's "
+        f"{class_names[number]!r}; leave init_head out if they are not the same thing"
+    )
+    return replace(incoming, notes=(*incoming.notes, note))
 
 
 def _carried_norm(backbone: Backbone, spec: BackboneSpec) -> dict[str, str]:

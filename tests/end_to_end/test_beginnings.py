@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from small_run import RECIPE, train
 from pretrain.checkpoint.load import load_weights
 from pretrain.checkpoint.manifest import committed
 from pretrain.cli import main
+from pretrain.data.index import open_index
 from pretrain.formats.folder import WRITERS
 from pretrain.formats.incoming import Incoming, read_backbone
 from pretrain.metrics.journal import read_journal
@@ -91,6 +93,25 @@ def test_the_class_head_comes_along_bitwise_where_it_is_asked_for(
 
     assert train(recipe, *STILL, *trust, f"run_dir={tmp_path / 'new'}") == 0
     assert not torch.equal(weights_of(tmp_path / "new")["head.weight"], before["head.weight"])
+
+
+def test_the_class_head_is_put_in_the_order_of_the_data_s_class_names(
+    trained: Path, shards: Path, tmp_path: Path
+) -> None:
+    names = open_index(str(shards)).class_names
+    assert names is not None
+    assert len(names) == CLASSES
+    turned = tmp_path / "turned"
+    turned.mkdir()
+    for tar in shards.glob("*.tar"):
+        shutil.copy(tar, turned)
+    (tmp_path / "names.txt").write_text("\n".join(reversed(names)))
+    assert main(["data", "index", str(turned), "--class-names", str(tmp_path / "names.txt")]) == 0
+    recipe = write_recipe(tmp_path / "tuned.yaml", turned, init_from=str(trained), init_head=True)
+    assert train(recipe, *STILL) == 0
+    before, after = weights_of(trained), weights_of(tmp_path / "tuned")
+    for name in ("head.weight", "head.bias"):
+        assert torch.equal(after[name], before[name].flip(0)), name
 
 
 def test_replay_begins_with_the_head_that_the_run_began_with(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from pretrain.errors import CheckpointError, PretrainError, UsageError
 from pretrain.formats.hugging_face import write_hugging_face
 from pretrain.formats.incoming import read_backbone
-from pretrain.formats.loading import load_into, rebuild
+from pretrain.formats.loading import load_into, rebuild, with_head_for
 from pretrain.formats.timm import write_timm
 from pretrain.models.build import build_backbone
 from pretrain.models.heads import LinearHead
@@ -191,6 +191,23 @@ def test_the_class_head_is_loaded_when_asked_for_and_must_be_of_as_many_classes(
         assert same(state(backbone), before[1])
     with pytest.raises(CheckpointError, match="holds no class head"):
         load_into(build_backbone(SMALL), dataclasses.replace(incoming, head={}), head=fitting)
+
+
+def test_the_class_head_follows_the_names_of_the_data_s_classes(folder: Path) -> None:
+    incoming = read_backbone(folder)
+    before = random_head(SMALL)
+    turned = with_head_for(incoming, CLASSES[::-1])
+    assert same(turned.head, {name: value.flip(0) for name, value in before.items()})
+    assert turned.spec.class_names == CLASSES[::-1]
+    assert "in the order of this data's classes" in str(load_into(build_backbone(SMALL), turned))
+
+    for as_it_is in (CLASSES, CLASSES[:2], None):  # two names: the head is wider than the data's classes
+        assert with_head_for(incoming, as_it_is) is incoming
+    other = with_head_for(incoming, ("tabby", "n02123045", "forklift"))
+    assert same(other.head, before)
+    assert other.spec == incoming.spec
+    [note] = other.notes[len(incoming.notes) :]
+    assert "its class 1 is named 'café au lait', this data's 'n02123045'; leave init_head out" in note
 
 
 def test_the_other_pooling_takes_the_final_norm_along(folder: Path) -> None:
