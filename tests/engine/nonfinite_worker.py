@@ -15,7 +15,7 @@ import torch
 import zero_worker as worker
 
 from pretrain.checkpoint.manifest import EMA, KINDS
-from pretrain.distributed import Sums, gather_objects, join
+from pretrain.distributed import Sums, gather_objects, join, leave
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
@@ -143,6 +143,7 @@ def main() -> None:
         results[name] = compared(world, case)
     if world.is_main:
         out.write_text(json.dumps(results))
+    leave()  # its threads, where they live on, abort the process as it ends
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pretrain.data.augment import DeviceTransform, EvalTransform
 from pretrain.data.index import open_index
 from pretrain.data.loader import EvalLoader
 from pretrain.data.reader import ChunkReader
-from pretrain.distributed import World, from_main_in_pieces, gather_rows, join
+from pretrain.distributed import World, from_main_in_pieces, gather_rows, join, leave
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
 from pretrain.errors import DataError
 from pretrain.evaluations import ProbePlan, probe
@@ -172,6 +172,7 @@ def main() -> None:
     out.with_name(f"waiting-{world.rank}.json").write_text(json.dumps(waiting))
     if world.is_main:
         out.write_text(json.dumps(results))
+    leave()  # its threads, where they live on, abort the process as it ends
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from zero_worker import EMA_DECAY, global_batch, make_optimizer, micro_batches_of
 
-from pretrain.distributed import World, join
+from pretrain.distributed import World, join, leave
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
@@ -120,6 +120,7 @@ def main() -> None:
     results = {name: held(world, **case) for name, case in cases.items()}
     if world.is_main:
         out.write_text(json.dumps(results))
+    leave()  # its threads, where they live on, abort the process as it ends
 
 
 if __name__ == "__main__":

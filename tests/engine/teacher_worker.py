@@ -20,7 +20,7 @@ from zero_worker import CLIP, EMA_DECAY, IMAGE, LRS, PATCH, gather, global_batch
 from pretrain.checkpoint.load import CheckpointReader, load_fragments
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.data.order import slice_batch
-from pretrain.distributed import Sums, World, gather_objects, join
+from pretrain.distributed import Sums, World, gather_objects, join, leave
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
 from pretrain.errors import UsageError
@@ -182,6 +182,7 @@ def main() -> None:
         results[name] = refusal(world, **case)
     if world.is_main:
         out.write_text(json.dumps(results))
+    leave()  # its threads, where they live on, abort the process as it ends
 
 
 if __name__ == "__main__":

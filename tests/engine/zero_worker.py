@@ -22,7 +22,7 @@ import torch
 from pretrain.checkpoint.load import CheckpointReader, load_fragments
 from pretrain.checkpoint.save import save_checkpoint
 from pretrain.data.order import slice_batch
-from pretrain.distributed import Sums, gather_objects, join, sum_over_ranks
+from pretrain.distributed import Sums, gather_objects, join, leave, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
 from pretrain.errors import AskedToStopError
@@ -347,6 +347,7 @@ def main() -> None:
         results[name] = run_transfer(world, out.parent / name.replace(" ", "-"), **case)
     if world.is_main:
         out.write_text(json.dumps(results))
+    leave()  # its threads, where they live on, abort the process as it ends
 
 
 if __name__ == "__main__":
