@@ -6,8 +6,10 @@ process is alone and nothing here touches a network.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -162,6 +164,18 @@ def lost_peers_named() -> Iterator[None]:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_code_kept(code: int) -> int:
+    """`code`, of a process that has left its peers or never joined them. One that failed, and could not wait to leave,
+    ends here and now with that code: torch's threads, still at work as Python ends, can abort it with another.
+    """
+    if dist.is_initialized():
+        atexit._run_exitfuncs()  # of multiprocessing among others: workers and temporary folders
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def barrier() -> None:

@@ -48,6 +48,7 @@ from pretrain.distributed import (
     Sums,
     barrier,
     be_patient,
+    exit_code_kept,
     from_main,
     is_launched,
     join,
@@ -415,7 +416,7 @@ def main() -> int:
         return EXIT_FINISHED if config is None else run(args, config)
 
     with ctrl_c_is_not_lost():
-        return exit_code_of("train", command)
+        return exit_code_kept(exit_code_of("train", command))
 
 
 if __name__ == "__main__":
