@@ -195,7 +195,9 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
         with ctrl_c_is_not_lost():
-            return exit_code_of(name, lambda: _run(name, command, arguments))
+            code = exit_code_of(name, lambda: _run(name, command, arguments))
+            joined = sys.modules.get("pretrain.distributed")  # by name: importing it would load torch
+            return joined.exit_code_kept(code) if joined else code
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

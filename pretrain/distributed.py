@@ -171,10 +171,12 @@ def exit_code_kept(code: int) -> int:
     ends here and now with that code: torch's threads, still at work as Python ends, can abort it with another.
     """
     if dist.is_initialized():
-        atexit._run_exitfuncs()  # of multiprocessing among others: workers and temporary folders
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            atexit._run_exitfuncs()  # private; multiprocessing has its workers and temporary folders end there
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:  # the reader of our output may be gone, or the disk it goes to full
+            os._exit(code)
     return code
 
 

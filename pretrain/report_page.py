@@ -160,7 +160,7 @@ _SAID: dict[str, Any] = {
     "start": _started,
     "config_changed": _changed,
     "fork": lambda r: f"from {r.get('parent')} at step {r.get('step')}",
-    "stopped": lambda r: "asked to stop; saved",
+    "stopped": lambda r: "asked to stop; saved" if r.get("step") else "asked to stop before the first step",
     "finished": lambda r: "at its last step",
     "step_skipped": lambda r: "a loss or gradient was not finite; the update was left out on all ranks",
     "rollback": lambda r: f"{r.get('reason')}; from step {r.get('from_step')} back to {r.get('step')}",

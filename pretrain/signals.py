@@ -28,7 +28,7 @@ def ctrl_c_is_not_lost() -> Iterator[None]:
     as if nobody had pressed anything.
     """
     before = sys.unraisablehook
-    sent: list[threading.Timer] = []
+    timers: list[threading.Timer] = []
 
     def hook(dropped: sys.UnraisableHookArgs) -> None:
         if not issubclass(dropped.exc_type, KeyboardInterrupt):
@@ -40,15 +40,15 @@ def ctrl_c_is_not_lost() -> Iterator[None]:
         )
         again.daemon = True
         again.start()
-        sent.append(again)
+        timers.append(again)
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = before
-        for again in sent:
-            again.cancel()  # what it should have stopped has ended by itself
+        for timer in timers:
+            timer.cancel()  # what it should have stopped has ended by itself
 
 
 @contextmanager
@@ -104,7 +104,9 @@ class StopSignals:
             self.ctrl_c = True
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if self._announce:  # not print: this may have come in the middle of one
-                os.write(2, b"\nCtrl-C: finishing the step, then saving; press it again to end without\n")
+                os.write(
+                    2, b"\nCtrl-C: saving what was learned, then ending; press it again to end without\n"
+                )
         else:
             self.terminate = True
 

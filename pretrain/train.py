@@ -242,11 +242,11 @@ def train(config: RunConfig, *, pulse: Pulse, asked: Asked) -> int:
         stop = stack.enter_context(StopSignals(announce=not world.launched))
         stack.callback(pulse.at, "end")
 
-        def end_as_asked(exit_code: int | None, saved: str) -> int:
+        def end_as_asked(exit_code: int | None, how: str) -> int:
             assert exit_code is not None, "ended as asked, and nobody asked"
-            reporter.event("stopped", note=f"stopped and {saved}", step=step, samples=samples)
+            reporter.event("stopped", note=f"stopped and {how}", step=step, samples=samples)
             barrier()  # nobody leaves while a peer may still need it
-            ending.code, ending.reason = exit_code, f"asked to stop, {saved}"
+            ending.code, ending.reason = exit_code, f"asked to stop, {how}"
             return exit_code
 
         if not evaluations.begin(run_dir, step, samples, asked=stop.is_asked):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import cli, recipe, train
+from pretrain import cli, recipe, signals, train
 from pretrain.errors import EXIT_CTRL_C
 from pretrain.signals import ctrl_c_is_not_lost
 
@@ -62,10 +62,16 @@ def test_what_else_is_dropped_goes_where_it_went_before(monkeypatch: pytest.Monk
     assert sys.unraisablehook is outer
 
 
-def test_a_command_that_ends_by_itself_is_not_interrupted_after_its_end() -> None:
+def test_a_command_that_ends_by_itself_is_not_interrupted_after_its_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(signals, "_AGAIN_SECONDS", 2.0)
+    came: list[int] = []
     with ctrl_c_is_not_lost():
         lose_a_ctrl_c()
-    time.sleep(0.5)
+        signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    time.sleep(3.0)
+    assert came == []
 
 
 def test_a_command_that_lost_it_ends_with_130(

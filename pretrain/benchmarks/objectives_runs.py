@@ -54,7 +54,7 @@ def train_seed(
 ) -> dict[str, Any] | None:
     """Train by `pretrain train`, from where an earlier call was stopped: the probes before and after, the losses.
 
-    None when somebody asks to stop meanwhile; the run has then saved. Raises PretrainError when it fails.
+    None when somebody asks to stop meanwhile; what the run learned is then saved. Raises PretrainError when it fails.
     """
     recipe = folder / "recipe.yaml"
     recipe.write_text(as_yaml(config))

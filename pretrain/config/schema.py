@@ -156,7 +156,7 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     init_from: str | None = None
     init_trust_pickle: bool = False  # init_from may be a .pth, whose origin is trusted
-    init_head: bool = False  # of init_from: its class head comes along, too; of as many classes
+    init_head: bool = False  # of init_from: its class head comes along, too, by the names of its classes
     model: ModelConfig
     objective: ObjectiveConfig = ObjectiveConfig()
     data: DataConfig

@@ -143,18 +143,21 @@ def check_head(incoming: Incoming, num_classes: int) -> None:
 def with_head_for(incoming: Incoming, class_names: Sequence[str] | None) -> Incoming:
     """incoming with its class head for data whose classes have these names, in this order.
 
-    Where both name the same classes, its rows are put in the data's order. Where the names differ (ImageNet's come as
-    words and as WordNet's numbers) it stays as it is, and a note says so. check_head goes before.
+    Where it has all of these its rows are put in the data's order, and what it has beside them after. Where the names
+    differ (ImageNet's come as words and as WordNet's numbers) it stays as it is, and a note says so. check_head goes
+    before.
     """
     theirs = incoming.spec.class_names
     if not class_names or not theirs or theirs[: len(class_names)] == tuple(class_names):
         return incoming
-    if len(set(theirs)) == len(theirs) and sorted(theirs) == sorted(class_names):
-        rows = torch.tensor([theirs.index(name) for name in class_names])
+    row_of = {name: row for row, name in enumerate(theirs)}
+    if len(row_of) == len(theirs) and row_of.keys() >= set(class_names):
+        rows = [row_of.pop(name) for name in class_names]
+        rows += row_of.values()  # of classes that the data has none of
         return replace(
             incoming,
             head={name: value[rows] for name, value in incoming.head.items()},
-            spec=replace(incoming.spec, class_names=tuple(class_names)),
+            spec=replace(incoming.spec, class_names=tuple(theirs[row] for row in rows)),
             notes=(*incoming.notes, "the class head's rows are put in the order of this data's classes"),
         )
     number = next(i for i, name in enumerate(class_names) if theirs[i] != name)

@@ -131,7 +131,7 @@ def endless(tmp_path: Path, shards: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "imported", ["pretrain.signals", "pretrain.config.load", "torch", "pretrain.assemble"]
+    "imported", ["pretrain.checkpoint.manifest", "pretrain.config.load", "torch", "pretrain.assemble"]
 )
 def test_ctrl_c_before_the_run_has_begun_ends_it_with_130(
     endless: Path, tmp_path: Path, imported: str
@@ -156,7 +156,7 @@ def test_ctrl_c_while_the_loader_starts_ends_after_the_first_step_and_its_save(
         train.ctrl_c()
         assert train.exit_code() == 130
     if "stopped by Ctrl-C" not in train.said():  # it came a moment too early for that
-        assert "Ctrl-C: finishing the step, then saving" in train.said()
+        assert "Ctrl-C: saving what was learned, then ending" in train.said()
         assert read_manifest(find_newest(run_dir)).step == steps_in(run_dir) == 1
 
 

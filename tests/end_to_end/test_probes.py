@@ -291,14 +291,14 @@ def test_of_two_ranks_one_is_told_to_stop_in_the_probes_before_the_first_step_an
     run_ranks(
         2,
         [script, str(recipe)],
-        timeout_seconds=120,
+        timeout_seconds=240,
         folder=tmp_path,
         expect=75,
         extra={"RANK_TOLD": "1"},
     )
     assert probes_of(run_dir) == []
     assert losses(run_dir) == {}
-    run_ranks(2, ["-m", "pretrain.train", str(recipe)], timeout_seconds=120, folder=tmp_path)
+    run_ranks(2, ["-m", "pretrain.train", str(recipe)], timeout_seconds=240, folder=tmp_path)
     assert [r["step"] for r in probes_of(run_dir)] == [0, STEPS]
 
 

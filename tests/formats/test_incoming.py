@@ -201,6 +201,10 @@ def test_the_class_head_follows_the_names_of_the_data_s_classes(folder: Path) ->
     assert turned.spec.class_names == CLASSES[::-1]
     assert "in the order of this data's classes" in str(load_into(build_backbone(SMALL), turned))
 
+    wider = with_head_for(incoming, CLASSES[2:])
+    assert same(wider.head, {name: value[[2, 0, 1]] for name, value in before.items()})
+    assert wider.spec.class_names == (CLASSES[2], *CLASSES[:2])
+
     for as_it_is in (CLASSES, CLASSES[:2], None):  # two names: the head is wider than the data's classes
         assert with_head_for(incoming, as_it_is) is incoming
     other = with_head_for(incoming, ("tabby", "n02123045", "forklift"))
