@@ -17,7 +17,7 @@ from pretrain.config.schema import RunConfig
 BATCH = 64
 IMAGE_SIDE = 32
 PROBES = ("knn", "knn_standardized", "linear")
-PROBE_TRAIN, PROBE_VAL = 10_000, 5000  # labelled images that the probes look at; classes in proportion
+PROBE_TRAIN, PROBE_VAL = 20_000, 5000  # labelled images that the probes look at; classes in proportion
 CLASSIFIER = "classification-vit"  # the cell that stands next to timm
 
 # Patches of 4 pixels: 8 × 8 of them. Swin and PVT go on with 4 × 4 in a second stage.
