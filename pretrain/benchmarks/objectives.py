@@ -10,7 +10,7 @@ that it begins with, and after the last. "learned" says that the 95 % intervals 
 after do not overlap. `timm` is timm's own ViT of the same dimensions in a plain PyTorch loop, on the same images, by
 the same recipe, as often; its validation accuracy stands beside that of classification-vit.
 
-With the budget given by default a cell of three seeds takes about ten minutes on two cores. Stopped (Ctrl-C) and
+With the budget given by default a cell of three seeds takes ten to fifteen minutes on two cores. Stopped (Ctrl-C) and
 started again it goes on: what is in OUT/results is not done again, as long as recipe and data are the same, and a run
 goes on from its checkpoint. OUT/objectives.md and OUT/objectives.json hold the tables.
 """
