@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from pretrain.distributed import join, leave
+from pretrain.errors import exit_code_kept
 
 VALUES = {"nccl": 64 << 20, "gloo": 4 << 20}  # bf16 of a ViT-B; on CPUs less, float32
 _ROUNDS = 20
@@ -43,6 +44,7 @@ def main() -> None:
         bus = 2 * (world.world_size - 1) / world.world_size * size * rounds / taken
         print(json.dumps({"backend": backend, "bytes": size, "rounds": rounds, "bus_bytes_per_second": bus}))
     leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pretrain import __version__
-from pretrain.errors import EXIT_BROKEN_PIPE, exit_code_of
+from pretrain.errors import EXIT_BROKEN_PIPE, exit_code_kept, exit_code_of
 from pretrain.signals import ctrl_c_is_not_lost, ctrl_c_waits
 
 
@@ -195,9 +195,7 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
         with ctrl_c_is_not_lost():
-            code = exit_code_of(name, lambda: _run(name, command, arguments))
-            joined = sys.modules.get("pretrain.distributed")  # by name: importing it would load torch
-            return joined.exit_code_kept(code) if joined else code
+            return exit_code_kept(exit_code_of(name, lambda: _run(name, command, arguments)))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE

@@ -6,10 +6,8 @@ process is alone and nothing here touches a network.
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,20 +162,6 @@ def lost_peers_named() -> Iterator[None]:
 def leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def exit_code_kept(code: int) -> int:
-    """`code`, of a process that has left its peers or never joined them. One that failed, and could not wait to leave,
-    ends here and now with that code: torch's threads, still at work as Python ends, can abort it with another.
-    """
-    if dist.is_initialized():
-        try:
-            atexit._run_exitfuncs()  # private; multiprocessing has its workers and temporary folders end there
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:  # the reader of our output may be gone, or the disk it goes to full
-            os._exit(code)
-    return code
 
 
 def barrier() -> None:

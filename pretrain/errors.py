@@ -6,7 +6,9 @@ string, so that it survives the trip from a loader worker to its parent process.
 
 from __future__ import annotations
 
+import atexit
 import errno
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -107,3 +109,19 @@ def exit_code_of(command: str, run: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return EXIT_CRASHED
+
+
+def exit_code_kept(code: int) -> int:
+    """`code`; a process that a launcher started as a rank ends here and now with it.
+
+    torch's threads outlive the groups of ranks, and one of them aborts the process now and then while Python takes
+    itself apart: a run that finished would end with SIGABRT's code.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return code
+    try:
+        atexit._run_exitfuncs()  # private; multiprocessing has its workers and temporary folders end there
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # the reader of our output may be gone, or the disk it goes to full
+        os._exit(code)

@@ -48,7 +48,6 @@ from pretrain.distributed import (
     Sums,
     barrier,
     be_patient,
-    exit_code_kept,
     from_main,
     is_launched,
     join,
@@ -58,7 +57,7 @@ from pretrain.distributed import (
     together,
 )
 from pretrain.engine.compiled import compile_blocks
-from pretrain.errors import EXIT_FINISHED, PretrainError, exit_code_of
+from pretrain.errors import EXIT_FINISHED, PretrainError, exit_code_kept, exit_code_of
 from pretrain.finish import export_at_the_end
 from pretrain.judge import Fault
 from pretrain.metrics.compute_time import ComputeTime

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from launching import ROOT, free_port, rank_environment
+from launching import ROOT, clean_environment, free_port, rank_environment
 
 SCRIPT = """
 import atexit, os, sys
@@ -18,38 +18,39 @@ class Thread:
     def __del__(self, abort=os.abort):
         abort()  # as one of torch's does now and then, when Python takes its modules apart
 thread = Thread()
-def fail(args):
+def resolve(args):
     join()
-    {leave}
-    raise DataError("the bucket is gone")
-recipe.resolve = fail
+    {ends}
+recipe.resolve = resolve
 sys.argv[1:] = {words}
 sys.exit({main}())
 """
+ENTRIES = {
+    "train.main": ["recipe.yaml"],
+    "cli.main": ["train", "recipe.yaml"],
+}  # DeepSpeed's launcher's, and ours
+FAILS, FINISHES = 'raise DataError("the bucket is gone")', "leave()"
 
 
-# The launcher of DeepSpeed starts the first, ours the second.
-ENTRIES = {"train.main": ["recipe.yaml"], "cli.main": ["train", "recipe.yaml"]}
-
-
-def rank(main: str, *, leave: str) -> subprocess.CompletedProcess[str]:
+def run(main: str, ends: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(leave=leave, main=main, words=ENTRIES[main])],
+        [sys.executable, "-c", SCRIPT.format(ends=ends, main=main, words=ENTRIES[main])],
         capture_output=True,
         text=True,
         timeout=120,
-        env=rank_environment(0, 1, free_port()),
+        env=environment,
         cwd=ROOT,
     )
 
 
 @pytest.mark.parametrize("main", ENTRIES)
-def test_a_rank_that_fails_while_it_is_joined_ends_at_once_with_the_code_of_its_error(main: str) -> None:
-    done = rank(main, leave="pass")
-    assert done.returncode == 3, done.stderr
-    assert done.stderr.endswith("pretrain train: the bucket is gone\n")
+@pytest.mark.parametrize(("ends", "code", "said"), [(FAILS, 3, "the bucket is gone\n"), (FINISHES, 0, "")])
+def test_a_rank_ends_with_the_code_of_what_became_of_it(main: str, ends: str, code: int, said: str) -> None:
+    done = run(main, ends, rank_environment(0, 1, free_port()))
+    assert done.returncode == code, done.stderr
+    assert done.stderr.endswith(said)
     assert done.stdout == "tidied up\n"
 
 
-def test_one_that_has_left_ends_as_any_process_does() -> None:
-    assert rank("train.main", leave="leave()").returncode < 0, "the script aborts where nothing keeps it from"
+def test_the_abort_of_these_tests_is_one() -> None:
+    assert run("train.main", FINISHES, clean_environment()).returncode < 0

@@ -16,6 +16,7 @@ import zero_worker as worker
 
 from pretrain.checkpoint.manifest import EMA, KINDS
 from pretrain.distributed import Sums, gather_objects, join, leave
+from pretrain.errors import exit_code_kept
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.pulse import Pulse
 from pretrain.replicas import Replicas
@@ -143,7 +144,8 @@ def main() -> None:
         results[name] = compared(world, case)
     if world.is_main:
         out.write_text(json.dumps(results))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

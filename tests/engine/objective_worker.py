@@ -27,6 +27,7 @@ from pretrain.data.mixup import Mixing
 from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, World, join, leave, sum_over_ranks
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
+from pretrain.errors import exit_code_kept
 from pretrain.models.backbone import Backbone
 from pretrain.models.pvt import PyramidVisionTransformer
 from pretrain.models.swin import SwinTransformer
@@ -134,7 +135,8 @@ def main() -> None:
     found = {case: losses_of(case, world) for case in CASES}
     if world.is_main:
         Path(sys.argv[1]).write_text(json.dumps(found))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

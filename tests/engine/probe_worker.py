@@ -23,7 +23,7 @@ from pretrain.data.loader import EvalLoader
 from pretrain.data.reader import ChunkReader
 from pretrain.distributed import World, from_main_in_pieces, gather_rows, join, leave
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
-from pretrain.errors import DataError
+from pretrain.errors import DataError, exit_code_kept
 from pretrain.evaluations import ProbePlan, probe
 from pretrain.probes.features import extract_features
 from pretrain.probes.suite import ProbeChoice
@@ -172,7 +172,8 @@ def main() -> None:
     out.with_name(f"waiting-{world.rank}.json").write_text(json.dumps(waiting))
     if world.is_main:
         out.write_text(json.dumps(results))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from zero_worker import EMA_DECAY, global_batch, make_optimizer, micro_batches_o
 
 from pretrain.distributed import World, join, leave
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
+from pretrain.errors import exit_code_kept
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
 from pretrain.optim.ema import WeightAverage
@@ -120,7 +121,8 @@ def main() -> None:
     results = {name: held(world, **case) for name, case in cases.items()}
     if world.is_main:
         out.write_text(json.dumps(results))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

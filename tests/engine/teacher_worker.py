@@ -23,7 +23,7 @@ from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, World, gather_objects, join, leave
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
-from pretrain.errors import UsageError
+from pretrain.errors import UsageError, exit_code_kept
 from pretrain.metrics.compute_time import ComputeTime
 from pretrain.models.vit import VisionTransformer
 from pretrain.optim.ema import WeightAverage
@@ -182,7 +182,8 @@ def main() -> None:
         results[name] = refusal(world, **case)
     if world.is_main:
         out.write_text(json.dumps(results))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pretrain.data.order import slice_batch
 from pretrain.distributed import Sums, gather_objects, join, leave, sum_over_ranks
 from pretrain.engine.base import parameter_shapes
 from pretrain.engine.zero import ZeroEngine, deepspeed_config
-from pretrain.errors import AskedToStopError
+from pretrain.errors import AskedToStopError, exit_code_kept
 from pretrain.models.layer_ids import layer_of
 from pretrain.models.vit import VisionTransformer
 from pretrain.objectives.classification import Classification
@@ -347,7 +347,8 @@ def main() -> None:
         results[name] = run_transfer(world, out.parent / name.replace(" ", "-"), **case)
     if world.is_main:
         out.write_text(json.dumps(results))
-    leave()  # its threads, where they live on, abort the process as it ends
+    leave()
+    exit_code_kept(0)
 
 
 if __name__ == "__main__":
