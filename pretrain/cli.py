@@ -195,7 +195,7 @@ def run_command(name: str, command: Command, arguments: Sequence[str]) -> int:
     """Run a command; print a user's error as one line and give back its exit code."""
     try:
         with ctrl_c_is_not_lost():
-            return exit_code_kept(exit_code_of(name, lambda: _run(name, command, arguments)))
+            return exit_code_of(name, lambda: _run(name, command, arguments))
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_BROKEN_PIPE
@@ -220,5 +220,10 @@ def _run(name: str, command: Command, arguments: Sequence[str]) -> int:
     return module.run(args, resolved)
 
 
+def entry() -> int:
+    """What `pretrain` and `python -m pretrain.cli` run. main() is for a process that goes on after it."""
+    return exit_code_kept(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(entry())

@@ -415,8 +415,8 @@ def main() -> int:
         return EXIT_FINISHED if config is None else run(args, config)
 
     with ctrl_c_is_not_lost():
-        return exit_code_kept(exit_code_of("train", command))
+        return exit_code_of("train", command)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code_kept(main()))

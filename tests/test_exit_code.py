@@ -9,8 +9,8 @@ import pytest
 from launching import ROOT, clean_environment, free_port, rank_environment
 
 SCRIPT = """
-import atexit, os, sys
-from pretrain import cli, recipe, train
+import atexit, os, runpy, sys
+from pretrain import recipe
 from pretrain.distributed import join, leave
 from pretrain.errors import DataError
 atexit.register(print, "tidied up")
@@ -23,18 +23,16 @@ def resolve(args):
     {ends}
 recipe.resolve = resolve
 sys.argv[1:] = {words}
-sys.exit({main}())
+runpy.run_module("{module}", run_name="__main__")
 """
-ENTRIES = {
-    "train.main": ["recipe.yaml"],
-    "cli.main": ["train", "recipe.yaml"],
-}  # DeepSpeed's launcher's, and ours
+# What the launcher of DeepSpeed starts, and what ours do.
+ENTRIES = {"pretrain.train": ["recipe.yaml"], "pretrain.cli": ["train", "recipe.yaml"]}
 FAILS, FINISHES = 'raise DataError("the bucket is gone")', "leave()"
 
 
-def run(main: str, ends: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(module: str, ends: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(ends=ends, main=main, words=ENTRIES[main])],
+        [sys.executable, "-c", SCRIPT.format(ends=ends, module=module, words=ENTRIES[module])],
         capture_output=True,
         text=True,
         timeout=120,
@@ -43,14 +41,14 @@ def run(main: str, ends: str, environment: dict[str, str]) -> subprocess.Complet
     )
 
 
-@pytest.mark.parametrize("main", ENTRIES)
+@pytest.mark.parametrize("module", ENTRIES)
 @pytest.mark.parametrize(("ends", "code", "said"), [(FAILS, 3, "the bucket is gone\n"), (FINISHES, 0, "")])
-def test_a_rank_ends_with_the_code_of_what_became_of_it(main: str, ends: str, code: int, said: str) -> None:
-    done = run(main, ends, rank_environment(0, 1, free_port()))
+def test_a_rank_ends_with_the_code_of_what_became_of_it(module: str, ends: str, code: int, said: str) -> None:
+    done = run(module, ends, rank_environment(0, 1, free_port()))
     assert done.returncode == code, done.stderr
     assert done.stderr.endswith(said)
     assert done.stdout == "tidied up\n"
 
 
 def test_the_abort_of_these_tests_is_one() -> None:
-    assert run("train.main", FINISHES, clean_environment()).returncode < 0
+    assert run("pretrain.train", FINISHES, clean_environment()).returncode < 0
