@@ -98,7 +98,9 @@ class Evaluations:
         if self._world.is_main and step:  # what the probes of earlier attempts came to
             records = read_events(run_dir / JOURNAL_NAME, ("probe", "start", "rollback"))
             self._falls.read(records, same=self._probes.facts, up_to_step=step)
-        return self._probe(step, samples) if self._probes.at_start and step == 0 else True
+        if step or not self._probes.at_start:
+            return True
+        return self._probe(step, samples)
 
     def go_back(self, step: int) -> None:
         """The run goes on from `step`."""
